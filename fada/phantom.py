@@ -211,25 +211,27 @@ def simulate(
 # %% ../nbs/02_phantom.ipynb #34dd19fe
 @dataclass(frozen=True)
 class Picture:
-    "A square picture of `size` pixels that shows the whole sector, `mm_per_px` wide each"
+    "A square picture of `size` pixels, the whole sector or a magnified `view` of it"
     probe: Probe
     size: int = 224
-    zoom: float = 1.    # above 1: the borders of the sector are cut
+    view: tuple = None    # (x, z of the middle, width) in mm; None: the whole sector
     @property
-    def mm_per_px(self):
-        p = self.probe; wide = 2*(p.radius+p.depth)*math.sin(math.radians(p.fov/2))
-        high = p.depth + p.radius*(1-math.cos(math.radians(p.fov/2)))
-        return max(wide, high)/(self.size-4)/self.zoom
+    def window(self):
+        "(x, z of the middle, width) in mm"
+        p = self.probe; half = math.radians(p.fov/2)
+        return self.view or (0., p.depth/2, 1.02*max(2*(p.radius+p.depth)*math.sin(half), p.depth+p.radius*(1-math.cos(half))))
+    @property
+    def mm_per_px(self): return self.window[2]/self.size
     def to_px(self, xz):
         "Millimetres (n × 2) to pixel coordinates (column, row)"
-        xz = np.atleast_2d(np.asarray(xz, float)); mid = self.probe.depth/2
-        return np.stack([self.size/2 + xz[:,0]/self.mm_per_px, self.size/2 + (xz[:,1]-mid)/self.mm_per_px], 1)
+        x,z,_ = self.window; xz = np.atleast_2d(np.asarray(xz, float))
+        return self.size/2 + (xz-[x,z])/self.mm_per_px
     @cached_property
     def polar(self):
         "Fractional (sample, line) of every pixel, and whether it lies in the sector"
         p = self.probe
         col,row = np.meshgrid(np.arange(self.size), np.arange(self.size))
-        x,z = (col-self.size/2)*self.mm_per_px, (row-self.size/2)*self.mm_per_px + p.depth/2
+        x,z = (col-self.size/2)*self.mm_per_px + self.window[0], (row-self.size/2)*self.mm_per_px + self.window[1]
         i = (np.hypot(x, z+p.radius)-p.radius)/p.dr
         j = (np.arctan2(x, z+p.radius)-p.theta[0])/(p.theta[1]-p.theta[0])
         return i, j, (i >= 0)&(i <= p.samples-1)&(j >= 0)&(j <= p.lines-1)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TISSUE', 'SPINE_ANGLE', 'CHAMBERS', 'UNITS', 'PROFILE', 'SKULL', 'DEGRADED', 'MIN_AREA', 'MIN_CONTRAST', 'DRAW',
-           'WEEKS', 'FRAMES', 'Scene', 'Frame', 'frame', 'surroundings', 'spine_cross', 'abdomen', 'thorax', 'femur',
-           'nuchal', 'degrade', 'Phantom', 'visible', 'answers_for', 'render', 'make_phantom', 'phantom_jobs',
-           'write_phantoms']
+           'WEEKS', 'FRAMES', 'Scene', 'Frame', 'frame', 'magnified', 'surroundings', 'spine_cross', 'abdomen',
+           'thorax', 'femur', 'nuchal', 'degrade', 'Phantom', 'visible', 'answers_for', 'render', 'make_phantom',
+           'phantom_jobs', 'write_phantoms']
 
 # %% ../nbs/03_scenes.ipynb #fc6e66c0
 import hashlib, io, math
@@ -31,6 +31,7 @@ class Scene:
     medium: Medium
     orientation: dict                             # slots of question 2
     weeks: float                                  # gestational age by dates
+    view: tuple                                   # what the picture shows: x, z of its middle and its width
     truth: set = field(default_factory=set)       # findings that were injected
     calipers: dict = field(default_factory=dict)  # parameter: list of end points, or an outline
     mm: dict = field(default_factory=dict)        # parameter: true size in mm
@@ -51,6 +52,11 @@ def frame(centre, degrees, scale, mirror=False)->Frame:
     "A frame turned by `degrees` (clockwise in the picture); `mirror` flips its first axis"
     t = math.radians(degrees); ex = np.array([math.cos(t), math.sin(t)]); ez = np.array([-math.sin(t), math.cos(t)])
     return Frame(tuple(centre), -ex if mirror else ex, ez, scale)
+
+def magnified(rng, centre, extent)->tuple:
+    "A view in which `extent` mm around `centre` fill half to four fifths of the width"
+    width = extent*rng.uniform(1.25,1.8)
+    return (centre[0]+rng.uniform(-.06,.06)*width, centre[1]+rng.uniform(-.06,.06)*width, width)
 
 # %% ../nbs/03_scenes.ipynb #709f794c
 def _wavy(shape, rng, mm):
@@ -120,7 +126,7 @@ def abdomen(rng, weeks, size, finding, category='Abdomen')->Scene:
     if level == 'high': _small_heart(m, f)
     if not finding and rng.random() < (.95 if level == 'right' else .4): _stomach(m, f, rng)
     t = np.linspace(0, 2*math.pi, 61)
-    scene = Scene(category, m, orientation, weeks, {'absent stomach bubble'} if finding else set())
+    scene = Scene(category, m, orientation, weeks, magnified(rng, c, R*2), {'absent stomach bubble'} if finding else set())
     scene.calipers['AC'],scene.mm['AC'] = np.stack([c[0]+R*np.cos(t), c[1]+R*np.sin(t)], 1).tolist(), ac
     return scene
 
@@ -153,7 +159,7 @@ def thorax(rng, weeks, size, finding, category='Thorax')->Scene:
         m.paint(f.ellipse((.13,-.42), (.085,.085)).rim(.3), db=-6); m.paint(f.ellipse((.13,-.42), (.085,.085)), **TISSUE['blood'], name='descending aorta')
     width = _heart(m, f, axis, rng.uniform(1.0,1.15), level == 'right')
     if level == 'low': _stomach(m, f, rng, (.5,-.3), .9)
-    scene = Scene(category, m, orientation, weeks, {'deviated cardiac axis'} if finding else set())
+    scene = Scene(category, m, orientation, weeks, magnified(rng, c, R*2), {'deviated cardiac axis'} if finding else set())
     scene.calipers = {'cardiac axis': [f(0,-.72).tolist(), f(0,.9).tolist()], 'cardiothoracic ratio': [f(-1,0).tolist(), f(1,0).tolist()]}
     scene.mm = {'cardiac axis': axis, 'cardiothoracic ratio': width}  # degrees and a ratio, not mm: see `UNITS`
     return scene
@@ -180,9 +186,6 @@ def femur(rng, weeks, size, finding, category='Femur')->Scene:
     skin = rng.uniform(12,20); rise = L/2*abs(math.sin(math.radians(angle)))
     c = (rng.uniform(-4,4), skin+rise+L*.33+rng.uniform(3,8))
     p = Probe(depth=c[1]+rise+L*.5+rng.uniform(6,18)); m = Medium(p, rng)
-    if cut != 'none':  # slid sideways until one end leaves the sector
-        half = (p.radius+c[1])*math.sin(math.radians(p.fov/2))
-        c = ((-1 if cut == 'left' else 1)*(half-L*.25*rng.uniform(.4,1.)), c[1])
     f = frame(c, angle, L, bool(rng.integers(2)))
     surroundings(m, rng, skin, ellipse((0,c[1]+3), (L*1.05+10,L*.6+8), angle*.4))
     thigh = _wavy(f.tube([(-1.15,.08),(-.5,.05),(.55,0),(.95,-.02)], [.42,.33,.27,.2]), rng, L*.02)
@@ -192,7 +195,10 @@ def femur(rng, weeks, size, finding, category='Femur')->Scene:
     k = np.linspace(-1,1,13); t = max(1.3, L*.045)/L
     bone = f.tube(np.stack([k*(.5-1.45*t), .035*(k*k-.4)], 1), t*(1+.45*np.abs(k)**3))
     m.paint(bone, **TISSUE['bone'], name='femoral diaphysis', soft=.2)
-    scene = Scene(category, m, dict(axis='longitudinal', bone=lie), weeks, set())
+    view = magnified(rng, c, L)
+    if cut != 'none':  # slid sideways until one end is out of the picture
+        view = (c[0]+(1 if cut == 'left' else -1)*(view[2]/2-L*math.cos(math.radians(angle))*rng.uniform(.2,.36)), *view[1:])
+    scene = Scene(category, m, dict(axis='longitudinal', bone=lie), weeks, view)
     scene.calipers['FL'],scene.mm['FL'] = [f(-.5,.02).tolist(), f(.5,.02).tolist()], L
     return scene
 
@@ -212,7 +218,7 @@ def nuchal(rng, weeks, size, finding, category='Standard_NT')->Scene:
     f = frame(c, rng.uniform(-9,9), S, head == 'right')
     if face == 'down': f = Frame(f.centre, f.ex, -f.ez, S)
     surroundings(m, rng, skin, ellipse((0,c[1]), (S*3.6,S*1.65)))
-    body = f.outline(PROFILE, 90)
+    body = f.outline(PROFILE, 64)
     m.paint(body, **TISSUE['soft'], name='fetal body', texture=(2,1.1)); m.paint(body.rim(.32), db=0, soft=.25)
     m.paint(f.outline([(.1,-.8),(-.6,-.8),(-1.02,-.1),(-.85,.5),(-.4,.76),(.25,.74),(.5,.45),(.45,-.1),(.35,-.45)]), **TISSUE['brain'], name='brain', texture=(2,.9))
     m.paint(f.tube(SKULL, .042), **TISSUE['rib'], name='skull', soft=.2)
@@ -223,7 +229,8 @@ def nuchal(rng, weeks, size, finding, category='Standard_NT')->Scene:
     for k,u in enumerate(np.linspace(1, 4, 20)): m.paint(f.ellipse((u,.46+.06*math.sin(u)), (.045,.075)), **TISSUE['rib'], name='spine', soft=.2)
     if rng.random() < .6:
         for r in ((.34,.28),(.16,.12)): m.paint(f.ellipse((2.05,-.25), r, 20), db=-22 if r[0] > .2 else -50, name='heart')
-    scene = Scene(category, m, dict(axis='sagittal', head=head, face=face), weeks, {'increased nuchal translucency'} if finding else set())
+    view = magnified(rng, f(.7,0), 2.9*S)
+    scene = Scene(category, m, dict(axis='sagittal', head=head, face=face), weeks, view, {'increased nuchal translucency'} if finding else set())
     if 'nuchal translucency' in shown: _nuchal_fluid(scene, f, (rng.uniform(4.2,6.) if finding else rng.uniform(1.1,2.2)))
     else: scene.truth.clear()
     return scene
@@ -244,13 +251,16 @@ DEGRADED = {  # reason: (moderate, poor)
     'noise': (dict(noise=-33.), dict(noise=-24.)),
     'acoustic shadow': (1, 2)}  # number of bands
 
-def degrade(rng, lines)->tuple:
-    "Draw (machine, grade, reasons) for a probe with `lines` lines"
+def degrade(rng, scene)->tuple:
+    "Draw (machine, grade, reasons) for a scene; shadows fall within what the picture shows"
     if rng.random() < .5: return Machine(gain=-17+rng.uniform(-2,2)), 'good', []
     reason = str(rng.choice(list(DEGRADED))); level = int(rng.integers(2)); what = DEGRADED[reason][level]
     if reason == 'acoustic shadow':
-        at = rng.permutation([.3,.5,.7])[:what]*lines+rng.uniform(-8,8,what)
-        what = dict(shadows=tuple((float(a), lines*(.045 if level == 0 else .06), 32.) for a in at))
+        p = scene.medium.probe; x,z,width = scene.view
+        at = x+(rng.permutation([-.25,0,.25])[:what]+rng.uniform(-.05,.05,what))*width
+        line = (np.arctan2(at, z+p.radius)-p.theta[0])/(p.theta[1]-p.theta[0])
+        wide = width*.05/((z+p.radius)*(p.theta[1]-p.theta[0]))
+        what = dict(shadows=tuple((float(a), float(wide), 32.) for a in line))
     return Machine(**{'gain': -17., **what}), ('moderate','poor')[level], [reason]
 
 # %% ../nbs/03_scenes.ipynb #97941083
@@ -286,9 +296,9 @@ def visible(
         if name not in STRUCTURES: continue
         m = labels == k
         if m.sum() < MIN_AREA*scale: continue
-        r,c = np.where(m); w = np.s_[max(0,r.min()-6):r.max()+7, max(0,c.min()-6):c.max()+7]
+        r,c = np.where(m); w = np.s_[max(0,r.min()-8):r.max()+9, max(0,c.min()-8):c.max()+9]
         m,im = m[w],image[w].astype(float)
-        ring = ndi.binary_dilation(m, iterations=4) & ~ndi.binary_dilation(m, iterations=1)
+        ring = ndi.binary_dilation(m, iterations=7) & ~ndi.binary_dilation(m, iterations=3)  # beyond the blur
         if name in ('liver','lungs') or (ring.any() and abs(im[m].mean()-im[ring].mean()) >= MIN_CONTRAST): seen.append(name)
     return seen
 
@@ -318,10 +328,9 @@ WEEKS = {'nuchal': (11.2, 13.6), 'other': (18., 32.)}
 def render(
     scene:Scene, machine:Machine, quality:dict,
     size:int=224,        # pixels a side
-    zoom:float=1.,
 )->Phantom:
     "Image `scene` with `machine` and derive its answers from the finished picture"
-    pic = Picture(scene.medium.probe, size, zoom)
+    pic = Picture(scene.medium.probe, size, scene.view)
     image = np.round(scan_convert(grey(simulate(scene.medium, machine), machine), pic)).astype(np.uint8)
     labels = scan_convert(scene.medium.labels, pic, order=0)
     names = list(scene.medium.names)
@@ -347,8 +356,8 @@ def make_phantom(
     for attempt in range(40):
         rng = np.random.default_rng([*seed, key, attempt])
         scene = draw(rng, weeks, scale, finding, name)
-        machine,grade,reasons = degrade(rng, scene.medium.probe.lines)
-        ph = render(scene, machine, dict(grade=grade, reasons=reasons), size, rng.uniform(1.1, 1.25))
+        machine,grade,reasons = degrade(rng, scene)
+        ph = render(scene, machine, dict(grade=grade, reasons=reasons), size)
         if draw is not nuchal or ph.answers[3]['standard'] == (name == 'Standard_NT'): return ph
     raise FadaError(f'no {name} picture after 40 draws', f'seed {seed}', '', 'try another seed')
 
