@@ -149,7 +149,7 @@ def read_folder(
 )->tuple:                     # (question table without splits, quarantine: file, row, field, reason)
     """Read a group's folder. Patients are not known from it: each image counts as its own, which the manifest says."""
     folder = Path(folder)
-    if not folder.is_dir(): raise FadaError('the image folder is missing', str(folder), 'a folder with one folder of images per category', 'check [data] folder in settings.ini or --data')
+    if not folder.is_dir(): raise FadaError('the image folder is missing', str(folder), 'a folder with one folder of images per category', 'check [data] folder in settings.ini, or --data')
     images,quarantine = {},[]
     for d in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')):
         files = [p for p in sorted(d.iterdir()) if p.suffix.lower() in IMAGES]
@@ -265,13 +265,17 @@ def load_table(
 def prepare(
     folder,                       # data folder
     n:int, categories, seed:int=0, workers:int=1,
-    source=None,                  # a group's own folder; None or '' makes phantoms in `folder`
+    source:str='auto',            # phantoms, folder (the user's own), or auto
 )->dict:                          # the manifest
-    "Make the data set of `folder` if it is not there: phantoms, or the user's own images and workbook"
+    """Make the question table of `folder`: of phantoms, made where they are missing, or of the user's own images and workbook.
+
+    `auto` means phantoms where the folder holds some or is called as the default one (phantoms), else the user's own: a
+    mistyped folder is an error, never a reason to make up data."""
     from fada.scenes import write_phantoms
     folder = Path(folder)
-    if source and Path(source).resolve() != folder.resolve(): raise FadaError('table and images are apart', str(source), f'the same folder as [data] folder ({folder})', 'set one of them')
-    if source or (folder.is_dir() and any(folder.iterdir()) and not (folder/'phantoms.json').exists()):
+    if source not in ('auto','phantoms','folder'): raise FadaError(f'unknown source {source!r}', '', 'auto, phantoms or folder', '')
+    if source == 'auto': source = 'phantoms' if (folder/'phantoms.json').exists() or folder.name == 'phantoms' else 'folder'
+    if source == 'folder':
         table,quarantine = read_folder(folder)
         return save_table(split_by_patient(table, seed), folder, 'folder', seed, quarantine)
     write_phantoms(folder, n, categories, seed, workers=workers)
