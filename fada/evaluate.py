@@ -131,7 +131,7 @@ def majority(
 # %% ../nbs/10_evaluate.ipynb #0906240d
 def evaluate(
     vlm, data,                    # model, data folder
-    out,                          # job folder: answers.jsonl and metrics.json are written there
+    out,                          # job folder: answers.jsonl, scores.parquet and metrics.json are written there
     categories=('all',), split:str='test',
     images:int=0,                 # a stratified subset of the split; 0: all
     control_images:int=100,       # images of the controls' sample
@@ -158,6 +158,7 @@ def evaluate(
                    by_category={c: summary(g) for c,g in scored.groupby('category')}, seconds=round(time.perf_counter()-start, 2),
                    seconds_per_question=float(scored[scored.condition == 'plain'].seconds.astype(float).mean()), peak_bytes=peak_bytes(), made=now(), versions=environment())
     metrics['notes'] = notes(metrics, scored)
+    scored[['image','category','patient','question_id','question','answer','condition','prediction','confidence','error','score','exact']].to_parquet(out/'scores.parquet', index=False)
     write_json(out/'metrics.json', metrics)
     return metrics
 
