@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['PROMPT_VERSION', 'build_prompt', 'Request', 'Answer', 'VLM', 'load', 'attach', 'image_hash', 'pixel_values',
-           'project', 'encode', 'generate', 'answer', 'ask', 'reference_answers']
+           'project', 'encode', 'generate', 'reference_answers']
 
 # %% ../nbs/07_vlm.ipynb #97c3e99e
-import hashlib, json, time
+import hashlib, time
 from collections import OrderedDict
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-from .settings import FadaError, digest, environment, load_settings, read_json, use_threads
+from fastcore.basics import patch
+from .settings import FadaError, digest, load_settings, read_json, use_threads
 from .clinical import QUESTIONS, question_id
-from .models import ModelSpec, load_blip2, locate, model_spec, weights_bytes, weights_digest
+from .models import ModelSpec, load_blip2, locate, model_spec, weights_digest
 
 # %% ../nbs/07_vlm.ipynb #8670b436
 PROMPT_VERSION = '1'
@@ -182,8 +182,9 @@ def _prepare(vlm, request):
     if not texts: raise FadaError('no question', '', 'at least one', '')
     return texts
 
+@patch
 def answer(
-    vlm:VLM,
+    self:VLM,
     requests,               # iterable of Request
     batch_images:int=16,    # images whose questions go through together
 ):                          # iterator of Answer, in the order asked
@@ -191,10 +192,8 @@ def answer(
     batch = []
     for r in requests:
         batch.append(r)
-        if len(batch) == batch_images: yield from _answer_batch(vlm, batch); batch = []
-    if batch: yield from _answer_batch(vlm, batch)
-
-VLM.answer = answer
+        if len(batch) == batch_images: yield from _answer_batch(self, batch); batch = []
+    if batch: yield from _answer_batch(self, batch)
 
 def _answer_batch(vlm, batch):
     "Answers of a few requests; a request that fails does not fail its neighbours"
@@ -221,13 +220,12 @@ def _answer_batch(vlm, batch):
     for k in range(len(batch)): yield from done[k]
 
 # %% ../nbs/07_vlm.ipynb #436db130
-def ask(vlm, image, questions=tuple(QUESTIONS)):
+@patch
+def ask(self:VLM, image, questions=tuple(QUESTIONS)):
     "Answers of one image: a list for a list of questions, one Answer for one question"
     one = isinstance(questions, (str,int))
-    answers = list(vlm.answer([Request(image, [questions] if one else list(questions))]))
+    answers = list(self.answer([Request(image, [questions] if one else list(questions))]))
     return answers[0] if one else answers
-
-VLM.ask = ask
 
 def reference_answers(vlm, image, questions)->list:
     "The plain loop that the engine is measured against: one processor call and one `generate` per question"
