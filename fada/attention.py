@@ -124,8 +124,9 @@ def overlay(image, heat, ax=None, title='', alpha=.45, units='relevancy'):
     import matplotlib.pyplot as plt
     from PIL import Image
     im = np.asarray(_as_rgb(image)); ax = ax or plt.subplots(figsize=(4,3.6))[1]
-    smooth = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize((im.shape[1],im.shape[0]), Image.BICUBIC))
-    ax.imshow(im); h = ax.imshow(smooth, cmap='viridis', alpha=alpha, vmin=min(0, float(np.min(heat)))); ax.axis('off')
-    bar = ax.figure.colorbar(h, ax=ax, fraction=.046); bar.set_label(f'{units} ({LABEL})', fontsize=6); bar.ax.tick_params(labelsize=6)
-    ax.set_title(title, fontsize=8)
+    heat = np.asarray(heat, np.float32); top = float(np.abs(heat).max()); heat = heat/top if top else heat  # magnitudes of different answers do not compare
+    smooth = np.asarray(Image.fromarray(heat).resize((im.shape[1],im.shape[0]), Image.BICUBIC))
+    ax.imshow(im); h = ax.imshow(smooth, cmap='viridis', alpha=alpha, vmin=min(0, float(heat.min())), vmax=1); ax.axis('off')
+    bar = ax.figure.colorbar(h, ax=ax, fraction=.046); bar.set_label(f'{units}, share of its largest ({LABEL})', fontsize=7); bar.ax.tick_params(labelsize=7)
+    ax.set_title(title, fontsize=9)
     return ax

@@ -67,21 +67,31 @@ def _reason(log:Path)->str:
 
 _running = set(); _stop = threading.Event()
 
+def _claim(folder:Path)->int:
+    """Lock a job's folder; waits while another run holds it. The notebook's process inherits the lock, so that it is held as long
+    as anything writes there, even where the run that started it was killed."""
+    fd = os.open(folder/'.lock', os.O_RDWR|os.O_CREAT)
+    if os.name == 'posix':
+        import fcntl
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
 def run_job(job:Job, threads:int=1)->Result:
     "Run one job in a process group of its own unless it is done; its output goes to run.log in its folder"
     check_parameters(job.notebook, job.parameters)
     if job.done(): return Result(job, 'reused', 0.)
-    start = time.perf_counter(); folder = writable_folder(job.folder); log = folder/'run.log'
+    start = time.perf_counter(); folder = writable_folder(job.folder); log = folder/'run.log'; lock = _claim(folder)
+    if job.done(): os.close(lock); return Result(job, 'reused', time.perf_counter()-start)  # somebody finished it while we waited
     (folder/'done.json').unlink(missing_ok=True)
     env = dict(os.environ, FADA_THREADS=str(threads), OMP_NUM_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION='1')
     import yaml
     (folder/'parameters.yaml').write_text(yaml.safe_dump(job.parameters))
-    command = [sys.executable, '-m', 'papermill', str(job.notebook), str(folder/'run.ipynb'), '-f', str(folder/'parameters.yaml'), '-k', 'python3', '--cwd', os.getcwd(), '--no-progress-bar']
+    command = [sys.executable, '-m', 'papermill', str(job.notebook), str(folder/'run.ipynb'), '-f', str(folder/'parameters.yaml'), '-k', 'python3', '--cwd', os.getcwd(), '--no-progress-bar', '--log-output']
     with open(log, 'wb') as out:
-        p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, **({'pass_fds': [lock]} if os.name == 'posix' else {}))
         _running.add(p)
         try: code = p.wait()
-        finally: _running.discard(p)
+        finally: _running.discard(p); os.close(lock)
     seconds = time.perf_counter()-start
     if _stop.is_set(): return Result(job, 'cancelled', seconds)
     if code: return Result(job, 'failed', seconds, f'{_reason(log)} (exit {code}, log: {log})')
@@ -146,7 +156,7 @@ def demo_stages(
     yield 'base model from scratch', [job('base', 'train', dict(output=str(out/'base'), task='base', model='blip2-nano', categories='all', seed=seed, **short('vision_steps','answer_steps')), [table], [base/'model.safetensors'])]
     common = dict(model='blip2-nano', weights=str(base), seed=seed); read = [table, base/'model.safetensors']
     yield 'LoRA per category', [job(f'lora-{c}', 'train', dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32', **short('steps','images')), read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES]
-    few = dict(images=40, control_images=40) if small else {}
+    few = dict(images=40, control_images=40) if small else dict(control_images=phantoms)  # all test images: intervals per category need them
     evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False), *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), False) for c in DEMO_CATEGORIES)]
     yield 'evaluation with controls', [job(name, 'evaluate', dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few), [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])], [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
     yield 'report', [job('compare', 'compare', dict(run=str(out), title='FADA demonstration'), [table, *sorted(out.glob('evaluate-*/metrics.json'))], [out/'report.html'])]

@@ -154,8 +154,8 @@ def ask(image:Annotated[str, typer.Argument(help='PNG, JPEG, TIFF or DICOM.')], 
 def models(json:Json=False, quiet:Quiet=False):
     "List the models of the registry.\n\nExample: fada models"
     from dataclasses import asdict
-    from fada.models import MODELS
-    _show([asdict(m) for m in MODELS.values()], json, '\n'.join(f'{m.name:18} {m.family:8} {m.parameters:>15,} parameters  {m.licence:28} {", ".join(m.precisions)}' for m in MODELS.values()))
+    from fada.models import registry
+    _show([asdict(m) for m in registry().values()], json, '\n'.join(f'{m.name:18} {m.family:8} {m.parameters:>15,} parameters  {m.licence:28} {", ".join(m.precisions)}' for m in registry().values()))
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()

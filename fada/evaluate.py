@@ -191,8 +191,10 @@ def notes(metrics, scored)->list:
         said = plain[plain.question_id == q].prediction
         if m['distinct_references'] < 2: out.append(dict(level='amber', question=q, text='The reference is the same for every image: nothing can be ranked here.')); continue
         if said.nunique() == 1: out.append(dict(level='red', question=q, text=f'The answer is the same for every image: {said.iloc[0]!r}.'))
-        weak = [k for k,d in m['differences'].items() if d['low'] is not None and d['low'] <= 0]
+        weak = [k for k,d in m['differences'].items() if d['low'] is not None and d['low'] <= 0 and k != 'majority in category']
         if weak: out.append(dict(level='amber', question=q, text='Not better than: '+', '.join(sorted(weak))+' (95 % interval of the difference includes zero).'))
+        folder = m['differences'].get('majority in category')
+        if folder and folder['high'] is not None and folder['high'] < 0: out.append(dict(level='amber', question=q, text="Worse than the folder's commonest answer: who knows the folder need not look."))
     return out
 
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5

@@ -381,6 +381,11 @@ def phantom_jobs(
         jobs.append(dict(category=c, number=k, frame=fr, patient=f'P{who}'))
     return jobs
 
+def _ignore_interrupt():
+    "Workers leave Ctrl-C to the process that started them: one sentence instead of a traceback from each"
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 def _write_one(job):
     "Make and write one phantom unless its sidecar is there; returns 1 where it was made"
     import json
@@ -425,8 +430,10 @@ def write_phantoms(
     todo = [dict(j, root=str(out), seed=seed, findings=findings, size=size) for j in jobs]
     todo = [j for j in todo if not (out/'truth'/j['category']/f"{j['patient']}_{j['frame']}.json").exists()]
     if workers > 1 and len(todo) > 20:
-        with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-            for _ in progress(pool.map(_write_one, todo, chunksize=8), 'phantoms', len(todo), 'image'): pass
+        with ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_ignore_interrupt) as pool:
+            try:
+                for _ in progress(pool.map(_write_one, todo, chunksize=8), 'phantoms', len(todo), 'image'): pass
+            except BaseException: pool.shutdown(cancel_futures=True); raise
     else:
         for j in progress(todo, 'phantoms', unit='image'): _write_one(j)
     return spec

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'LORA', 'collate', 'show_mask', 'answer_loss', 'optimiser', 'load_pixels', 'vision_features',
-           'vision_targets', 'train_vision', 'train_answers', 'question_rows', 'train_base', 'add_lora',
-           'validation_score', 'finetune']
+           'vision_targets', 'rarity', 'parse_flag', 'train_vision', 'train_answers', 'question_rows', 'train_base',
+           'add_lora', 'validation_score', 'finetune']
 
 # %% ../nbs/09_train.ipynb #a2aa8eaf
-import math, time
+import json, math, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -119,7 +119,17 @@ def _shifted(x, rng, most):
     return torch.roll(x, (dy,dx), (2,3))
 
 # %% ../nbs/09_train.ipynb #93865455
-def train_vision(model, pixels, targets, recipe:NanoRecipe, log=None):
+def rarity(table, images, weight:float)->np.ndarray:
+    "Drawing probability per image: abnormal ones count `weight` times, so that normality is not learned as a constant"
+    abnormal = set(table[(table.question_id == 7) & table.structured.map(parse_flag)].image)
+    w = np.array([weight if i in abnormal else 1. for i in images])
+    return w/w.sum()
+
+def parse_flag(structured)->bool:
+    "Whether a structured answer to question 7 says abnormal"
+    return isinstance(structured, str) and json.loads(structured).get('normal') is False
+
+def train_vision(model, pixels, targets, recipe:NanoRecipe, p=None):
     "Stage 1: teach the vision tower with heads that are thrown away; returns the list of losses"
     import torch
     import torch.nn.functional as F
@@ -130,12 +140,12 @@ def train_vision(model, pixels, targets, recipe:NanoRecipe, log=None):
     rng,losses,rare = np.random.default_rng(recipe.seed),[],torch.tensor(3.)  # structures cover few patches
     v.train()
     for _ in progress(range(recipe.vision_steps), 'base, stage 1 of 2: vision', unit='step'):
-        at = rng.choice(len(pixels), min(recipe.vision_batch, len(pixels)), replace=False)
+        at = rng.choice(len(pixels), min(recipe.vision_batch, len(pixels)), replace=False, p=p)
         x = torch.from_numpy(pixels[at].astype(np.float32)).unsqueeze(1).expand(-1,3,-1,-1)
         h = v(_shifted(x, rng, recipe.shift)).last_hidden_state
         loss = sum(F.cross_entropy(heads[str(k)](h[:,0]), c[at]) for k,c in classes.items())
         loss = loss + 4*F.binary_cross_entropy_with_logits(heads['seen'](h[:,0]), seen[at])
-        loss = loss + 4*F.binary_cross_entropy_with_logits(heads['patch'](h[:,1:]), patches[at], pos_weight=rare)
+        loss = loss + recipe.patch_weight*F.binary_cross_entropy_with_logits(heads['patch'](h[:,1:]), patches[at], pos_weight=rare)
         losses.append(_step(loss, parameters, opt, schedule, recipe.clip))
     v.eval()
     return losses
@@ -148,13 +158,14 @@ def train_answers(
     steps, batch, lr, recipe, seed=0, desc='answers',
     check=None,                # called as check(step) every `every` steps
     every:int=0,
+    p=None,                    # probability of drawing each image; None: all alike
 )->list:                       # losses
     "Train on questions and answers over cached vision features"
     opt,schedule = optimiser(parameters, lr, steps, recipe.warmup, recipe.weight_decay, recipe.betas)
     rng,losses = np.random.default_rng(seed),[]
     core.train()
     for s in progress(range(steps), desc, unit='step'):
-        at = rng.choice(len(rows), min(batch, len(rows)), replace=False)
+        at = rng.choice(len(rows), min(batch, len(rows)), replace=False, p=p)
         prompt = _project(core, features[at])
         repeat = np.repeat(np.arange(len(at)), [len(rows[i]) for i in at])
         ids,mask,labels = (t.to(prompt.device) for t in collate(tokenizer, *zip(*(qa for i in at for qa in rows[i]))))
@@ -187,15 +198,15 @@ def train_base(
     if (out/'fada.json').exists() and key.items() <= read_json(out/'fada.json').items(): return read_json(out/'fada.json')
     start = time.perf_counter(); use_threads(); seed_all(recipe.seed)
     tokenizer = nano_tokenizer(recipe); processor = nano_processor(tokenizer, recipe); model = build_nano(tokenizer, recipe)
-    images = table.image.drop_duplicates().tolist(); pixels = load_pixels(data, images, processor)
+    images = table.image.drop_duplicates().tolist(); pixels = load_pixels(data, images, processor); p = rarity(table, images, recipe.abnormal_weight)
     saw = out/f'.vision-{digest(key)[:12]}.safetensors'
     if saw.exists(): model.vision_model.load_state_dict(load_file(saw)); vision_losses = []
     else:
-        vision_losses = train_vision(model, pixels, vision_targets(table, data, recipe.image_size//recipe.patch), recipe)
+        vision_losses = train_vision(model, pixels, vision_targets(table, data, recipe.image_size//recipe.patch), recipe, p)
         save_file({k: v.contiguous() for k,v in model.vision_model.state_dict().items()}, saw.with_suffix('.part')); saw.with_suffix('.part').replace(saw)
     model.vision_model.requires_grad_(False)
     losses = train_answers(model, [p for p in model.parameters() if p.requires_grad], tokenizer, vision_features(model, pixels), question_rows(table, images, model_spec('blip2-nano')),
-                           recipe.answer_steps, recipe.answer_batch, recipe.answer_lr, recipe, recipe.seed, 'base, stage 2 of 2: answers')
+                           recipe.answer_steps, recipe.answer_batch, recipe.answer_lr, recipe, recipe.seed, 'base, stage 2 of 2: answers', p=p)
     about = dict(key, model='blip2-nano', images=len(images), prompt_version=PROMPT_VERSION, seconds=round(time.perf_counter()-start, 1), made=now(),
                  vision_losses=_thin(vision_losses), answer_losses=_thin(losses), versions=environment(), notice='Synthetic images only; no medical device.')
     save_model(model, processor, out, about); saw.unlink()
@@ -232,7 +243,7 @@ def validation_score(vlm, features, table, images)->float:
     return float(score_table(pd.concat(rows)).score.mean())
 
 # %% ../nbs/09_train.ipynb #6e529d71
-LORA = dict(rank=8, lr=2e-3, steps=120, batch=16, checks=4, validation_images=24)  # tried on the demo's five categories
+LORA = dict(rank=8, lr=2e-3, steps=120, batch=16, checks=4, validation_images=24, abnormal_weight=3.)  # tried on the demo's five categories
 
 def finetune(
     vlm,                  # a loaded model without adapter
@@ -258,7 +269,7 @@ def finetune(
         if s > best['score']: best.update(score=s, step=step, state={k: v.detach().clone() for k,v in get_peft_model_state_dict(vlm.model).items()})
     check(0)
     losses = train_answers(vlm.core, [p for p in vlm.model.parameters() if p.requires_grad], vlm.processor.tokenizer, features, question_rows(train, names, vlm.spec),
-                           steps, batch, lr, NanoRecipe(warmup=10, weight_decay=0.), seed, f'LoRA {", ".join(categories)}', check, max(1, steps//LORA['checks']))
+                           steps, batch, lr, NanoRecipe(warmup=10, weight_decay=0.), seed, f'LoRA {", ".join(categories)}', check, max(1, steps//LORA['checks']), rarity(train, names, LORA['abnormal_weight']))
     set_peft_model_state_dict(vlm.model, best['state'])
     vlm.model.save_pretrained(out)
     about = dict(kind='fada adapter', base=vlm.base, model=vlm.spec.name, precision=vlm.precision, prompt_version=PROMPT_VERSION, categories=list(categories), rank=rank, lr=lr, steps=steps, batch=batch,

@@ -1,0 +1,42 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first; nothing else needs to be installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all setup bench lab readme clean help
+help:            ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch first and by exact version, so that pip never looks for another build of it
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))" || { echo "error: $$($(PYTHON) --version) cannot be used; expected Python 3.11 to 3.13; run: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV): JupyterLab, torch, transformers and what they need, about 2 GB (once, 2 to 5 minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+setup: $(READY) ## set up .venv only
+
+demo: $(READY)   ## the whole job on phantoms, from data to outputs/demo/report.html
+	@$(BIN)/fada demo
+
+test: $(READY)   ## the tests, under 12 minutes on 2 cores
+	@$(BIN)/python -m pytest -m "not slow and not browser and not fault"
+
+test-all: $(READY) ## the tests, the slow, browser and fault ones too
+	@$(BIN)/python -m pytest
+
+bench: $(READY)  ## measured comparisons; each prints a ratio from one run
+	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b --quick || exit 1; done
+
+lab: $(READY)    ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab nbs
+
+readme: $(READY) ## README.md from nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb > README.md
+
+clean:           ## delete .venv; data and outputs stay
+	rm -rf $(VENV)
