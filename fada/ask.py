@@ -26,6 +26,7 @@ def trained_here(
         if about.get('base') == mine: adapters.update({c: f.parent for c in about['categories']})
     return base, adapters
 
+# %% ../nbs/15_ask.ipynb #88e99392
 def sample_images(data, each:int=4)->list:
     "(label, function that returns the image, {question id: reference}) of test images, or of fresh phantoms"
     from fada.data import load_table, read_image
@@ -44,6 +45,7 @@ def sample_images(data, each:int=4)->list:
 def _png(image):
     buf = io.BytesIO(); image.save(buf, 'PNG'); return buf.getvalue()
 
+# %% ../nbs/15_ask.ipynb #d55cbd38
 class AskPanel:
     "Widgets around one loaded model; `.widget` is what a notebook shows"
     def __init__(self,
@@ -78,7 +80,7 @@ class AskPanel:
         self.say('loading …'); self.vlm = self.base if self.which.value == 'base' else self.switch[self.which.value](); self.answers.value = ''; self.say(f'{self.which.value}: ready')
     def say(self, text): self.state.value = f'<i>{html.escape(text)}</i>'
 
-# %% ../nbs/15_ask.ipynb #d55cbd38
+# %% ../nbs/15_ask.ipynb #5c6bbef8
 @patch
 def open_upload(self:AskPanel):
     "Take an uploaded image, pixels only; what cannot be read is said"
@@ -92,6 +94,7 @@ def open_upload(self:AskPanel):
         except FadaError as e: return self.say(f'{f["name"]}: {e.what}; expected {e.expected}')
     self.reference = {}; self._shown(f'{f["name"]}: ready; unlike the training images, most likely')
 
+# %% ../nbs/15_ask.ipynb #f7f2a269
 @patch
 def run(self:AskPanel, questions):
     "Ask `questions` of the image in view and show the answers"
@@ -105,6 +108,7 @@ def run(self:AskPanel, questions):
     if self.attention and answers and not answers[-1].error and answers[-1].text: self.draw_map(answers[-1])
     self.say('done' if not any(a.error for a in answers) else 'failed: see below')
 
+# %% ../nbs/15_ask.ipynb #c6ef9602
 @patch
 def draw_map(self:AskPanel, a):
     "Draw the relevancy of answer `a` beside the image"

@@ -28,6 +28,7 @@ def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0.
     _caught.append((module, weights))
     return (weights@value).transpose(1,2).contiguous(), weights
 
+# %% ../nbs/12_attention.ipynb #c0207316
 @contextmanager
 def captured(core):
     "Within this block the model's attention weights are caught; yields the list of (module, weights)"
@@ -50,6 +51,7 @@ def _answer_logp(vlm, features, prompt, ids):
     first = features.shape[1]+len(p)-1
     return logits[:,first:first+len(ids)].float().log_softmax(-1).gather(2, row[:,len(p):,None])[...,0]
 
+# %% ../nbs/12_attention.ipynb #533fc12d
 def _asked(vlm, question, answer):
     i = question_id(question); ids = vlm.processor.tokenizer(' '+answer.strip(), add_special_tokens=False)['input_ids']
     if not ids or not answer.strip(): raise FadaError('an answer of zero tokens', '', 'at least one token to explain', 'ask again')
@@ -61,6 +63,7 @@ def _weighted(weights):
     "Mean over heads of the positive part of gradient × attention: rows × columns"
     return (weights.grad*weights).clamp(min=0).mean(1)[0].detach()
 
+# %% ../nbs/12_attention.ipynb #48338151
 def relevancy(
     vlm, image, question,
     answer:str,         # the text to explain, usually the model's own
@@ -82,6 +85,7 @@ def relevancy(
     per = torch.stack(maps)[:,1:].reshape(-1, side, side).cpu().numpy()  # the class token, first, is no place
     return per.mean(0), per, [vlm.processor.tokenizer.decode([i]) for i in ids]
 
+# %% ../nbs/12_attention.ipynb #052cb061
 def _compose(caught, queries, patches, row):
     "Relevancy of every patch for the answer token predicted at text position `row`-1"
     import torch

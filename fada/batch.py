@@ -24,6 +24,7 @@ def notebook_parameters(notebook)->dict:
     try: return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(cells[0].source).body if isinstance(n, ast.Assign)}
     except ValueError: raise FadaError('a parameter that is not a plain literal', str(notebook), 'numbers, strings, booleans', 'move the expression to the next cell') from None
 
+# %% ../nbs/13_batch.ipynb #40c2c4c5
 def check_parameters(notebook, given:dict)->dict:
     "Prove that `given` are parameters of `notebook`, of the right types; returns all values"
     known = notebook_parameters(notebook)
@@ -51,12 +52,13 @@ class Job:
         mark = self.folder/'done.json'
         return mark.is_file() and all(Path(o).exists() for o in self.outputs) and read_json(mark).get('digest') == self.digest()
 
+# %% ../nbs/13_batch.ipynb #8eb20a43
 @dataclass
 class Result:
     "How a job ended"
     job: Job; state: str; seconds: float; reason: str = ''   # state: done, reused, failed, cancelled
 
-# %% ../nbs/13_batch.ipynb #8eb20a43
+# %% ../nbs/13_batch.ipynb #1fc22e68
 def _reason(log:Path)->str:
     "The line of a failed notebook's log that says why: FADA's own sentence, else the last error"
     lines = [l.strip() for l in log.read_text(errors='replace').splitlines() if l.strip()] if log.exists() else []
@@ -65,6 +67,7 @@ def _reason(log:Path)->str:
         if hits: return hits[-1].split('FadaError: ')[-1]
     return lines[-1] if lines else 'no output'
 
+# %% ../nbs/13_batch.ipynb #ffaac4d2
 _running = set(); _stop = threading.Event()
 
 def _claim(folder:Path)->int:
@@ -76,6 +79,7 @@ def _claim(folder:Path)->int:
         fcntl.flock(fd, fcntl.LOCK_EX)
     return fd
 
+# %% ../nbs/13_batch.ipynb #e76dd8b9
 def run_job(job:Job, threads:int=1)->Result:
     "Run one job in a process group of its own unless it is done; its output goes to run.log in its folder"
     check_parameters(job.notebook, job.parameters)
@@ -98,7 +102,7 @@ def run_job(job:Job, threads:int=1)->Result:
     write_json(folder/'done.json', dict(digest=job.digest(), finished=now(), seconds=round(seconds, 1)))
     return Result(job, 'done', seconds)
 
-# %% ../nbs/13_batch.ipynb #1fc22e68
+# %% ../nbs/13_batch.ipynb #6e032fd7
 def run_jobs(
     jobs:list,
     workers:int=2,        # notebooks at a time; they share the cores
@@ -119,6 +123,7 @@ def run_jobs(
             stop_running(); raise
     return [results[k] for k in range(len(jobs))]
 
+# %% ../nbs/13_batch.ipynb #12b4359d
 def stop_running():
     "End every notebook that runs now, with its kernel"
     for p in list(_running):
@@ -142,6 +147,7 @@ def code_digest()->str:
     here = Path(__file__).parent if '__file__' in globals() else Path('../fada')
     return digest([sha256_file(here/f'{m}.py') for m in DECIDING])
 
+# %% ../nbs/13_batch.ipynb #94a4e220
 def demo_stages(
     out, data,              # folders of the run and of the phantoms
     small:bool=False, seed:int=0,
@@ -161,7 +167,7 @@ def demo_stages(
     yield 'evaluation with controls', [job(name, 'evaluate', dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few), [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])], [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
     yield 'report', [job('compare', 'compare', dict(run=str(out), title='FADA demonstration'), [table, *sorted(out.glob('evaluate-*/metrics.json'))], [out/'report.html'])]
 
-# %% ../nbs/13_batch.ipynb #94a4e220
+# %% ../nbs/13_batch.ipynb #0b735f56
 def run_demo(
     out='outputs/demo', data='data/phantoms', small:bool=False, seed:int=0, workers:int=2, phantoms:int=1500,
     say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -180,6 +186,7 @@ def run_demo(
     from fada.compare import collect, headline
     return dict(report=str(out/'report.html'), seconds=seconds, total_seconds=round(time.perf_counter()-start, 1), jobs=states, lines=headline(collect(out)))
 
+# %% ../nbs/13_batch.ipynb #290f3243
 def _with_heartbeat(work, jobs, say, every:float=8.):
     "Run `work` while the last line of each running job's log is shown every few seconds"
     over = threading.Event()

@@ -30,11 +30,13 @@ def _show(result, json:bool, text):
     "Print `result` as JSON, or `text` for people"
     print(_json.dumps(result, indent=1, default=str, ensure_ascii=False) if json else text)
 
+# %% ../nbs/16_cli.ipynb #4c1260db
 def _settings(quiet, **given):
     if quiet: os.environ['FADA_QUIET'] = '1'
     from fada.settings import load_settings
     return load_settings(**given)
 
+# %% ../nbs/16_cli.ipynb #ff2c84ac
 def main():
     "Entry point of `fada`: errors as one sentence on standard error"
     try: app(standalone_mode=True)
@@ -42,13 +44,14 @@ def main():
     except KeyboardInterrupt: print('stopped; what is done is kept, the same command goes on', file=sys.stderr); sys.exit(130)
     except BrokenPipeError: sys.exit(1)
 
-# %% ../nbs/16_cli.ipynb #4c1260db
+# %% ../nbs/16_cli.ipynb #30763a7d
 @app.callback(invoke_without_command=True)
 def _root(version:Annotated[bool, typer.Option('--version', help='Print the version.')]=False):
     if version:
         from fada import __version__
         print(__version__); raise typer.Exit()
 
+# %% ../nbs/16_cli.ipynb #60caa3e5
 @app.command()
 def demo(out:Annotated[str, typer.Option(help='Folder of the run.')]='outputs/demo', data:Annotated[str, typer.Option(help='Folder of the phantoms.')]='data/phantoms',
          small:Annotated[bool, typer.Option('--small', help='Every step on little data: a check, not a result.')]=False, seed:Seed=None, json:Json=False, quiet:Quiet=False):
@@ -58,6 +61,7 @@ def demo(out:Annotated[str, typer.Option(help='Folder of the run.')]='outputs/de
     r = run_demo(out, data, small, s.seed, s.jobs, **({'say': lambda line: None} if quiet else {}))
     _show(r, json, '\n'.join(['', *r['lines'], f"{r['total_seconds']:.0f} s in all. Report: {r['report']}"]))
 
+# %% ../nbs/16_cli.ipynb #0c2b3307
 @app.command()
 def phantom(n:Annotated[Optional[int], typer.Option(help='Images. Default: [data] phantoms of settings.ini.')]=None, categories:Categories=None, out:Annotated[Optional[str], typer.Option(help='Folder. Default: [data] folder of settings.ini.')]=None,
             findings:Annotated[float, typer.Option(help='Share of fetuses with an injected finding, 0 to 1.')]=.15, seed:Seed=None, json:Json=False, quiet:Quiet=False):
@@ -73,7 +77,7 @@ def phantom(n:Annotated[Optional[int], typer.Option(help='Images. Default: [data
     m = save_table(split_by_patient(read_phantoms(s.data), s.seed), s.data, 'phantoms', s.seed)
     _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions in {s.data}")
 
-# %% ../nbs/16_cli.ipynb #ff2c84ac
+# %% ../nbs/16_cli.ipynb #d0542f6b
 @app.command()
 def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, folder or auto.')]='auto', seed:Seed=None, json:Json=False, quiet:Quiet=False):
     "Read a folder of category folders and workbooks into a question table.\n\nExample: fada prepare --data /scans --source folder"
@@ -83,6 +87,7 @@ def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, f
     m = work(s.data, s.phantoms, PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories, s.seed, s.jobs, source)
     _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions, {m['quarantined']} set aside in {s.data}")
 
+# %% ../nbs/16_cli.ipynb #ad968b77
 @app.command()
 def train(data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None, precision:Precision=None, device:Device=None,
           task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch.')]='lora', output:Annotated[Optional[str], typer.Option(help='Folder of the result.')]=None,
@@ -104,7 +109,7 @@ def train(data:Data=None, categories:Categories=None, model:Model=None, weights:
         about = finetune(load(s.model, weights=weights, precision=s.precision, device=s.device), s.data, s.categories, out/'adapter', rank, lr, steps, batch, s.seed)
     _show(about, json, f"{task} trained on {about['images']} images in {about['seconds']:.0f} s: {out}")
 
-# %% ../nbs/16_cli.ipynb #30763a7d
+# %% ../nbs/16_cli.ipynb #d7e8d8c0
 @app.command()
 def evaluate(data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None, adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
              precision:Precision=None, device:Device=None, split:str='test', images:Annotated[int, typer.Option(help='A stratified subset; 0: all.')]=0,
@@ -127,6 +132,7 @@ def evaluate(data:Data=None, categories:Categories=None, model:Model=None, weigh
     lines = [f"{q} {v['key']:15} {score(v['score'])}  " + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None) for q,v in m['questions'].items()]
     _show(m, json, '\n'.join([*lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}" for n in m['notes']), str(folder)]))
 
+# %% ../nbs/16_cli.ipynb #9115f046
 @app.command()
 def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None, title:str='FADA report', json:Json=False, quiet:Quiet=False):
     "Set the jobs of a run side by side and write its report.\n\nExample: fada compare outputs/demo"
@@ -136,7 +142,7 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
     _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'), gains=gains(jobs).to_dict('records') if len(systems(jobs)) > 1 else [],
                resources=resource_table(jobs).to_dict('records')), json, '\n'.join([*headline(jobs), f'Report: {report}']))
 
-# %% ../nbs/16_cli.ipynb #60caa3e5
+# %% ../nbs/16_cli.ipynb #f4c8358c
 @app.command()
 def ask(image:Annotated[str, typer.Argument(help='PNG, JPEG, TIFF or DICOM.')], question:Annotated[Optional[list[str]], typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
         model:Model=None, weights:Weights=None, adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None, precision:Precision=None, device:Device=None, json:Json=False, quiet:Quiet=False):
@@ -150,6 +156,7 @@ def ask(image:Annotated[str, typer.Argument(help='PNG, JPEG, TIFF or DICOM.')], 
     _show([dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error) for a in answers], json, '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
     if all(a.error for a in answers): raise typer.Exit(1)
 
+# %% ../nbs/16_cli.ipynb #b93258b7
 @app.command()
 def models(json:Json=False, quiet:Quiet=False):
     "List the models of the registry.\n\nExample: fada models"

@@ -20,6 +20,7 @@ class Question:
     key: str   # what is asked, one word
     text: str  # the canonical wording
 
+# %% ../nbs/01_clinical.ipynb #8493e31e
 QUESTIONS = {q.id: q for q in (
     Question(1, 'structures',     'Which anatomical structures are seen?'),
     Question(2, 'orientation',    'What is the fetal orientation?'),
@@ -51,6 +52,7 @@ class Category:
     intruders: tuple   # structures that show that the plane is off
     biometry: tuple    # parameters measured in a standard plane
 
+# %% ../nbs/01_clinical.ipynb #ca4d1c43
 CATEGORIES = {c.name: c for c in (
     Category('Abdomen', 'abdomen', 'transverse abdominal plane', ('stomach bubble', 'umbilical vein', 'spine'), ('kidneys', 'heart'), ('AC',)),
     Category('Aorta', 'aorta', 'sagittal aortic plane', ('aorta', 'heart'), (), ('aortic diameter',)),
@@ -114,6 +116,7 @@ def _spellings(table):
     pairs = [(s.lower(), c) for c,others in table.items() for s in (c, *others)]
     return sorted(pairs, key=lambda p: -len(p[0]))
 
+# %% ../nbs/01_clinical.ipynb #a4e9a71d
 _DENIED_BEFORE = re.compile(r'\b(no|not|without|absent|missing|lacks?)\b[\w\s-]{0,12}$')
 _DENIED_AFTER = re.compile(r'^\s*(is|are|was|were)?\s*(not\s+(seen|visible|visuali[sz]ed|shown|identified)|absent|missing)\b')
 
@@ -136,17 +139,20 @@ def _list(items, table):
     "Join the items in the vocabulary's own order, so that equal sets read equally"
     return ', '.join(t for t in table if t in items) or 'none'
 
+# %% ../nbs/01_clinical.ipynb #46c3e3c5
 def _write_orientation(s):
     if 'spine' in s: return f"{s['axis']}, spine {s['spine']}"
     if 'bone' in s: return f"{s['axis']}, {s['bone']}"
     return f"{s['axis']}, head {s['head']}, face {s['face']}"
 
+# %% ../nbs/01_clinical.ipynb #657394b3
 def _write_biometry(s):
     names = _list(s['parameters'], PARAMETERS)
     if names == 'none': return 'none in this view'
     values = s.get('mm') or {}
     return ', '.join(f'{p} {values[p]:.1f} mm' for p in PARAMETERS if p in values) if values else f'{names}, size {ND}'
 
+# %% ../nbs/01_clinical.ipynb #1d9e8f88
 def _write_age(s):
     return ND if s.get('weeks') is None else '{}-{} weeks'.format(*s['weeks'])
 
@@ -178,6 +184,7 @@ def _parse_orientation(t):
     if len(bone) == 1: out['bone'] = bone.pop()
     return out
 
+# %% ../nbs/01_clinical.ipynb #8cb8cf9b
 def _parse_biometry(t):
     if re.search(r'\bnone\b|\bno (biometric )?measurement', t): return dict(parameters=[])
     found,_ = find_terms(t, PARAMETERS)
@@ -189,6 +196,7 @@ def _parse_biometry(t):
             out.setdefault('mm', {})[canonical] = float(m[1]) * (10 if m[2] == 'cm' else 1)
     return out
 
+# %% ../nbs/01_clinical.ipynb #b432434f
 def _parse_age(t):
     if ND in t or re.search(r'cannot be (determined|assessed)|not (possible|determinable)', t): return dict(weeks=None)
     m = re.search(r'(\d{1,2})\s*(?:-|–|to)\s*(\d{1,2})\s*w', t)
@@ -196,7 +204,7 @@ def _parse_age(t):
     m = re.search(r'(\d{1,2})\s*(?:w|week)', t)
     return dict(weeks=[int(m[1]), int(m[1])]) if m else {}
 
-# %% ../nbs/01_clinical.ipynb #8cb8cf9b
+# %% ../nbs/01_clinical.ipynb #13dab875
 def _parse_plane(t):
     planes = {c.plane: () for c in CATEGORIES.values()}
     planes['transverse abdominal plane'] = ('transverse trans-abdominal plane', 'abdominal circumference plane')
@@ -207,17 +215,20 @@ def _parse_plane(t):
     elif 'standard' in t: out['standard'] = True
     return out
 
+# %% ../nbs/01_clinical.ipynb #0ce8258e
 def _parse_normality(t):
     found,_ = find_terms(t, FINDINGS)
     if found: return dict(normal=False, findings=sorted(found))
     if re.search(r'\bno (\w+ )?abnormalit', t) or re.search(r'(?<!ab)(?<!not )\bnormal\b', t): return dict(normal=True, findings=[])
     return dict(normal=False, findings=[]) if 'abnormal' in t or 'not normal' in t else {}
 
+# %% ../nbs/01_clinical.ipynb #a92acf8f
 def _parse_quality(t):
     grade,_ = find_terms(t, GRADES)
     reasons,_ = find_terms(t, REASONS)
     return dict(grade=grade.pop(), reasons=sorted(reasons)) if len(grade) == 1 else {}
 
+# %% ../nbs/01_clinical.ipynb #cdcbe7d5
 def _parse_recommendation(t):
     hit = [c for s,c in _spellings(RECOMMENDATIONS) if s in t]
     return {'class': hit[0]} if hit else {}

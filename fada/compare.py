@@ -8,7 +8,7 @@ __all__ = ['KNOWS_FOLDER', 'DECIDES', 'TEMPLATE', 'Collected', 'collect', 'syste
            'examples', 'energy_ratio', 'plot_attention', 'real_frame', 'headline', 'jobs_split', 'write_report']
 
 # %% ../nbs/11_compare.ipynb #70294b64
-import base64, io, json
+import base64, io
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -17,7 +17,7 @@ from .settings import FadaError, NOTICE, SYNTHETIC, environment, now, read_json,
 from .clinical import QUESTIONS
 from .evaluate import CONDITIONS, plot_summary, summary
 from .memory import in_mib
-from .metrics import MAIN_SCORE, difference, mean_interval
+from .metrics import difference, mean_interval
 
 # %% ../nbs/11_compare.ipynb #2445f33b
 @dataclass
@@ -29,6 +29,7 @@ class Collected:
         "What was evaluated, in words"
         c = self.config; return f"{c['model']} {c['precision']}" + (' + LoRA per category' if c.get('adapter') else '')
 
+# %% ../nbs/11_compare.ipynb #c07d2bb4
 def collect(
     run,            # folder with one folder per job
 )->list:            # of Collected, by name
@@ -43,6 +44,7 @@ def collect(
     if not any(j.metrics for j in found): raise FadaError('no evaluation', str(run), 'job folders with config.json and metrics.json', 'run evaluate.ipynb first')
     return found
 
+# %% ../nbs/11_compare.ipynb #99ffcee9
 def systems(jobs)->dict:
     "Scored rows per system, its jobs joined; where two jobs asked the same row the first counts"
     out = {}
@@ -57,6 +59,7 @@ def _ci(m, digits=2):
     "Mean with its interval as text"
     return '–' if m['mean'] is None else f"{m['mean']:.{digits}f} [{m['low']:.{digits}f}, {m['high']:.{digits}f}]"
 
+# %% ../nbs/11_compare.ipynb #1d78af30
 def quality_table(jobs)->pd.DataFrame:
     "Per system: images, the main score of each question with its 95 % interval, and the mean of the eight"
     rows = []
@@ -66,11 +69,13 @@ def quality_table(jobs)->pd.DataFrame:
                      'mean': _ci(mean_interval(plain.score, plain.patient))})
     return pd.DataFrame(rows)
 
+# %% ../nbs/11_compare.ipynb #cec82225
 def beats_controls(item)->bool|None:
     "Whether a question's score beats each of the controls, the majority answer of the training split among them; None without controls"
     d = [v for k,v in item['differences'].items() if k != KNOWS_FOLDER]
     return all(v['low'] is not None and v['low'] > 0 for v in d) if d else None
 
+# %% ../nbs/11_compare.ipynb #99d96b5e
 def control_table(scored)->pd.DataFrame:
     """Per question: the score, what each control scores, the smallest paired gain over a control, and whether all are beaten
     (95 % interval above zero). A system that knows the folder and never looks is set apart: folders tell part of the answer."""
@@ -82,6 +87,7 @@ def control_table(scored)->pd.DataFrame:
                      'majority in category': f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}" if folder else '–', 'gain over it': _ci(folder) if folder else '–'})
     return pd.DataFrame(rows)
 
+# %% ../nbs/11_compare.ipynb #0e93139a
 def gains(jobs)->pd.DataFrame:
     "Every other system against the first, paired over the rows that both answered"
     (base,first),*others = systems(jobs).items(); rows = []
@@ -91,6 +97,7 @@ def gains(jobs)->pd.DataFrame:
                      'mean': _ci(difference(both.score_b, both.score, both.patient))})
     return pd.DataFrame(rows)
 
+# %% ../nbs/11_compare.ipynb #4313a5be
 def resource_table(jobs)->pd.DataFrame:
     "Per evaluation job: weights, growth on loading, peak memory, load time, time per question; training time from its own job"
     trained = {j.name: j.config['seconds'] for j in jobs if j.config['kind'] == 'train'}
@@ -115,6 +122,7 @@ def plot_systems(jobs):
     ax.set(xlabel='main score with 95 % interval (clustered on patient)', xlim=(0,1.03)); ax.grid(axis='x', alpha=.3); ax.legend(fontsize=8, loc='lower left'); fig.tight_layout()
     return fig
 
+# %% ../nbs/11_compare.ipynb #1404d8a6
 def plot_heat(scored, title=''):
     "Heat map of mean score, category × question; returns the figure"
     import matplotlib.pyplot as plt
@@ -124,6 +132,7 @@ def plot_heat(scored, title=''):
     ax.set_xticks(range(t.shape[1]), [f'{q} {QUESTIONS[q].key}' for q in t], rotation=20, ha='right'); ax.set_yticks(range(len(t)), t.index); ax.set_title(title, fontsize=10); fig.tight_layout()
     return fig
 
+# %% ../nbs/11_compare.ipynb #4f27ea4a
 def plot_resources(jobs):
     "Bars of load time, time per question and weights for every evaluated system; returns the figure"
     import matplotlib.pyplot as plt
@@ -138,7 +147,7 @@ def plot_resources(jobs):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/11_compare.ipynb #1404d8a6
+# %% ../nbs/11_compare.ipynb #9b415fc0
 def plot_sheet(table, data, each=5, seed=0):
     "Contact sheet: `each` test images of every category; returns the figure"
     import matplotlib.pyplot as plt
@@ -152,6 +161,7 @@ def plot_sheet(table, data, each=5, seed=0):
     fig.tight_layout(pad=.4)
     return fig
 
+# %% ../nbs/11_compare.ipynb #5409bde7
 def examples(scored, n=3, seed=0)->list:
     "Rows right and wrong, `n` of each, from different categories where possible"
     plain = scored[(scored.condition == 'plain') & scored.score.notna() & ~scored.question_id.isin([5])]; out = []
@@ -169,6 +179,7 @@ def energy_ratio(heat, mask)->float:
     h = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize(mask.shape[::-1], Image.BILINEAR)).clip(0)
     return float((h*mask).sum()/max(h.sum(), 1e-12)/max(mask.mean(), 1e-12))
 
+# %% ../nbs/11_compare.ipynb #582fb002
 def plot_attention(vlm, table, data):
     "Relevancy of the orientation's answer for one image per category; returns the figure"
     import matplotlib.pyplot as plt
@@ -210,10 +221,11 @@ def _png(figure_or_image)->str:
     else: figure_or_image.save(buf, 'PNG')
     return base64.b64encode(buf.getvalue()).decode()
 
+# %% ../nbs/11_compare.ipynb #a2b09e10
 def _table(frame, name='')->dict:
     return dict(name=name, columns=list(frame.columns), rows=[['–' if v is None or v != v else v for v in r] for r in frame.itertuples(index=False)])
 
-# %% ../nbs/11_compare.ipynb #a2b09e10
+# %% ../nbs/11_compare.ipynb #f5e7a02a
 def real_frame(vlm):
     "pydicom's bundled ultrasound frame read from DICOM, and the model's eight answers to it: (PIL image, rows, remark on its scale)"
     from pydicom import examples
@@ -222,6 +234,7 @@ def real_frame(vlm):
     rows = pd.DataFrame([{'question': a.question, 'answer': a.error or a.text, 'confidence': '' if a.confidence is None else f'{a.confidence:.2f}'} for a in vlm.ask(image)])
     return image, rows, 'no scale: its declared region exceeds the picture' if scale is None else f'{scale:.3f} mm per pixel'
 
+# %% ../nbs/11_compare.ipynb #775fb1c2
 def headline(jobs)->list:
     "The run in at most five lines, each from its own figures"
     every = systems(jobs); name,scored = next(iter(every.items())); plain = scored[scored.condition == 'plain']; m = summary(scored)
@@ -235,7 +248,7 @@ def headline(jobs)->list:
     n = job.metrics['normality']; lines.append(f"Abnormal images found: {n['found']} of {n['abnormal']}; normal ones cleared: {n['cleared']} of {n['normal']}.")
     return lines[:5]
 
-# %% ../nbs/11_compare.ipynb #f5e7a02a
+# %% ../nbs/11_compare.ipynb #5056ae71
 def _sections(jobs, data, vlm):
     "The report's sections, in reading order"
     from fada.data import load_table, read_image
@@ -257,6 +270,7 @@ def _sections(jobs, data, vlm):
         dict(title='A real frame', text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike every training image; the answers below show what a model does that cannot say so.",
              tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')])]
 
+# %% ../nbs/11_compare.ipynb #8e73c4ba
 def jobs_split(jobs)->str:
     return next(j.metrics['split'] for j in jobs if j.metrics)
 

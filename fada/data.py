@@ -47,6 +47,7 @@ def pixels_sha256(
     a = np.ascontiguousarray(np.asarray(image))
     return hashlib.sha256(f'{a.shape}{a.dtype}'.encode() + a.tobytes()).hexdigest()
 
+# %% ../nbs/04_data.ipynb #62886a8d
 def read_image(
     path,       # PNG, JPEG, TIFF, BMP, WebP or DICOM
 ):              # PIL image, mode RGB
@@ -76,6 +77,7 @@ def dicom_scale(
             found.add(round(float(r.PhysicalDeltaX)*10, 9))
     return found.pop() if len(found) == 1 else None
 
+# %% ../nbs/04_data.ipynb #b4d0c639
 def read_dicom(
     path,       # file
     frame:int=0,
@@ -135,6 +137,7 @@ def _columns(columns, path):
         raise FadaError('no image or question column', str(path), 'headers such as "Image Name" and "Q1: …"', f'found: {", ".join(map(str, columns))}')
     return found
 
+# %% ../nbs/04_data.ipynb #bbeb2cd6
 def _read_sheet(path):
     "A workbook or a delimited file as a frame of text"
     path = Path(path)
@@ -142,7 +145,7 @@ def _read_sheet(path):
     else: frame = pd.read_csv(path, sep=None, engine='python', dtype=str, encoding='utf-8-sig')
     return frame.rename(columns=_columns(frame.columns, path)), path
 
-# %% ../nbs/04_data.ipynb #bbeb2cd6
+# %% ../nbs/04_data.ipynb #1ab78196
 def read_folder(
     folder,                   # category folders with images, and workbooks
     dataset:str=None,         # name kept in the table; the folder's by default
@@ -177,6 +180,7 @@ def read_folder(
     if not rows: raise FadaError('no image has an answer', str(folder), 'image names in the workbook that match the files', f'first finding: {quarantine[0]["reason"]}')
     return pd.DataFrame(rows), pd.DataFrame(quarantine, columns=['file','row','field','reason'])
 
+# %% ../nbs/04_data.ipynb #15ba8e19
 def _question_rows(r, where, image, sha, cat, dataset, quarantine):
     "Table rows of one workbook row; empty answers go to the quarantine"
     out = []
@@ -208,6 +212,7 @@ def split_by_patient(
     if lost: raise FadaError('too few patients for a split without a leak', '; '.join(f'{c}: no {", ".join(sorted(s))}' for c,s in lost.items()), 'at least 3 patients per category', 'add images')
     return out
 
+# %% ../nbs/04_data.ipynb #887ec659
 def leaks(
     table:pd.DataFrame,
 )->list:          # findings; empty where none
@@ -228,11 +233,13 @@ def make_manifest(table, reader, seed, quarantine=None)->dict:
         pixels_digest=digest(sorted(images.pixels_sha256)), table_digest=table_digest(table),
         quarantined=0 if quarantine is None else len(quarantine), leaks=leaks(table), versions=environment())
 
+# %% ../nbs/04_data.ipynb #4494f07b
 def table_digest(table)->str:
     "Digest of what decides training and scores: pixels, questions, answers, splits"
     cols = ['pixels_sha256','category','patient','question_id','question','answer','split']
     return digest(sorted(map(list, table[cols].astype(str).itertuples(index=False))))
 
+# %% ../nbs/04_data.ipynb #3073bf79
 def save_table(table, folder, reader, seed, quarantine=None)->dict:
     "Write questions.parquet, manifest.json and, where there is one, quarantine.csv to `folder`; returns the manifest"
     folder = writable_folder(folder); check_table(table)
@@ -243,6 +250,7 @@ def save_table(table, folder, reader, seed, quarantine=None)->dict:
     write_json(folder/'manifest.json', manifest)
     return manifest
 
+# %% ../nbs/04_data.ipynb #a319693a
 def load_table(
     folder,                   # with questions.parquet
     categories=('all',),      # names, or ('all',)
@@ -261,7 +269,7 @@ def load_table(
     if not len(table): raise FadaError(f'no rows in split {split!r}', str(path), 'rows', 'prepare the data again')
     return table.reset_index(drop=True)
 
-# %% ../nbs/04_data.ipynb #4494f07b
+# %% ../nbs/04_data.ipynb #9d9a0b7c
 def prepare(
     folder,                       # data folder
     n:int, categories, seed:int=0, workers:int=1,
@@ -281,6 +289,7 @@ def prepare(
     write_phantoms(folder, n, categories, seed, workers=workers)
     return save_table(split_by_patient(read_phantoms(folder), seed), folder, 'phantoms', seed)
 
+# %% ../nbs/04_data.ipynb #a36a4579
 def subset(
     table:pd.DataFrame, images:int, seed:int=0,
 )->pd.DataFrame:

@@ -7,12 +7,12 @@ __all__ = ['CONDITIONS', 'SHOWN', 'AnswersLog', 'mean_image', 'donors', 'record_
            'summary', 'notes', 'plot_summary']
 
 # %% ../nbs/10_evaluate.ipynb #7ae52399
-import hashlib, json, os, time
+import json, os, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .settings import FadaError, digest, environment, now, progress, read_json, write_json, writable_folder
-from .clinical import QUESTIONS, category
+from .settings import FadaError, digest, environment, now, progress, write_json, writable_folder
+from .clinical import QUESTIONS
 from .data import load_table, read_image, subset, table_digest
 from .memory import peak_bytes
 from .metrics import MAIN_SCORE, coverage, difference, mean_interval, normality, score_table
@@ -44,6 +44,7 @@ class AnswersLog:
             except ValueError: damaged += 1
         return records, damaged
 
+# %% ../nbs/10_evaluate.ipynb #4b0842b7
 def _lock(fd):
     "Exclusive lock where the system has one; freed when the file is closed"
     try: import fcntl
@@ -62,6 +63,7 @@ def mean_image(table, folder, most:int=200, side:int=224, seed:int=0):
     total = sum(np.asarray(read_image(Path(folder)/p).resize((side,side)), np.float64) for p in train)
     return Image.fromarray((total/len(train)).round().astype(np.uint8))
 
+# %% ../nbs/10_evaluate.ipynb #1f90baf1
 def donors(
     images:pd.DataFrame,   # one row per image: image, category, patient
     pool:pd.DataFrame,     # images to borrow from
@@ -79,6 +81,7 @@ def record_key(identity, row, condition, shown)->str:
     "What makes two records the same question: identity, table row, condition, and the image that was shown"
     return digest([identity, row['pixels_sha256'], row['question_id'], row['question'], condition, shown])
 
+# %% ../nbs/10_evaluate.ipynb #e1de1423
 def _requests(rows, condition, folder, blank, shown):
     "One Request per image of `rows` under `condition`, with the reason where its image cannot be read"
     for image,group in rows.groupby('image', sort=False):
@@ -87,6 +90,7 @@ def _requests(rows, condition, folder, blank, shown):
             yield Request(picture, group.question.tolist(), image), group, ''
         except FadaError as e: yield None, group, str(e)
 
+# %% ../nbs/10_evaluate.ipynb #378b5a08
 def ask_table(
     vlm, data,                  # model, data folder
     rows:pd.DataFrame,          # question rows
@@ -113,6 +117,7 @@ def ask_table(
     return rows.assign(prediction=[have[k].get('text','') for k in rows.key], error=[have[k].get('error','') for k in rows.key],
                        confidence=[have[k].get('confidence') for k in rows.key], seconds=[have[k].get('seconds') for k in rows.key])
 
+# %% ../nbs/10_evaluate.ipynb #054361b5
 def _record(identity, row, condition, shown, a, unread):
     "One log record: identity, the question, the answer or the error, and provenance"
     return dict(key=row['key'], condition=condition, image=row['image'], shown=shown.get(row['image']), pixels_sha256=row['pixels_sha256'], category=row['category'],
@@ -179,6 +184,7 @@ def summary(
         out[int(q)] = item
     return out
 
+# %% ../nbs/10_evaluate.ipynb #0b604f35
 def notes(metrics, scored)->list:
     "What a reader must know before the scores: dicts of level (red, amber), question and text"
     out,plain = [],scored[scored.condition == 'plain']

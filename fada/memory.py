@@ -6,7 +6,7 @@
 __all__ = ['resident_bytes', 'peak_bytes', 'measured', 'in_mib']
 
 # %% ../nbs/06_memory.ipynb #e127b32c
-import os, sys, time
+import sys, time
 from contextlib import contextmanager
 
 # %% ../nbs/06_memory.ipynb #dba73ec6
@@ -15,6 +15,7 @@ def resident_bytes()->int:
     import psutil
     return psutil.Process().memory_info().rss
 
+# %% ../nbs/06_memory.ipynb #ddde823c
 def peak_bytes()->int:
     "Most memory this process has occupied, bytes; where a GPU was used, the most its allocator held"
     if 'torch' in sys.modules:

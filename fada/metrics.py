@@ -21,6 +21,7 @@ def set_f1(
     a,b = set(truth),set(found)
     return 1. if not a and not b else 2*len(a&b)/(len(a)+len(b))
 
+# %% ../nbs/08_metrics.ipynb #2238454a
 MAIN_SCORE = {1: 'set F1', 2: 'share of slots right', 3: 'plane and standard both right', 4: 'parameter set F1', 5: 'age right, or rightly not determinable',
               6: 'grade right', 7: 'normal / abnormal right', 8: 'recommendation class right'}
 
@@ -55,6 +56,7 @@ def score_table(
     out['parsed'] = [bool(f) for f in found]
     return out
 
+# %% ../nbs/08_metrics.ipynb #a1874680
 def coverage(answers:pd.DataFrame)->dict:
     "How many questions were asked, answered, failed, and could not be read or scored"
     bad = answers.error.fillna('').ne('')
@@ -69,6 +71,7 @@ def _draws(values, clusters, draws, seed):
     w = np.random.default_rng(seed).multinomial(len(n), np.full(len(n), 1/len(n)), size=draws)
     return (w@s)/(w@n)
 
+# %% ../nbs/08_metrics.ipynb #1da9f5f9
 def mean_interval(
     values,           # one number per row; NaN rows are left out
     clusters,         # patient of each row
@@ -80,6 +83,7 @@ def mean_interval(
     lo,hi = np.quantile(_draws(v, c, draws, seed), [(1-level)/2, (1+level)/2])
     return dict(mean=float(v.mean()), low=float(lo), high=float(hi), n=len(v), clusters=len(set(c.tolist())))
 
+# %% ../nbs/08_metrics.ipynb #64da80bc
 def difference(
     a, b,             # scores of the same rows under two conditions
     clusters,

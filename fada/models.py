@@ -35,6 +35,7 @@ class ModelSpec:
     embedded: bool = False  # package data: answers right after an install
     notes: str = ''
 
+# %% ../nbs/05_models.ipynb #a7c3a746
 MODELS = {m.name: m for m in (
     ModelSpec('blip2-nano', 'blip2', 'blip2-nano', 1_413_504, 'Apache-2.0', 8, ('fp32','bf16','int8','nf4'), ('train','attention','encode-once'), BLIP2_LORA,
               embedded=True, notes='True BLIP-2 architecture, trained from scratch on phantoms. A demonstration on synthetic images, nothing more.'),
@@ -60,10 +61,12 @@ def own_models(start='.')->dict:
         out[name] = replace(MODELS[row['like']], name=name, **{k: tuple(v) if isinstance(v, list) else v for k,v in row.items() if k != 'like'})
     return out
 
+# %% ../nbs/05_models.ipynb #832f89bb
 def registry(start='.')->dict:
     "All models that can be named here: the built-in rows and the group's own"
     return {**MODELS, **own_models(start)}
 
+# %% ../nbs/05_models.ipynb #3208b17b
 def model_spec(
     name:str,       # registry name
 )->ModelSpec:
@@ -83,7 +86,7 @@ class NanoRecipe:
     queries: int = 8; positions: int = 160; vocabulary: int = 1000
     init: tuple = (.05, .08, .5, 1.5)    # vision, Q-Former and OPT, query tokens, amplitude of 2-D sine positions
     mean: float = .3; std: float = .25
-    phantoms: int = 1500; data_seed: int = 0; findings: float = .15
+    phantoms: int = 1500; data_seed: int = 77_777; findings: float = .15  # a data seed that nobody uses by chance: no test image of a user was seen
     vision_steps: int = 2200; vision_batch: int = 32; vision_lr: float = 1e-3
     answer_steps: int = 500; answer_batch: int = 16; answer_lr: float = 1e-3
     warmup: int = 30; weight_decay: float = .05; betas: tuple = (.9, .98); clip: float = 1.; shift: int = 4
@@ -91,6 +94,7 @@ class NanoRecipe:
     abnormal_weight: float = 3.          # how much more often an abnormal image is drawn
     seed: int = 0
 
+# %% ../nbs/05_models.ipynb #9fb2eb4f
 def recipe_digest(recipe:NanoRecipe)->str:
     "What identifies a recipe: its numbers, and the words its tokenizer is made from"
     return digest(dict(asdict(recipe), corpus=nano_corpus()))
@@ -103,6 +107,7 @@ def nano_corpus()->list:
     fixed = ['standard, non-standard', 'none in this view', f'size {ND}', 'no abnormality seen', 'abnormal: ', 'axial, spine ', 'head , face ', 'good: moderate: poor: ']
     return [f'Question: {q.text} Answer:' for q in QUESTIONS.values()]*3 + [f' {t},' for t in terms+words+fixed]*2 + terms + words + fixed
 
+# %% ../nbs/05_models.ipynb #d9539fa0
 def nano_tokenizer(recipe:NanoRecipe=NanoRecipe()):
     "A byte-level BPE tokenizer with left padding and OPT's special tokens"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -116,6 +121,7 @@ def nano_tokenizer(recipe:NanoRecipe=NanoRecipe()):
     return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='<pad>', unk_token='<unk>',
                                    padding_side='left')
 
+# %% ../nbs/05_models.ipynb #63151673
 def nano_processor(tokenizer, recipe:NanoRecipe=NanoRecipe()):
     "BLIP-2's own processor on PIL (no torchvision needed)"
     from transformers import Blip2Processor
@@ -132,6 +138,7 @@ def _sine_positions(side, width):
     waves = [f(p.reshape(-1,1)*omega) for p in (y,x) for f in (np.sin,np.cos)]
     return torch.tensor(np.concatenate(waves, 1), dtype=torch.float32)
 
+# %% ../nbs/05_models.ipynb #8b4103f2
 def build_nano(
     tokenizer,                       # from `nano_tokenizer`
     recipe:NanoRecipe=NanoRecipe(),
@@ -161,6 +168,7 @@ def _quiet():
     from transformers.utils import logging
     logging.disable_progress_bar(); logging.set_verbosity_error()
 
+# %% ../nbs/05_models.ipynb #1078716f
 def save_model(
     model, processor,
     folder,            # is made; what is in it is replaced
@@ -175,6 +183,7 @@ def save_model(
     write_json(folder/'fada.json', dict(kind='fada model', weights_sha256=weights_digest(folder), **about))
     return folder
 
+# %% ../nbs/05_models.ipynb #3dddef24
 def weights_digest(folder)->str:
     "Digest of all safetensors of a folder"
     files = sorted(Path(folder).glob('*.safetensors'))
@@ -191,6 +200,7 @@ def resolve_device(device:str='auto')->str:
         raise FadaError(f'no CUDA device for {device!r}', '', 'a CUDA build of torch and a card', 'set device = auto in settings.ini')
     return 'cuda:0' if device == 'cuda' else device
 
+# %% ../nbs/05_models.ipynb #eeaa1bdc
 def load_options(precision:str, device:str)->dict:
     "Arguments of `from_pretrained` for a precision; everything on one device, nothing spilled"
     import torch
@@ -203,7 +213,7 @@ def load_options(precision:str, device:str)->dict:
     if precision == 'nf4': options['quantization_config'] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return options
 
-# %% ../nbs/05_models.ipynb #eeaa1bdc
+# %% ../nbs/05_models.ipynb #f3fc09c3
 def locate(
     spec:ModelSpec,
     weights=None,      # a folder that takes the checkpoint's place
@@ -214,6 +224,7 @@ def locate(
         return str(weights)
     return str(ASSETS/spec.checkpoint) if spec.embedded else spec.checkpoint
 
+# %% ../nbs/05_models.ipynb #361baae5
 def load_blip2(
     spec:ModelSpec, weights=None, precision:str='fp32', device:str='auto',
 ):                     # (model in eval mode, processor)

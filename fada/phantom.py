@@ -59,6 +59,7 @@ class Shape:
         return Shape(lambda x,z: np.abs(self.distance(x,z)) - mm, tuple(b + s*mm for b,s in zip(self.box, (-1,1,-1,1))))
     def within(self, other): return Shape(lambda x,z: np.maximum(self.distance(x,z), other.distance(x,z)), self.box)
 
+# %% ../nbs/02_phantom.ipynb #27d24c6c
 def ellipse(centre, axes, degrees=0.)->Shape:
     "Ellipse with half `axes` in mm, turned by `degrees`; distance approximated to first order (exact on the outline)"
     (cx,cz),(a,b),t = centre,axes,math.radians(degrees)
@@ -70,11 +71,12 @@ def ellipse(centre, axes, degrees=0.)->Shape:
     m = max(a,b)
     return Shape(distance, (cx-m, cx+m, cz-m, cz+m))
 
-# %% ../nbs/02_phantom.ipynb #27d24c6c
+# %% ../nbs/02_phantom.ipynb #bfb56b17
 def _box(points, margin):
     p = np.asarray(points, float)
     return (p[:,0].min()-margin, p[:,0].max()+margin, p[:,1].min()-margin, p[:,1].max()+margin)
 
+# %% ../nbs/02_phantom.ipynb #df89bee1
 def tube(points, half_width)->Shape:
     "A bent tube along `points` (n × 2, mm) with one half width, or one per point"
     p = np.asarray(points, float); w = np.broadcast_to(np.asarray(half_width, float), (len(p),))
@@ -87,6 +89,7 @@ def tube(points, half_width)->Shape:
         return out
     return Shape(distance, _box(p, w.max()))
 
+# %% ../nbs/02_phantom.ipynb #a9aeb94b
 def blob(points, n=48)->Shape:
     "The smooth closed outline through `points` (mm): a periodic spline, then the polygon's distance"
     from scipy.interpolate import splprep, splev
@@ -158,6 +161,7 @@ class Machine:
     clutter: float = .018      # side-lobe level, linear
     shadows: tuple = ()        # (line, width in lines, dB): loss of contact, gas
 
+# %% ../nbs/02_phantom.ipynb #3cf6ed02
 def _amplification(medium, machine):
     "Linear factor of every sample: time-gain compensation against the attenuation met on the way, two-way"
     p = medium.probe
@@ -166,6 +170,7 @@ def _amplification(medium, machine):
     for line,width,drop in machine.shadows: db = db - drop*np.exp(-.5*((np.arange(p.lines)-line)/width)**2)[None]
     return 10**(np.minimum(db, 7)/20)
 
+# %% ../nbs/02_phantom.ipynb #41b9aba3
 def _interfaces(medium):
     "Specular echo of impedance steps: |∇ ln Z| cos⁴θ, θ between beam and normal"
     p = medium.probe; lz = np.log(medium.impedance)
@@ -174,7 +179,7 @@ def _interfaces(medium):
     g = np.hypot(gr, gt)+1e-6
     return 12*g*(np.abs(gr)/g)**4
 
-# %% ../nbs/02_phantom.ipynb #3cf6ed02
+# %% ../nbs/02_phantom.ipynb #8f29ef0e
 def _blur_lateral(field, sigma):
     "Blur each row with its own width: two fixed widths are computed and blended"
     from scipy import ndimage as ndi
@@ -183,6 +188,7 @@ def _blur_lateral(field, sigma):
     w = ((sigma-lo)/(hi-lo+1e-9))[:,None].astype(np.float32)
     return narrow*(1-w)+wide*w
 
+# %% ../nbs/02_phantom.ipynb #b918c866
 def simulate(
     medium:Medium,           # what is looked at
     machine:Machine=Machine(),
@@ -236,6 +242,7 @@ class Picture:
         j = (np.arctan2(x, z+p.radius)-p.theta[0])/(p.theta[1]-p.theta[0])
         return i, j, (i >= 0)&(i <= p.samples-1)&(j >= 0)&(j <= p.lines-1)
 
+# %% ../nbs/02_phantom.ipynb #43a4421b
 def scan_convert(
     data:np.ndarray,   # samples × lines
     picture:Picture,
@@ -246,6 +253,7 @@ def scan_convert(
     i,j,inside = picture.polar
     return np.where(inside, ndi.map_coordinates(data, [i,j], order=order, mode='nearest'), 0)
 
+# %% ../nbs/02_phantom.ipynb #97f43a47
 def grey(
     db:np.ndarray,             # envelope in dB
     machine:Machine=Machine(),

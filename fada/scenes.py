@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TISSUE', 'SPINE_ANGLE', 'CHAMBERS', 'UNITS', 'PROFILE', 'SKULL', 'DEGRADED', 'MIN_AREA', 'MIN_CONTRAST', 'DRAW',
-           'WEEKS', 'FRAMES', 'Scene', 'Frame', 'frame', 'magnified', 'surroundings', 'spine_cross', 'abdomen',
-           'thorax', 'femur', 'nuchal', 'degrade', 'Phantom', 'visible', 'answers_for', 'render', 'make_phantom',
-           'phantom_jobs', 'write_phantoms']
+           'WEEKS', 'FRAMES', 'DRAWING', 'Scene', 'Frame', 'frame', 'magnified', 'surroundings', 'spine_cross',
+           'abdomen', 'thorax', 'femur', 'nuchal', 'degrade', 'Phantom', 'visible', 'answers_for', 'render',
+           'make_phantom', 'phantom_jobs', 'write_phantoms']
 
 # %% ../nbs/03_scenes.ipynb #fc6e66c0
 import hashlib, io, math
 from dataclasses import dataclass, field
 import numpy as np
-from .settings import FadaError, nearest
-from .clinical import CATEGORIES, PHANTOM_CATEGORIES, QUESTIONS, STRUCTURES, category, median_size, write_answer
+from .settings import FadaError
+from .clinical import CATEGORIES, PHANTOM_CATEGORIES, STRUCTURES, category, median_size, write_answer
 from .phantom import Machine, Medium, Picture, Probe, Shape, blob, ellipse, grey, scan_convert, simulate, tube
 
 # %% ../nbs/03_scenes.ipynb #5f56e411
@@ -36,6 +36,7 @@ class Scene:
     calipers: dict = field(default_factory=dict)  # parameter: list of end points, or an outline
     mm: dict = field(default_factory=dict)        # parameter: true size in mm
 
+# %% ../nbs/03_scenes.ipynb #0d240d34
 @dataclass(frozen=True)
 class Frame:
     "Body coordinates: unit vectors `ex`, `ez` in the picture, one unit is `scale` mm"
@@ -48,11 +49,13 @@ class Frame:
         sign = np.sign(self.ex[0]*self.ez[1]-self.ex[1]*self.ez[0])
         return ellipse(self(*at), (axes[0]*self.scale, axes[1]*self.scale), own+sign*degrees)
 
+# %% ../nbs/03_scenes.ipynb #0453a0ec
 def frame(centre, degrees, scale, mirror=False)->Frame:
     "A frame turned by `degrees` (clockwise in the picture); `mirror` flips its first axis"
     t = math.radians(degrees); ex = np.array([math.cos(t), math.sin(t)]); ez = np.array([-math.sin(t), math.cos(t)])
     return Frame(tuple(centre), -ex if mirror else ex, ez, scale)
 
+# %% ../nbs/03_scenes.ipynb #87b739c3
 def magnified(rng, centre, extent)->tuple:
     "A view in which `extent` mm around `centre` fill half to four fifths of the width"
     width = extent*rng.uniform(1.25,1.8)
@@ -65,11 +68,13 @@ def _wavy(shape, rng, mm):
     def distance(x, z): return shape(x, z) + mm*sum(np.sin(k[i]*(x*math.cos(a[i])+z*math.sin(a[i]))*2+a[i]) for i in range(3))/2
     return Shape(distance, shape.box)
 
+# %% ../nbs/03_scenes.ipynb #6c181842
 def _layer(depth, half, rng, probe):
     "A band across the beam at `depth`, following the probe's face"
     w = rng.uniform(0, 6)
     return Shape(lambda x,z: np.abs(np.hypot(x, z+probe.radius)-probe.radius+1.2*np.sin(x/15+w)-depth)-half, (-200,200,-60,depth+4))
 
+# %% ../nbs/03_scenes.ipynb #9be1f58d
 def surroundings(m, rng, thickness, cavity):
     "Paint maternal tissue of `thickness` mm and the amniotic `cavity`"
     x,z = m.probe.grid; r = np.hypot(x, z+m.probe.radius)-m.probe.radius
@@ -82,18 +87,20 @@ def surroundings(m, rng, thickness, cavity):
         lump = ellipse(((x0+x1)/2+side*(x1-x0)*.42, z0+(z1-z0)*rng.uniform(.2,.5)), ((x1-x0)*.3, (z1-z0)*.25), rng.uniform(-30,30))
         m.paint(lump.within(cavity), **TISSUE['placenta'], name='placenta', texture=(1.5,2.))
 
+# %% ../nbs/03_scenes.ipynb #75e579a6
 def spine_cross(m, f, at, size):
     "A vertebra in cross-section: three ossification centres around the canal, the body towards +v"
     m.paint(f.ellipse(at, (size*.5,size*.5)), db=-26)
     for du,dv,a,b in ((0,.6,.45,.38), (-.75,-.35,.5,.26), (.75,-.35,.5,.26)):
         m.paint(f.ellipse((at[0]+du*size, at[1]+dv*size), (a*size,b*size)), **TISSUE['bone'], name='spine', soft=.25)
 
-# %% ../nbs/03_scenes.ipynb #6c181842
+# %% ../nbs/03_scenes.ipynb #4e078202
 def _ribs(m, f, radius, start, stop):
     for side in (-1,1):
         t = np.linspace(start, stop, 9)
         m.paint(f.tube(np.stack([side*radius*np.sin(t), -radius*.95*np.cos(t)], 1), .028), **TISSUE['rib'], name='ribs', soft=.3)
 
+# %% ../nbs/03_scenes.ipynb #5026b0c4
 SPINE_ANGLE = {'down': 0, 'left': 90, 'up': 180, 'right': 270}  # turns the frame whose spine is at -v
 
 def _axial_frame(rng, centre, scale):
@@ -114,9 +121,11 @@ def abdomen(rng, weeks, size, finding, category='Abdomen')->Scene:
     m.paint(body, **TISSUE['wall'], name='abdominal wall'); m.paint(body.rim(.5), db=-1, soft=.3)
     m.paint(body.grown(-R*.09), **TISSUE['soft'], name='liver', texture=(1.5,1.5))
     level = 'right' if finding else rng.choice(['right','low','high'], p=[.6,.22,.18])
-    _ribs(m, f, .88, .6, 1.3); spine_cross(m, f, (0,-.72), .17)
+    if rng.random() < .7: _ribs(m, f, .88, .6, 1.3)
+    spine_cross(m, f, (0,-.72), .17)
     for at,rad,name in (((.17,-.43),.08,'aorta'), ((-.17,-.34),.075,'inferior vena cava')):
-        m.paint(f.ellipse(at, (rad,rad)).rim(.3), db=-6); m.paint(f.ellipse(at, (rad,rad)), **TISSUE['blood'], name=name)
+        if name == 'aorta' or rng.random() < .75:  # the vein collapses
+            m.paint(f.ellipse(at, (rad,rad)).rim(.3), db=-6); m.paint(f.ellipse(at, (rad,rad)), **TISSUE['blood'], name=name)
     if level == 'right':
         vein = f.tube([(.02,.55),(.03,.35),(-.02,.15),(-.15,.02),(-.34,-.02)], [.06,.065,.07,.065,.045])
         m.paint(vein.rim(.4), db=-5); m.paint(vein, **TISSUE['blood'], name='umbilical vein')
@@ -130,10 +139,12 @@ def abdomen(rng, weeks, size, finding, category='Abdomen')->Scene:
     scene.calipers['AC'],scene.mm['AC'] = np.stack([c[0]+R*np.cos(t), c[1]+R*np.sin(t)], 1).tolist(), ac
     return scene
 
+# %% ../nbs/03_scenes.ipynb #84df40d3
 def _stomach(m, f, rng, at=(.5,0), s=1.):
     s = s*rng.uniform(.85,1.2); q = np.array([(-.2,.18),(.05,.2),(.18,0),(.12,-.25),(-.05,-.3),(-.12,-.12)])*s + at
     m.paint(f.outline(q).rim(.5), db=-6); m.paint(f.outline(q), **TISSUE['fluid'], name='stomach bubble')
 
+# %% ../nbs/03_scenes.ipynb #8206571c
 def _small_heart(m, f):
     m.paint(f.ellipse((.05,.3), (.3,.38), 30), **TISSUE['muscle'], name='heart')
     for u in (-.06,.16): m.paint(f.ellipse((u,.3), (.075,.2), 30), **TISSUE['blood'], name='heart')
@@ -152,7 +163,8 @@ def thorax(rng, weeks, size, finding, category='Thorax')->Scene:
     body = _wavy(ellipse(c, (R*1.02,R*.98)), rng, R*.02)
     m.paint(body, **TISSUE['wall'], name='thoracic wall'); m.paint(body.rim(.5), db=-1, soft=.3)
     m.paint(body.grown(-R*.12), db=-13, name='lungs', texture=(1.5,1.2))
-    _ribs(m, f, .93, .5, 2.0); spine_cross(m, f, (0,-.72), .17)
+    if rng.random() < .7: _ribs(m, f, .93, .5, 2.0)
+    spine_cross(m, f, (0,-.72), .17)
     axis = rng.uniform(78,95) if finding else rng.uniform(32,58)
     level = 'right' if finding else rng.choice(['right','low','high'], p=[.6,.2,.2])
     if level != 'low' or rng.random() < .5:
@@ -164,6 +176,7 @@ def thorax(rng, weeks, size, finding, category='Thorax')->Scene:
     scene.mm = {'cardiac axis': axis, 'cardiothoracic ratio': width}  # degrees and a ratio, not mm: see `UNITS`
     return scene
 
+# %% ../nbs/03_scenes.ipynb #ec8c2fe3
 UNITS = {'cardiac axis': 'degrees', 'cardiothoracic ratio': ''}  # every other parameter is in mm
 
 def _heart(m, f, axis, ratio, four):
@@ -190,8 +203,9 @@ def femur(rng, weeks, size, finding, category='Femur')->Scene:
     surroundings(m, rng, skin, ellipse((0,c[1]+3), (L*1.05+10,L*.6+8), angle*.4))
     thigh = _wavy(f.tube([(-1.15,.08),(-.5,.05),(.55,0),(.95,-.02)], [.42,.33,.27,.2]), rng, L*.02)
     m.paint(thigh, **TISSUE['soft'], name='thigh', texture=(2,1.4)); m.paint(thigh.rim(.45), db=-4, soft=.3)
-    for s,name in ((-1,'proximal end'), (1,'distal end')):
-        m.paint(f.ellipse((s*.585,.01), (.1,.11)), db=-27, impedance=1.66, name=name)
+    m.paint(f.ellipse((-.61,.01), (.13,.14)), db=-27, impedance=1.66, name='proximal end')   # the femoral head lies in the pelvis
+    m.paint(f.tube([(-.78,-.2),(-.84,0),(-.78,.2)], .035), **TISSUE['rib'], name='pelvis')
+    m.paint(f.ellipse((.57,.01), (.08,.1)), db=-27, impedance=1.66, name='distal end')
     k = np.linspace(-1,1,13); t = max(1.3, L*.045)/L
     bone = f.tube(np.stack([k*(.5-1.45*t), .035*(k*k-.4)], 1), t*(1+.45*np.abs(k)**3))
     m.paint(bone, **TISSUE['bone'], name='femoral diaphysis', soft=.2)
@@ -223,18 +237,19 @@ def nuchal(rng, weeks, size, finding, category='Standard_NT')->Scene:
     m.paint(f.outline([(.1,-.8),(-.6,-.8),(-1.02,-.1),(-.85,.5),(-.4,.76),(.25,.74),(.5,.45),(.45,-.1),(.35,-.45)]), **TISSUE['brain'], name='brain', texture=(2,.9))
     m.paint(f.tube(SKULL, .042), **TISSUE['rib'], name='skull', soft=.2)
     if 'thalamus' in shown: m.paint(f.ellipse((-.2,-.02), (.36,.25), 20), db=-8, name='thalamus')
-    if 'nasal bone' in shown: m.paint(f.tube([(.24,-.86),(.42,-1.0)], .05), **TISSUE['bone'], name='nasal bone', soft=.2)
-    if 'palate' in shown: m.paint(f.tube([(.4,-.6),(.75,-.72)], .06), **TISSUE['rib'], name='palate', soft=.25)
-    if rng.random() < .6: m.paint(f.tube([(.72,-.42),(1,-.66)], .055), **TISSUE['rib'], name='mandible', soft=.25)
+    if 'nasal bone' in shown: m.paint(f.tube([(.2,-.84),(.44,-1.02)], .065), **TISSUE['bone'], name='nasal bone', soft=.2)
+    if 'palate' in shown: m.paint(f.tube([(.38,-.55),(.76,-.68)], .07), **TISSUE['rib'], name='palate', soft=.25)
+    if rng.random() < .6: m.paint(f.tube([(.66,-.3),(1.02,-.62)], .07), **TISSUE['rib'], name='mandible', soft=.25)
     for k,u in enumerate(np.linspace(1, 4, 20)): m.paint(f.ellipse((u,.46+.06*math.sin(u)), (.045,.075)), **TISSUE['rib'], name='spine', soft=.2)
     if rng.random() < .6:
-        for r in ((.34,.28),(.16,.12)): m.paint(f.ellipse((2.05,-.25), r, 20), db=-22 if r[0] > .2 else -50, name='heart')
+        for r in ((.42,.36),(.2,.16)): m.paint(f.ellipse((1.9,-.22), r, 20), db=-24 if r[0] > .3 else -50, name='heart')
     view = magnified(rng, f(.7,0), 2.9*S)
     scene = Scene(category, m, dict(axis='sagittal', head=head, face=face), weeks, view, {'increased nuchal translucency'} if finding else set())
-    if 'nuchal translucency' in shown: _nuchal_fluid(scene, f, (rng.uniform(4.2,6.) if finding else rng.uniform(1.1,2.2)))
+    if 'nuchal translucency' in shown: _nuchal_fluid(scene, f, (rng.uniform(4.2,6.) if finding else rng.uniform(1.3,2.4)))
     else: scene.truth.clear()
     return scene
 
+# %% ../nbs/03_scenes.ipynb #c6226186
 def _nuchal_fluid(scene, f, mm):
     "A fluid lens `mm` thick under the skin of the neck, with its caliper"
     u = np.linspace(.35, 2.15, 24); back = np.interp(u, [.2,.7,1.2,1.6,2.2], [1.05,.93,.84,.86,.95])
@@ -282,6 +297,7 @@ class Phantom:
         "Where structure `name` is in the picture: size × size, bool"
         return self.labels == self.names.index(name)+1 if name in self.names else np.zeros(self.labels.shape, bool)
 
+# %% ../nbs/03_scenes.ipynb #74364f7a
 MIN_AREA,MIN_CONTRAST = 14,9.  # pixels of a 224-pixel picture, grey levels
 
 def visible(
@@ -302,7 +318,7 @@ def visible(
         if name in ('liver','lungs') or (ring.any() and abs(im[m].mean()-im[ring].mean()) >= MIN_CONTRAST): seen.append(name)
     return seen
 
-# %% ../nbs/03_scenes.ipynb #74364f7a
+# %% ../nbs/03_scenes.ipynb #dced6dc1
 def answers_for(
     scene:Scene,
     seen,          # visible structures
@@ -321,10 +337,11 @@ def answers_for(
             4: dict(parameters=sorted(biometry)), 5: dict(weeks=None), 6: quality,
             7: dict(normal=not findings, findings=findings), 8: {'class': act}}
 
+# %% ../nbs/03_scenes.ipynb #d0e3fb04
 DRAW = {'Abdomen': abdomen, 'Thorax': thorax, 'Femur': femur, 'Standard_NT': nuchal, 'Non_standard_NT': nuchal}
 WEEKS = {'nuchal': (11.2, 13.6), 'other': (18., 32.)}
 
-# %% ../nbs/03_scenes.ipynb #dced6dc1
+# %% ../nbs/03_scenes.ipynb #75b5d7fe
 def render(
     scene:Scene, machine:Machine, quality:dict,
     size:int=224,        # pixels a side
@@ -339,6 +356,7 @@ def render(
     return Phantom(scene.category, image, labels, names, pic.mm_per_px, calipers, dict(scene.mm), round(scene.weeks*7),
                    answers_for(scene, seen, quality), quality)
 
+# %% ../nbs/03_scenes.ipynb #e6f8f02c
 def make_phantom(
     category_name:str,      # one of PHANTOM_CATEGORIES
     seed:tuple,             # (seed, patient number, frame number)
@@ -363,6 +381,7 @@ def make_phantom(
 
 # %% ../nbs/03_scenes.ipynb #70cec2ed
 FRAMES = 2  # pictures of one plane per fetus
+DRAWING = 1 # raised whenever the same seed draws another picture, so that old and new never mix in a folder
 
 def phantom_jobs(
     n:int,           # images in all, spread evenly over the categories
@@ -381,14 +400,15 @@ def phantom_jobs(
         jobs.append(dict(category=c, number=k, frame=fr, patient=f'P{who}'))
     return jobs
 
+# %% ../nbs/03_scenes.ipynb #dafb2118
 def _ignore_interrupt():
     "Workers leave Ctrl-C to the process that started them: one sentence instead of a traceback from each"
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+# %% ../nbs/03_scenes.ipynb #3239221a
 def _write_one(job):
     "Make and write one phantom unless its sidecar is there; returns 1 where it was made"
-    import json
     from pathlib import Path
     from PIL import Image
     from fada.settings import write_atomic, write_json
@@ -402,7 +422,7 @@ def _write_one(job):
                           ga_days=ph.ga_days, ga_source='dates', calipers=ph.calipers, mm=ph.mm, units=UNITS, answers=ph.answers, text=ph.text()))
     return 1
 
-# %% ../nbs/03_scenes.ipynb #dafb2118
+# %% ../nbs/03_scenes.ipynb #1345945c
 def write_phantoms(
     out,                    # folder to fill
     n:int=1500,
@@ -415,10 +435,9 @@ def write_phantoms(
     "Write a set of phantoms to `out`; goes on where an earlier call with the same arguments stopped"
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    from pathlib import Path
     from fada.settings import progress, read_json, writable_folder, write_json
     jobs = phantom_jobs(n, categories, seed)
-    spec = dict(kind='fada phantoms', n=n, categories=[category(c).name for c in categories], seed=seed, findings=findings, size=size)
+    spec = dict(kind='fada phantoms', drawing=DRAWING, n=n, categories=[category(c).name for c in categories], seed=seed, findings=findings, size=size)
     out = writable_folder(out); described = out/'phantoms.json'
     if described.exists() and read_json(described) != spec:
         raise FadaError('the folder holds another set of phantoms', str(described), f'{spec}', 'choose another folder, or delete this one')

@@ -143,6 +143,7 @@ def digest(
     "sha256 of `obj` in canonical JSON (sorted keys, no spaces)"
     return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(',',':'), ensure_ascii=True, default=str).encode()).hexdigest()
 
+# %% ../nbs/00_settings.ipynb #a0c48af8
 def sha256_file(
     path,       # file to hash
 )->str:         # 64 hexadecimal digits
@@ -163,10 +164,12 @@ def write_atomic(
     os.replace(tmp, path)
     return path
 
+# %% ../nbs/00_settings.ipynb #79ea1ef5
 def write_json(path, obj)->Path:
     "Write `obj` as readable JSON to `path`, atomically"
     return write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + '\n')
 
+# %% ../nbs/00_settings.ipynb #f6aac800
 def read_json(path):
     "Read JSON from `path`; a broken file raises `FadaError` that names it"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -210,6 +213,7 @@ def seed_all(
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
     return np.random.default_rng(seed)
 
+# %% ../nbs/00_settings.ipynb #7f3338f0
 def use_threads(
     n:int=None,  # threads for torch; None: FADA_THREADS or all cores
 )->int:
@@ -219,11 +223,12 @@ def use_threads(
     torch.set_num_threads(n)
     return n
 
-# %% ../nbs/00_settings.ipynb #7f3338f0
+# %% ../nbs/00_settings.ipynb #adba26c0
 def now()->str:
     "This moment in UTC, to the second"
     return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
+# %% ../nbs/00_settings.ipynb #0a55f685
 def environment()->dict:
     "Versions and machine, for the provenance of an answer or a run"
     from importlib.metadata import version, PackageNotFoundError

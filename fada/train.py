@@ -16,7 +16,7 @@ from .settings import FadaError, digest, environment, now, progress, read_json, 
 from .clinical import STRUCTURES
 from .data import load_table, read_image, subset, table_digest
 from .models import NanoRecipe, build_nano, model_spec, nano_processor, nano_tokenizer, recipe_digest, save_model
-from .vlm import PROMPT_VERSION, build_prompt, generate, load, project
+from .vlm import PROMPT_VERSION, build_prompt, generate, project
 from .memory import peak_bytes
 from .metrics import score_table
 
@@ -38,6 +38,7 @@ def collate(
         ids[i,:n],mask[i,:n],labels[i,len(p):n] = torch.tensor(p+a),1,torch.tensor(a)
     return ids, mask, labels
 
+# %% ../nbs/09_train.ipynb #19204ebf
 def show_mask(tokenizer, prompt, answer)->str:
     "One row in words: what carries loss stands in brackets"
     ids,_,labels = collate(tokenizer, [prompt], [answer])
@@ -58,6 +59,7 @@ def answer_loss(
     carries = labels[:,1:] != IGNORE
     return F.cross_entropy(core.language_model.get_output_embeddings()(hidden[:,:-1][carries]).float(), labels[:,1:][carries])
 
+# %% ../nbs/09_train.ipynb #909ce586
 def optimiser(parameters, lr, total, warmup, weight_decay, betas):
     "AdamW with warm-up and cosine down to a twentieth"
     import torch
@@ -65,6 +67,7 @@ def optimiser(parameters, lr, total, warmup, weight_decay, betas):
     shape = lambda s: min(1,(s+1)/warmup)*(.95*.5*(1+math.cos(math.pi*min(1,s/total)))+.05)
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, shape)
 
+# %% ../nbs/09_train.ipynb #e305f09c
 def _step(loss, parameters, opt, schedule, clip):
     import torch
     if not torch.isfinite(loss): raise FadaError('the loss is not finite', 'training', 'a number', 'lower the learning rate or use fp32')
@@ -81,6 +84,7 @@ def load_pixels(folder, images, processor):
         rows.append(processor.image_processor(read_image(Path(folder)/p), return_tensors='np')['pixel_values'][0,0].astype(np.float16))
     return np.stack(rows)
 
+# %% ../nbs/09_train.ipynb #0d044775
 def vision_features(model, pixels, batch=64):
     "Output of the vision tower for grey `pixels` (n × side × side): n × patches × width"
     import torch
@@ -112,23 +116,26 @@ def vision_targets(
             if name in names: patches[i,:,names.index(name)] = torch.from_numpy(((cut == k).mean((1,3)) > .03).reshape(-1).astype(np.float32))
     return classes, sizes, seen, patches
 
+# %% ../nbs/09_train.ipynb #93865455
 def _shifted(x, rng, most):
     "The batch moved by a few pixels: the one augmentation that keeps every answer true and costs nothing"
     import torch
     dx,dy = (int(v) for v in rng.integers(-most, most+1, 2))
     return torch.roll(x, (dy,dx), (2,3))
 
-# %% ../nbs/09_train.ipynb #93865455
+# %% ../nbs/09_train.ipynb #fb00f57c
 def rarity(table, images, weight:float)->np.ndarray:
     "Drawing probability per image: abnormal ones count `weight` times, so that normality is not learned as a constant"
     abnormal = set(table[(table.question_id == 7) & table.structured.map(parse_flag)].image)
     w = np.array([weight if i in abnormal else 1. for i in images])
     return w/w.sum()
 
+# %% ../nbs/09_train.ipynb #d4d2bf62
 def parse_flag(structured)->bool:
     "Whether a structured answer to question 7 says abnormal"
     return isinstance(structured, str) and json.loads(structured).get('normal') is False
 
+# %% ../nbs/09_train.ipynb #f5eb5863
 def train_vision(model, pixels, targets, recipe:NanoRecipe, p=None):
     "Stage 1: teach the vision tower with heads that are thrown away; returns the list of losses"
     import torch
@@ -174,11 +181,13 @@ def train_answers(
     core.eval()
     return losses
 
+# %% ../nbs/09_train.ipynb #f370bc44
 def _project(core, patches):
     "Q-Former and projection with gradients"
     q = core.qformer(query_embeds=core.query_tokens.expand(len(patches),-1,-1), encoder_hidden_states=patches).last_hidden_state
     return core.language_projection(q)
 
+# %% ../nbs/09_train.ipynb #74feefcc
 def question_rows(table, images, spec)->list:
     "Per image of `images` its (prompt, answer) pairs"
     by = {k: g for k,g in table.groupby('image')}
@@ -212,6 +221,7 @@ def train_base(
     save_model(model, processor, out, about); saw.unlink()
     return read_json(out/'fada.json')
 
+# %% ../nbs/09_train.ipynb #0b564183
 def _thin(losses, n=60):
     "At most `n` (step, mean loss) points of a loss curve"
     if not losses: return []
@@ -231,6 +241,7 @@ def add_lora(vlm, rank:int, target:str='qformer+language'):
     if set(parts) - {'qformer','language_model'}: raise FadaError(f'LoRA landed in {sorted(parts)}', '', 'Q-Former and language model only', 'correct the registry row')
     return parts
 
+# %% ../nbs/09_train.ipynb #1d91aa7f
 def validation_score(vlm, features, table, images)->float:
     "Mean main score of generated answers on the rows of `images`, given their vision features"
     import torch

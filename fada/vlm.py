@@ -37,6 +37,7 @@ class Request:
     questions: list            # texts, question numbers or keys
     id: object = None          # handed back with every answer
 
+# %% ../nbs/07_vlm.ipynb #375270df
 @dataclass
 class Answer:
     "The answer to one question, or the error that stands in its place"
@@ -71,6 +72,7 @@ class VLM:
                     processor=digest({k: v for k,v in self.processor.image_processor.to_dict().items()}), processor_backend='pil',
                     generation=dict(max_new_tokens=self.max_new_tokens, do_sample=False))
 
+# %% ../nbs/07_vlm.ipynb #e5438bb7
 def load(
     name:str=None,        # registry name; None: from settings.ini
     adapter=None,         # folder of an adapter bundle
@@ -115,17 +117,20 @@ def _as_rgb(image):
     if min(w,h) < 8 or max(w,h) > 20*min(w,h): raise FadaError(f'an image of {w} × {h} pixels', '', 'at least 8 pixels a side, and no side 20 times the other', '')
     return image.convert('RGB')
 
+# %% ../nbs/07_vlm.ipynb #57120efa
 def image_hash(image)->str|None:
     "The hash under which an image's features are kept: sha256 of its RGB pixels; None for no image"
     if image is None: return None
     a = np.ascontiguousarray(np.asarray(_as_rgb(image)))
     return hashlib.sha256(f'{a.shape}{a.dtype}'.encode()+a.tobytes()).hexdigest()
 
+# %% ../nbs/07_vlm.ipynb #babd6371
 def pixel_values(vlm, images):
     "Images through the processor: n × 3 × side × side, on the model's device"
     px = vlm.processor.image_processor([_as_rgb(i) for i in images], return_tensors='pt')['pixel_values']
     return px.to(vlm.core.device, vlm.core.vision_model.embeddings.class_embedding.dtype)
 
+# %% ../nbs/07_vlm.ipynb #39f6bf9e
 def project(vlm, patches):
     "Vision features (n × patches × width) through Q-Former and projection: n × queries × language width"
     import torch
@@ -134,6 +139,7 @@ def project(vlm, patches):
                      encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)).last_hidden_state
     return core.language_projection(q.to(core.language_projection.weight.dtype) if core.language_projection.weight.is_floating_point() else q)
 
+# %% ../nbs/07_vlm.ipynb #38c32d4c
 def encode(vlm, images):
     "Prompt features of `images` (None gives zeros), n × queries × language width, each image computed once"
     import torch
@@ -182,6 +188,7 @@ def _prepare(vlm, request):
     if not texts: raise FadaError('no question', '', 'at least one', '')
     return texts
 
+# %% ../nbs/07_vlm.ipynb #82126b9e
 @patch
 def answer(
     self:VLM,
@@ -195,6 +202,7 @@ def answer(
         if len(batch) == batch_images: yield from _answer_batch(self, batch); batch = []
     if batch: yield from _answer_batch(self, batch)
 
+# %% ../nbs/07_vlm.ipynb #78f10d63
 def _answer_batch(vlm, batch):
     "Answers of a few requests; a request that fails does not fail its neighbours"
     start,ready,done = time.perf_counter(),[],{}
@@ -227,6 +235,7 @@ def ask(self:VLM, image, questions=tuple(QUESTIONS)):
     answers = list(self.answer([Request(image, [questions] if one else list(questions))]))
     return answers[0] if one else answers
 
+# %% ../nbs/07_vlm.ipynb #05285c7f
 def reference_answers(vlm, image, questions)->list:
     "The plain loop that the engine is measured against: one processor call and one `generate` per question"
     import torch

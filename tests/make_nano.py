@@ -6,7 +6,6 @@ ASSET = Path(__file__).resolve().parents[1]/'fada'/'assets'/'blip2-nano'
 
 def probe():
     "A few phantoms of the recipe's data as answers and coarse grey levels: what tells whether the drawing code has changed"
-    import numpy as np
     from fada.clinical import PHANTOM_CATEGORIES
     from fada.models import NanoRecipe
     from fada.scenes import make_phantom

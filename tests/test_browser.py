@@ -1,6 +1,6 @@
 "JupyterLab and the report in a real Chromium, as a person would use them. Screenshots go to outputs/screenshots."
-import json, os, shutil, socket, subprocess, sys, time, urllib.request
-from pathlib import Path
+import os, shutil, socket, subprocess, sys, time, urllib.request
+
 import pytest
 
 pytestmark = pytest.mark.browser

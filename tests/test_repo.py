@@ -1,5 +1,5 @@
 "Rules of the repository: notebooks and modules agree, notebooks are clean, the package stays light, its model fits its recipe."
-import ast, json, os, re, shutil, subprocess, sys, time
+import ast, json, re, shutil, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import nbformat
