@@ -20,8 +20,10 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## set up .venv only
 
+# options of the demonstration, as in: make demo DEMO=--small
+DEMO ?=
 demo: $(READY)   ## the whole job on phantoms, from data to outputs/demo/report.html
-	@$(BIN)/fada demo
+	@$(BIN)/fada demo $(DEMO)
 
 test: $(READY)   ## the tests, under 12 minutes on 2 cores
 	@$(BIN)/python -m pytest -m "not slow and not browser and not fault"

@@ -77,8 +77,15 @@ class AskPanel:
         self.answers.value = ''; self.say(state)
     def change(self):
         "Answer with another model from now on"
-        self.say('loading …'); self.vlm = self.base if self.which.value == 'base' else self.switch[self.which.value](); self.answers.value = ''; self.say(f'{self.which.value}: ready')
-    def say(self, text): self.state.value = f'<i>{html.escape(text)}</i>'
+        self.say('loading …'); self.answers.value = ''
+        try: self.vlm = self.base if self.which.value == 'base' else self.switch[self.which.value]()
+        except FadaError as e:  # the answers to come must not carry the name of a model that is not there
+            said = f'{self.which.value} cannot be used: {e}'; self.vlm,self.which.value = self.base,'base'
+            return self.say(said)
+        self.say(f'{self.which.value}: ready')
+    def say(self, text):
+        "Show the state in words"
+        self.state.value = f'<i>{html.escape(text)}</i>'
 
 # %% ../nbs/15_ask.ipynb #5c6bbef8
 @patch
@@ -105,8 +112,11 @@ def run(self:AskPanel, questions):
         sure = '' if a.confidence is None else f'{a.confidence:.2f}'
         rows.append(f'<tr><td>{html.escape(a.question)}</td><td>{said}</td><td>{sure}</td><td>{html.escape(ref)}</td></tr>')
     self.answers.value = '<table><tr><th>question</th><th>answer</th><th>confidence</th><th>reference, where known</th></tr>'+''.join(rows)+'</table>'
-    if self.attention and answers and not answers[-1].error and answers[-1].text: self.draw_map(answers[-1])
-    self.say('done' if not any(a.error for a in answers) else 'failed: see below')
+    said = 'done' if not any(a.error for a in answers) else 'failed: see below'
+    if self.attention and not answers[-1].error and answers[-1].text:
+        try: self.draw_map(answers[-1])
+        except FadaError as e: said = f'no map: {e}'
+    self.say(said)
 
 # %% ../nbs/15_ask.ipynb #c6ef9602
 @patch

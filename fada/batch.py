@@ -46,6 +46,7 @@ class Job:
     inputs: list = field(default_factory=list)  # files and values that decide the result besides
     outputs: list = field(default_factory=list) # files that must be there for the job to count as done
     def digest(self):
+        "What decides the result: notebook, parameters, inputs"
         return digest([sha256_file(self.notebook), self.parameters, [sha256_file(i) if isinstance(i, Path) and i.is_file() else str(i) for i in self.inputs]])
     def done(self):
         "Whether the folder holds the result of exactly this job"
@@ -74,10 +75,13 @@ def _claim(folder:Path)->int:
     """Lock a job's folder; waits while another run holds it. The notebook's process inherits the lock, so that it is held as long
     as anything writes there, even where the run that started it was killed."""
     fd = os.open(folder/'.lock', os.O_RDWR|os.O_CREAT)
-    if os.name == 'posix':
-        import fcntl
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    return fd
+    if os.name != 'posix': return fd  # Windows ends a job's processes with the run that started them
+    import fcntl
+    for waited in range(10**9):
+        try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB); return fd
+        except BlockingIOError:
+            if not waited: print(f'{folder.name}: waiting for another run that still writes there', file=sys.stderr, flush=True)
+            if _stop.wait(.5): os.close(fd); raise FadaError('stopped while waiting', str(folder), '', 'run again') from None
 
 # %% ../nbs/13_batch.ipynb #e76dd8b9
 def run_job(job:Job, threads:int=1)->Result:
@@ -94,6 +98,7 @@ def run_job(job:Job, threads:int=1)->Result:
     with open(log, 'wb') as out:
         p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, **({'pass_fds': [lock]} if os.name == 'posix' else {}))
         _running.add(p)
+        if _stop.is_set(): stop_running()  # stopped between the claim and the start
         try: code = p.wait()
         finally: _running.discard(p); os.close(lock)
     seconds = time.perf_counter()-start
@@ -142,10 +147,10 @@ DECIDING = ('clinical','phantom','scenes','data','models','vlm','metrics','train
 SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)  # enough to run every step, too little to learn
 DEMO_CATEGORIES = ('Abdomen','Femur','Thorax','Standard_NT','Non_standard_NT')
 
-def code_digest()->str:
+def code_digest(modules=DECIDING)->str:
     "Digest of the modules whose code decides a result, so that an update makes old results stale"
     here = Path(__file__).parent if '__file__' in globals() else Path('../fada')
-    return digest([sha256_file(here/f'{m}.py') for m in DECIDING])
+    return digest([sha256_file(here/f'{m}.py') for m in modules])
 
 # %% ../nbs/13_batch.ipynb #94a4e220
 def demo_stages(
@@ -163,18 +168,19 @@ def demo_stages(
     common = dict(model='blip2-nano', weights=str(base), seed=seed); read = [table, base/'model.safetensors']
     yield 'LoRA per category', [job(f'lora-{c}', 'train', dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32', **short('steps','images')), read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES]
     few = dict(images=40, control_images=40) if small else dict(control_images=phantoms)  # all test images: intervals per category need them
-    evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False), *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), False) for c in DEMO_CATEGORIES)]
+    evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False), *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), True) for c in DEMO_CATEGORIES)]
     yield 'evaluation with controls', [job(name, 'evaluate', dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few), [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])], [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
-    yield 'report', [job('compare', 'compare', dict(run=str(out), title='FADA demonstration'), [table, *sorted(out.glob('evaluate-*/metrics.json'))], [out/'report.html'])]
+    yield 'report', [job('compare', 'compare', dict(run=str(out), title='FADA demonstration'), [table, code_digest(('attention','compare')), *sorted(out.glob('evaluate-*/metrics.json'))], [out/'report.html'])]
 
 # %% ../nbs/13_batch.ipynb #0b735f56
 def run_demo(
-    out='outputs/demo', data='data/phantoms', small:bool=False, seed:int=0, workers:int=2, phantoms:int=1500,
+    out=None, data=None,          # folders; None: outputs/demo and data/phantoms, or outputs/demo-small and data/demo-small
+    small:bool=False, seed:int=0, workers:int=2, phantoms:int=1500,
     say=lambda line: print(line, file=sys.stderr, flush=True),
 )->dict:             # report, seconds per stage, jobs, lines
     "Run the demonstration from phantoms to report; a second call does only what is missing"
     from fada.settings import SYNTHETIC, NOTICE
-    out = writable_folder(out); start = time.perf_counter(); seconds,states = {},{}
+    out = writable_folder(out or ('outputs/demo-small' if small else 'outputs/demo')); data = data or ('data/demo-small' if small else 'data/phantoms'); start = time.perf_counter(); seconds,states = {},{}
     say(f'FADA demonstration: makes {SMALL["phantoms"] if small else phantoms} phantoms, trains a 1.4-million-parameter BLIP-2 from scratch, fine-tunes it on five categories,')
     say(f'answers the test questions with controls and writes {out/"report.html"}. ' + ('About 3 minutes' if small else 'About 10 minutes') + f' on 2 CPU cores; what is done is reused. {SYNTHETIC} {NOTICE}')
     for title,jobs in demo_stages(out, data, small, seed, phantoms):

@@ -39,9 +39,11 @@ def _settings(quiet, **given):
 # %% ../nbs/16_cli.ipynb #ff2c84ac
 def main():
     "Entry point of `fada`: errors as one sentence on standard error"
-    try: app(standalone_mode=True)
+    try: app()
     except FadaError as e: print(f'error: {e}', file=sys.stderr); sys.exit(1)
-    except KeyboardInterrupt: print('stopped; what is done is kept, the same command goes on', file=sys.stderr); sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130: print('stopped; what is done is kept, the same command goes on', file=sys.stderr)  # typer's code for Ctrl-C
+        raise
     except BrokenPipeError: sys.exit(1)
 
 # %% ../nbs/16_cli.ipynb #30763a7d
@@ -53,7 +55,7 @@ def _root(version:Annotated[bool, typer.Option('--version', help='Print the vers
 
 # %% ../nbs/16_cli.ipynb #60caa3e5
 @app.command()
-def demo(out:Annotated[str, typer.Option(help='Folder of the run.')]='outputs/demo', data:Annotated[str, typer.Option(help='Folder of the phantoms.')]='data/phantoms',
+def demo(out:Annotated[Optional[str], typer.Option(help='Folder of the run. Default: outputs/demo.')]=None, data:Annotated[Optional[str], typer.Option(help='Folder of the phantoms. Default: data/phantoms.')]=None,
          small:Annotated[bool, typer.Option('--small', help='Every step on little data: a check, not a result.')]=False, seed:Seed=None, json:Json=False, quiet:Quiet=False):
     "The whole job on phantoms, from data to report.\n\nExample: fada demo"
     from fada.batch import run_demo
@@ -93,20 +95,10 @@ def train(data:Data=None, categories:Categories=None, model:Model=None, weights:
           task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch.')]='lora', output:Annotated[Optional[str], typer.Option(help='Folder of the result.')]=None,
           rank:int=8, lr:float=2e-3, steps:int=120, batch:int=16, seed:Seed=None, json:Json=False, quiet:Quiet=False):
     "Fine-tune a model by LoRA, or train the embedded base from scratch.\n\nExample: fada train --categories Femur --output outputs/femur"
-    if task not in ('lora','base'): raise FadaError(f'--task {task}', '', 'lora or base', '')
-    for k,v in dict(rank=rank, lr=lr, steps=steps, batch=batch).items():
-        if v <= 0: raise FadaError(f'--{k} {v}', '', 'a number above 0', '')
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device, seed=seed)
-    from dataclasses import replace
-    from fada.data import load_table
-    from fada.models import NanoRecipe, model_spec
-    from fada.train import finetune, train_base
+    from fada.train import train_job
     out = Path(output) if output else s.output/'run'/('base' if task == 'base' else 'lora-'+'-'.join(s.categories))
-    model_spec(s.model); load_table(s.data, s.categories)  # what is wrong is said before the model is loaded
-    if task == 'base': about = train_base(s.data, out/'model', replace(NanoRecipe(), seed=s.seed))
-    else:
-        from fada.vlm import load
-        about = finetune(load(s.model, weights=weights, precision=s.precision, device=s.device), s.data, s.categories, out/'adapter', rank, lr, steps, batch, s.seed)
+    about = train_job(s, out, task, weights, **({} if task == 'base' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))
     _show(about, json, f"{task} trained on {about['images']} images in {about['seconds']:.0f} s: {out}")
 
 # %% ../nbs/16_cli.ipynb #d7e8d8c0
@@ -116,19 +108,10 @@ def evaluate(data:Data=None, categories:Categories=None, model:Model=None, weigh
              control_images:Annotated[int, typer.Option(help="Images of the controls' sample.")]=100, controls:bool=True, out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None, seed:Seed=None, json:Json=False, quiet:Quiet=False):
     "Answer the test questions, log, score, and set the controls beside.\n\nExample: fada evaluate --categories Femur --out outputs/run/evaluate-femur"
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device, seed=seed)
-    from fada.data import load_table
-    from fada.evaluate import evaluate as work
-    from fada.memory import measured
-    from fada.models import model_spec, weights_bytes
-    from fada.settings import write_json
-    from fada.vlm import load
-    model_spec(s.model); load_table(s.data, s.categories, split)
+    from fada.evaluate import evaluate_job
     folder = Path(out) if out else s.output/'run'/f"evaluate-{s.model}-{s.precision}-{'-'.join(s.categories)}"
-    with measured() as loading: vlm = load(s.model, adapter, weights, s.precision, s.device)
-    m = work(vlm, s.data, folder, s.categories, split, images, control_images, controls, s.seed)
-    write_json(folder/'config.json', dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''), precision=s.precision, categories=list(s.categories), seed=s.seed, data=str(s.data),
-               load_seconds=loading['seconds'], load_grown_bytes=loading['grown_bytes'], weights_bytes=weights_bytes(vlm.core)))
-    score = lambda x: '–' if x['mean'] is None else f"{x['mean']:.2f} [{x['low']:.2f}, {x['high']:.2f}]"
+    m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images, controls=controls)
+    from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  " + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None) for q,v in m['questions'].items()]
     _show(m, json, '\n'.join([*lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}" for n in m['notes']), str(folder)]))
 
@@ -138,7 +121,7 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
     "Set the jobs of a run side by side and write its report.\n\nExample: fada compare outputs/demo"
     s = _settings(quiet, data=data)
     from fada.compare import collect, gains, headline, quality_table, resource_table, systems, write_report
-    jobs = collect(run); report = write_report(run, s.data, title)
+    jobs = collect(run); report = write_report(run, s.data if data else None, title)
     _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'), gains=gains(jobs).to_dict('records') if len(systems(jobs)) > 1 else [],
                resources=resource_table(jobs).to_dict('records')), json, '\n'.join([*headline(jobs), f'Report: {report}']))
 
@@ -153,7 +136,7 @@ def ask(image:Annotated[str, typer.Argument(help='PNG, JPEG, TIFF or DICOM.')], 
     model_spec(s.model); picture = read_image(image)
     from fada.vlm import load
     answers = load(s.model, adapter, weights, s.precision, s.device).ask(picture, list(question) if question else list(range(1,9)))
-    _show([dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error) for a in answers], json, '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
+    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error) for a in answers], notice=NOTICE), json, '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
     if all(a.error for a in answers): raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #b93258b7

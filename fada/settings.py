@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SETTINGS', 'NOTICE', 'SYNTHETIC', 'FadaError', 'nearest', 'Settings', 'find_settings', 'load_settings',
-           'digest', 'sha256_file', 'write_atomic', 'write_json', 'read_json', 'writable_folder', 'progress',
-           'seed_all', 'use_threads', 'now', 'environment']
+           'digest', 'sha256_file', 'pixels_sha256', 'write_atomic', 'write_json', 'read_json', 'writable_folder',
+           'progress', 'seed_all', 'use_threads', 'now', 'environment']
 
 # %% ../nbs/00_settings.ipynb #d2f072e8
 import configparser, difflib, hashlib, json, os, platform, random, sys, tempfile
@@ -149,6 +149,15 @@ def sha256_file(
 )->str:         # 64 hexadecimal digits
     "sha256 of a file's bytes, read in pieces"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_settings.ipynb #126e05da
+def pixels_sha256(
+    image,      # PIL image or array, rows × columns [× 3], uint8
+)->str:         # 64 hexadecimal digits
+    "sha256 of the decoded pixels, with their shape"
+    import numpy as np
+    a = np.ascontiguousarray(np.asarray(image))
+    return hashlib.sha256(f'{a.shape}{a.dtype}'.encode() + a.tobytes()).hexdigest()
 
 # %% ../nbs/00_settings.ipynb #aa09729d
 def write_atomic(
