@@ -186,7 +186,7 @@ def save_model(
 # %% ../nbs/05_models.ipynb #3dddef24
 def weights_digest(folder)->str:
     "Digest of all safetensors of a folder"
-    files = sorted(Path(folder).glob('*.safetensors'))
+    files = sorted(p for p in Path(folder).glob('*.safetensors') if not p.name.startswith('.'))
     if not files: raise FadaError('no weights', str(folder), 'safetensors files (pickle is never loaded)', '')
     return digest({f.name: sha256_file(f) for f in files})
 

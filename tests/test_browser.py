@@ -43,7 +43,7 @@ def _open(browser, lab, notebook):
     page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
     page.wait_for_selector('.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     page.get_by_role('menuitem', name='Run', exact=True).click(); page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-    page.wait_for_selector('button:has-text("All eight questions")', timeout=90_000)
+    page.wait_for_selector('button:has-text("All eight questions")', timeout=240_000)
     return page
 
 def test_ask_in_jupyterlab(browser, lab, shots):
@@ -66,7 +66,7 @@ def test_attention_in_jupyterlab(browser, lab, shots):
     page = _open(browser, lab, 'attention.ipynb')
     page.fill('input[placeholder^="a question"]', 'What is the fetal orientation?'); page.keyboard.press('Tab')
     page.click('button:has-text("Ask")')
-    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea img')].some(i => i.naturalWidth > 400)", timeout=90_000)
+    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea img')].some(i => i.naturalWidth > 400)", timeout=240_000)
     page.screenshot(path=shots/'attention.png')
     page.close()
 
