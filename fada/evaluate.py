@@ -240,9 +240,11 @@ def evaluate_job(
     weights=None, adapter=None, **options,  # options: split, images, control_images, controls
 )->dict:
     "Evaluate by the settings and describe the job; `FadaError` before any model is loaded where the data do not fit"
+    import logging
+    model_spec(s.model); load_table(s.data, s.categories, options.get('split', 'test')); out = writable_folder(out)
+    logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)  # its remark on an optional CPU kernel is not the user's business
     import bitsandbytes, peft
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
-    model_spec(s.model); load_table(s.data, s.categories, options.get('split', 'test')); out = writable_folder(out)
     with measured() as loading: vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
     metrics = evaluate(vlm, s.data, out, s.categories, seed=s.seed, **options)
     write_json(out/'config.json', dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''), precision=s.precision, categories=list(s.categories), seed=s.seed,

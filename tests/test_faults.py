@@ -33,7 +33,7 @@ def test_interrupted_phantoms_go_on_with_the_same_bytes(tmp_path, how):
 
 def test_killed_evaluation_asks_only_what_is_missing(tmp_path, small_data):
     out = tmp_path/'job'; log = out/'answers.jsonl'
-    command = [*FADA, 'evaluate', '--model', 'blip2-nano', '--data', str(small_data), '--out', str(out), '--control-images', '12', '--json', '--quiet']
+    command = [*FADA, 'evaluate', '--model', 'blip2-nano', '--data', str(small_data), '--out', str(out), '--categories', 'all', '--control-images', '12', '--json', '--quiet']
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     _wait(lambda: log.exists() and log.stat().st_size > 1000)
     os.killpg(p.pid, signal.SIGKILL); p.wait()
