@@ -9,12 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# pip first: 23.0 (Debian's) never finishes choosing between builds of torch; then torch by exact version
+# torch first and by exact version, so that pip never looks for another build of it
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))" || { echo "error: $$($(PYTHON) --version) cannot be used; expected Python 3.11 to 3.13; run: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Setting up $(VENV): JupyterLab, torch, transformers and what they need, about 2 GB (once, 2 to 5 minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet pip==26.1
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $(READY)
