@@ -77,3 +77,16 @@ def test_safe_loading():
     for p in (ROOT/'fada').glob('*.py'):
         text = p.read_text()
         assert not re.search(r'torch\.load\(|import pickle|pickle\.load|trust_remote_code=True|allow_pickle=True', text), p.name
+
+def test_constraints_fit_every_supported_python():
+    "Each pinned release that is installed here admits 3.11.0 to 3.13: pip never finishes resolving where one does not"
+    import importlib.metadata as im
+    from packaging.specifiers import SpecifierSet
+    pins = dict(l.split('==') for l in (ROOT/'constraints.txt').read_text().split() if '==' in l); checked = 0
+    for name, version in pins.items():
+        try: about = im.metadata(name)
+        except im.PackageNotFoundError: continue   # for another operating system
+        if about['Version'].split('+')[0] != version: continue
+        needs = SpecifierSet(about.get('Requires-Python') or ''); checked += 1
+        assert all(v in needs for v in ('3.11.0', '3.12.0', '3.13.0')), f'{name}=={version} needs Python {needs}'
+    assert checked > len(pins)*.9
