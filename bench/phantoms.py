@@ -20,24 +20,42 @@ def stages(n):
     "Seconds a picture by stage, drawn, imaged and converted separately"
     t = dict(scene=0., echo=0., picture=0., answers=0.)
     for i in range(n):
-        c = DEMO_CATEGORIES[i % len(DEMO_CATEGORIES)]; rng = np.random.default_rng([1, i]); week = 12.5 if 'NT' in c else 24.
-        a = time.perf_counter(); s = DRAW[c](rng, week, 1., False, c); b = time.perf_counter(); db = simulate(s.medium); d = time.perf_counter()
-        pic = Picture(s.medium.probe, view=s.view); im = scan_convert(grey(db), pic); lab = scan_convert(s.medium.labels, pic, 0); e = time.perf_counter(); visible(im, lab, s.medium.names)
+        c = DEMO_CATEGORIES[i % len(DEMO_CATEGORIES)]
+        rng = np.random.default_rng([1, i])
+        week = 12.5 if 'NT' in c else 24.
+        a = time.perf_counter()
+        s = DRAW[c](rng, week, 1., False, c)
+        b = time.perf_counter()
+        db = simulate(s.medium)
+        d = time.perf_counter()
+        pic = Picture(s.medium.probe, view=s.view)
+        im = scan_convert(grey(db), pic)
+        lab = scan_convert(s.medium.labels, pic, 0)
+        e = time.perf_counter()
+        visible(im, lab, s.medium.names)
         for k, v in zip(t, (b-a, d-b, e-d, time.perf_counter()-e)): t[k] += v/n
     return t
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--quick', action='store_true', help='40 images instead of 300'); p.add_argument('--json', action='store_true', help='one JSON document on standard output')
+    p.add_argument('--quick', action='store_true', help='40 images instead of 300')
+    p.add_argument('--json', action='store_true', help='one JSON document on standard output')
     a = p.parse_args(); n = 40 if a.quick else 300
     jobs = [(DEMO_CATEGORIES[i % 5], (1, i//10, i//5 % 2)) for i in range(n)]; rate = {}
     for w in (1, 2):
         with ProcessPoolExecutor(w, mp_context=get_context('spawn')) as pool:
-            list(pool.map(one, jobs[:w*5])); t = time.perf_counter(); list(pool.map(one, jobs, chunksize=5)); rate[w] = n/(time.perf_counter()-t)
+            list(pool.map(one, jobs[:w*5]))
+            t = time.perf_counter()
+            list(pool.map(one, jobs, chunksize=5))
+            rate[w] = n/(time.perf_counter()-t)
     share = stages(20 if a.quick else 60)
-    out = dict(ratios={'two processes to one': rate[2]/rate[1]}, baseline='one process', images_per_second=rate, seconds_by_stage=share, peak_bytes=peak_bytes(),
+    out = dict(ratios={'two processes to one': rate[2]/rate[1]}, baseline='one process',
+               images_per_second=rate, seconds_by_stage=share, peak_bytes=peak_bytes(),
                machine={k: environment()[k] for k in ('system', 'machine', 'cores')}, versions=environment())
     if a.json: print(json.dumps(out, indent=1))
-    else: print(f"{rate[1]:.1f} images a second on one process, {rate[2]:.1f} on two ({rate[2]/rate[1]:.2f} times); ms a draw: " + ', '.join(f'{k} {1000*v:.0f}' for k, v in share.items()))
+    else:
+        print(f"{rate[1]:.1f} images a second on one process, {rate[2]:.1f} on two "
+              f"({rate[2]/rate[1]:.2f} times); ms a draw: "
+              + ', '.join(f'{k} {1000*v:.0f}' for k, v in share.items()))
 
 if __name__ == '__main__': sys.exit(main())

@@ -34,7 +34,8 @@ def sample_images(data, each:int=4)->list:
         table = load_table(data, split='test'); out = []
         for c,g in table.groupby('category'):
             for k,(p,rows) in enumerate(list(g.groupby('image'))[:each], 1):
-                out.append((f'{c} {k}', lambda p=p: read_image(Path(data)/p), dict(zip(rows.question_id, rows.answer))))
+                out.append((f'{c} {k}', lambda p=p: read_image(Path(data)/p),
+                            dict(zip(rows.question_id, rows.answer))))
         return out
     from PIL import Image
     from fada.scenes import make_phantom
@@ -55,17 +56,31 @@ class AskPanel:
         attention=False, # draw a map beside the last answer
     ):
         import ipywidgets as w
-        self.vlm,self.images,self.switch,self.attention = vlm,{label: (get, ref) for label,get,ref in images},switch or {},attention
+        self.vlm,self.images,self.switch,self.attention = (
+            vlm,{label: (get, ref) for label,get,ref in images},switch or {},attention)
         self.pick = w.Dropdown(options=list(self.images), description='image')
         self.which = w.Dropdown(options=['base', *self.switch], description='model'); self.base = vlm
-        self.upload = w.FileUpload(accept='.png,.jpg,.jpeg,.tif,.tiff,.dcm', multiple=False, description='or open')
-        self.question = w.Combobox(placeholder='a question, or pick one of the eight', options=[q.text for q in QUESTIONS.values()], ensure_option=False, description='question', layout=w.Layout(width='480px'))
-        self.ask = w.Button(description='Ask', button_style='primary'); self.eight = w.Button(description='All eight questions', layout=w.Layout(width='170px'))
-        self.state = w.HTML(); self.answers = w.HTML(); self.picture = w.Image(format='png', width=320); self.map = w.Image(format='png', layout=w.Layout(display='none', width='420px'))
-        self.ask.on_click(lambda _: self.run([self.question.value])); self.eight.on_click(lambda _: self.run(list(QUESTIONS)))
-        self.pick.observe(lambda _: self.show(), 'value'); self.upload.observe(lambda _: self.open_upload(), 'value'); self.which.observe(lambda _: self.change(), 'value')
-        notice = w.HTML(f'<div style="background:#fff4ce;color:#1b1f24;padding:4px 8px">{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
-        self.widget = w.VBox([notice, w.HBox([self.pick, self.upload, self.which]), w.HBox([self.question, self.ask, self.eight]), self.state, w.HBox([self.picture, self.map]), self.answers])
+        self.upload = w.FileUpload(accept='.png,.jpg,.jpeg,.tif,.tiff,.dcm', multiple=False,
+                                   description='or open')
+        self.question = w.Combobox(placeholder='a question, or pick one of the eight',
+                                   options=[q.text for q in QUESTIONS.values()], ensure_option=False,
+                                   description='question', layout=w.Layout(width='480px'))
+        self.ask = w.Button(description='Ask', button_style='primary')
+        self.eight = w.Button(description='All eight questions', layout=w.Layout(width='170px'))
+        self.state = w.HTML()
+        self.answers = w.HTML()
+        self.picture = w.Image(format='png', width=320)
+        self.map = w.Image(format='png', layout=w.Layout(display='none', width='420px'))
+        self.ask.on_click(lambda _: self.run([self.question.value]))
+        self.eight.on_click(lambda _: self.run(list(QUESTIONS)))
+        self.pick.observe(lambda _: self.show(), 'value')
+        self.upload.observe(lambda _: self.open_upload(), 'value')
+        self.which.observe(lambda _: self.change(), 'value')
+        notice = w.HTML('<div style="background:#fff4ce;color:#1b1f24;padding:4px 8px">'
+                        f'{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
+        self.widget = w.VBox([notice, w.HBox([self.pick, self.upload, self.which]),
+                              w.HBox([self.question, self.ask, self.eight]), self.state,
+                              w.HBox([self.picture, self.map]), self.answers])
         self.show()
 
     def show(self):
@@ -73,7 +88,8 @@ class AskPanel:
         get,self.reference = self.images[self.pick.value]; self.image = get()
         self._shown(f'{self.pick.value}: ready')
     def _shown(self, state):
-        self.picture.value = _png(self.image.resize((320, round(320*self.image.height/self.image.width)))); self.map.layout.display = 'none'
+        self.picture.value = _png(self.image.resize((320, round(320*self.image.height/self.image.width))))
+        self.map.layout.display = 'none'
         self.answers.value = ''; self.say(state)
     def change(self):
         "Answer with another model from now on"
@@ -108,10 +124,14 @@ def run(self:AskPanel, questions):
     self.say('thinking …'); rows = []
     answers = self.vlm.ask(self.image, questions)
     for a in answers:
-        ref = self.reference.get(a.question_id, ''); said = f'<span style="color:#a40e26">{html.escape(a.error)}</span>' if a.error else f'<b>{html.escape(a.text)}</b>'
+        ref = self.reference.get(a.question_id, '')
+        said = (f'<span style="color:#a40e26">{html.escape(a.error)}</span>' if a.error
+                else f'<b>{html.escape(a.text)}</b>')
         sure = '' if a.confidence is None else f'{a.confidence:.2f}'
-        rows.append(f'<tr><td>{html.escape(a.question)}</td><td>{said}</td><td>{sure}</td><td>{html.escape(ref)}</td></tr>')
-    self.answers.value = '<table><tr><th>question</th><th>answer</th><th>confidence</th><th>reference, where known</th></tr>'+''.join(rows)+'</table>'
+        rows.append(f'<tr><td>{html.escape(a.question)}</td><td>{said}</td><td>{sure}</td>'
+                    f'<td>{html.escape(ref)}</td></tr>')
+    self.answers.value = ('<table><tr><th>question</th><th>answer</th><th>confidence</th>'
+                          '<th>reference, where known</th></tr>'+''.join(rows)+'</table>')
     said = 'done' if not any(a.error for a in answers) else 'failed: see below'
     if self.attention and not answers[-1].error and answers[-1].text:
         try: self.draw_map(answers[-1])
@@ -124,8 +144,13 @@ def draw_map(self:AskPanel, a):
     "Draw the relevancy of answer `a` beside the image"
     from matplotlib.figure import Figure
     from fada.attention import overlay, relevancy
-    fig = Figure(figsize=(4.6,3.9)); ax = fig.subplots(); heat,_,_ = relevancy(self.vlm, self.image, a.question, a.text)
-    overlay(self.image, heat, ax, a.text[:60]); buf = io.BytesIO(); fig.tight_layout(); fig.savefig(buf, format='png', dpi=100)
+    fig = Figure(figsize=(4.6,3.9))
+    ax = fig.subplots()
+    heat,_,_ = relevancy(self.vlm, self.image, a.question, a.text)
+    overlay(self.image, heat, ax, a.text[:60])
+    buf = io.BytesIO()
+    fig.tight_layout()
+    fig.savefig(buf, format='png', dpi=100)
     self.map.value,self.map.layout.display = buf.getvalue(),''
 
 # %% ../nbs/15_ask.ipynb #fdac8743

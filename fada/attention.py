@@ -34,7 +34,8 @@ def captured(core):
     "Within this block the model's attention weights are caught; yields the list of (module, weights)"
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
-    AttentionInterface.register('fada_capture', _capture); AttentionMaskInterface.register('fada_capture', eager_mask)
+    AttentionInterface.register('fada_capture', _capture)
+    AttentionMaskInterface.register('fada_capture', eager_mask)
     before = core.config._attn_implementation; _caught.clear()
     core.set_attn_implementation('fada_capture')
     try: yield _caught
@@ -47,15 +48,20 @@ def _answer_logp(vlm, features, prompt, ids):
     core,tok = vlm.core,vlm.processor.tokenizer
     p = tok(prompt)['input_ids']; row = torch.tensor([p+ids], device=core.device).expand(len(features),-1)
     x = torch.cat([features, core.get_input_embeddings()(row)], 1)
-    logits = core.language_model(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=core.device)).logits
+    logits = core.language_model(
+        inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=core.device)).logits
     first = features.shape[1]+len(p)-1
     return logits[:,first:first+len(ids)].float().log_softmax(-1).gather(2, row[:,len(p):,None])[...,0]
 
 # %% ../nbs/12_attention.ipynb #533fc12d
 def _asked(vlm, question, answer):
-    i = question_id(question); ids = vlm.processor.tokenizer(' '+answer.strip(), add_special_tokens=False)['input_ids']
-    if not ids or not answer.strip(): raise FadaError('an answer of zero tokens', '', 'at least one token to explain', 'ask again')
-    if 'attention' not in vlm.spec.capabilities: raise FadaError(f'{vlm.spec.name} gives no attention', '', 'a model with weights at hand', 'use occlusion')
+    i = question_id(question)
+    ids = vlm.processor.tokenizer(' '+answer.strip(), add_special_tokens=False)['input_ids']
+    if not ids or not answer.strip():
+        raise FadaError('an answer of zero tokens', '', 'at least one token to explain', 'ask again')
+    if 'attention' not in vlm.spec.capabilities:
+        raise FadaError(f'{vlm.spec.name} gives no attention', '', 'a model with weights at hand',
+                        'use occlusion')
     return build_prompt(vlm.spec, QUESTIONS[i].text if i else question), ids
 
 # %% ../nbs/12_attention.ipynb #bbd2a592
@@ -75,11 +81,13 @@ def relevancy(
     maps = []
     for t in range(len(ids)):
         with captured(core) as caught, torch.enable_grad():
-            start = core.query_tokens.detach().clone().requires_grad_()  # frozen and quantised weights too need a graph
+            # frozen and quantised weights too need a graph
+            start = core.query_tokens.detach().clone().requires_grad_()
             q = core.qformer(query_embeds=start, encoder_hidden_states=patches).last_hidden_state
             logp = _answer_logp(vlm, core.language_projection(q), prompt, ids)[0,t]
             core.zero_grad(set_to_none=True); logp.backward()
-            maps.append(_compose(caught, q.shape[1], patches.shape[1], len(vlm.processor.tokenizer(prompt)['input_ids'])+t))
+            maps.append(_compose(caught, q.shape[1], patches.shape[1],
+                                 len(vlm.processor.tokenizer(prompt)['input_ids'])+t))
         core.zero_grad(set_to_none=True)
     side = int(round((patches.shape[1]-1)**.5))
     per = torch.stack(maps)[:,1:].reshape(-1, side, side).cpu().numpy()  # the class token, first, is no place
@@ -92,8 +100,10 @@ def _compose(caught, queries, patches, row):
     text = None; qq,qp = torch.eye(queries),torch.zeros(queries, patches)
     for _,w in caught:
         a = _weighted(w).cpu()
-        if a.shape == (queries, patches): qp = qp+a                                    # cross-attention reads the patches
-        elif a.shape == (queries, queries): qp,qq = qp+a@qp,qq+a@qq                     # queries exchange what they read
+        if a.shape == (queries, patches):  # cross-attention reads the patches
+            qp = qp+a
+        elif a.shape == (queries, queries):  # queries exchange what they read
+            qp,qq = qp+a@qp,qq+a@qq
         else: text = torch.eye(len(a)) if text is None else text; text = text+a@text     # language model
     return text[queries+row-1,:queries]@(qq@qp)
 
@@ -103,7 +113,7 @@ def occlusion(
     grid:int=8,             # cells a side
     fill:str='blur',        # blur or mean
     batch:int=32,
-):                          # map grid × grid: fall of the answer's mean log-probability when the cell is covered
+):                          # map grid × grid: fall of the answer's mean log-probability with the cell covered
     "Fall of the answer's log-probability when a cell of the image is covered"
     import torch
     from PIL import Image, ImageFilter
@@ -115,10 +125,14 @@ def occlusion(
     images = [im]
     for r in range(grid):
         for c in range(grid):
-            box = (c*w//grid, r*h//grid, (c+1)*w//grid, (r+1)*h//grid); one = im.copy(); one.paste(cover.crop(box), box); images.append(one)
+            box = (c*w//grid, r*h//grid, (c+1)*w//grid, (r+1)*h//grid)
+            one = im.copy()
+            one.paste(cover.crop(box), box)
+            images.append(one)
     logp = []
     with torch.inference_mode():
-        for i in range(0, len(images), batch): logp.append(_answer_logp(vlm, encode(vlm, images[i:i+batch]), prompt, ids).mean(1).cpu())
+        for i in range(0, len(images), batch):
+            logp.append(_answer_logp(vlm, encode(vlm, images[i:i+batch]), prompt, ids).mean(1).cpu())
     logp = torch.cat(logp).numpy()
     return (logp[0]-logp[1:]).reshape(grid, grid)
 
@@ -128,9 +142,15 @@ def overlay(image, heat, ax=None, title='', alpha=.45, units='relevancy'):
     import matplotlib.pyplot as plt
     from PIL import Image
     im = np.asarray(_as_rgb(image)); ax = ax or plt.subplots(figsize=(4,3.6))[1]
-    heat = np.asarray(heat, np.float32); top = float(np.abs(heat).max()); heat = heat/top if top else heat  # magnitudes of different answers do not compare
+    heat = np.asarray(heat, np.float32)
+    top = float(np.abs(heat).max())
+    heat = heat/top if top else heat  # magnitudes of different answers do not compare
     smooth = np.asarray(Image.fromarray(heat).resize((im.shape[1],im.shape[0]), Image.BICUBIC))
-    ax.imshow(im); h = ax.imshow(smooth, cmap='viridis', alpha=alpha, vmin=min(0, float(heat.min())), vmax=1); ax.axis('off')
-    bar = ax.figure.colorbar(h, ax=ax, fraction=.046); bar.set_label(f'{units}, share of its largest ({LABEL})', fontsize=7); bar.ax.tick_params(labelsize=7)
+    ax.imshow(im)
+    h = ax.imshow(smooth, cmap='viridis', alpha=alpha, vmin=min(0, float(heat.min())), vmax=1)
+    ax.axis('off')
+    bar = ax.figure.colorbar(h, ax=ax, fraction=.046)
+    bar.set_label(f'{units}, share of its largest ({LABEL})', fontsize=7)
+    bar.ax.tick_params(labelsize=7)
     ax.set_title(title, fontsize=9)
     return ax

@@ -18,11 +18,19 @@ def notebook_parameters(notebook)->dict:
     "Names and default values of the `parameters` cell; `FadaError` where there is none"
     import nbformat
     notebook = Path(notebook)
-    if not notebook.is_file(): raise FadaError('run notebook not found', str(notebook), 'a notebook', 'run from a clone of the project')
+    if not notebook.is_file():
+        raise FadaError('run notebook not found', str(notebook), 'a notebook',
+                        'run from a clone of the project')
     cells = [c for c in nbformat.read(notebook, 4).cells if 'parameters' in c.metadata.get('tags', [])]
-    if len(cells) != 1: raise FadaError(f'{len(cells)} cells tagged "parameters"', str(notebook), 'exactly one', 'restore the tag: without it papermill runs with the defaults')
-    try: return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(cells[0].source).body if isinstance(n, ast.Assign)}
-    except ValueError: raise FadaError('a parameter that is not a plain literal', str(notebook), 'numbers, strings, booleans', 'move the expression to the next cell') from None
+    if len(cells) != 1:
+        raise FadaError(f'{len(cells)} cells tagged "parameters"', str(notebook), 'exactly one',
+                        'restore the tag: without it papermill runs with the defaults')
+    try:
+        return {n.targets[0].id: ast.literal_eval(n.value)
+                for n in ast.parse(cells[0].source).body if isinstance(n, ast.Assign)}
+    except ValueError:
+        raise FadaError('a parameter that is not a plain literal', str(notebook),
+                        'numbers, strings, booleans', 'move the expression to the next cell') from None
 
 # %% ../nbs/13_batch.ipynb #40c2c4c5
 def check_parameters(notebook, given:dict)->dict:
@@ -30,8 +38,11 @@ def check_parameters(notebook, given:dict)->dict:
     known = notebook_parameters(notebook)
     for k,v in given.items():
         where = f'{Path(notebook).name}, parameter {k}'
-        if k not in known: raise FadaError(f'unknown parameter {k!r}', str(notebook), nearest(k, known), 'correct the name')
-        want = type(known[k]); ok = isinstance(v, want) and not (want is not bool and isinstance(v, bool)) or (want is float and type(v) is int)
+        if k not in known:
+            raise FadaError(f'unknown parameter {k!r}', str(notebook), nearest(k, known), 'correct the name')
+        want = type(known[k])
+        ok = (isinstance(v, want) and not (want is not bool and isinstance(v, bool))
+              or (want is float and type(v) is int))
         if not ok: raise FadaError(f'{v!r} is {type(v).__name__}', where, want.__name__, 'correct the value')
     return {**known, **given}
 
@@ -47,11 +58,14 @@ class Job:
     outputs: list = field(default_factory=list) # files that must be there for the job to count as done
     def digest(self):
         "What decides the result: notebook, parameters, inputs"
-        return digest([sha256_file(self.notebook), self.parameters, [sha256_file(i) if isinstance(i, Path) and i.is_file() else str(i) for i in self.inputs]])
+        return digest([sha256_file(self.notebook), self.parameters,
+                       [sha256_file(i) if isinstance(i, Path) and i.is_file() else str(i)
+                        for i in self.inputs]])
     def done(self):
         "Whether the folder holds the result of exactly this job"
         mark = self.folder/'done.json'
-        return mark.is_file() and all(Path(o).exists() for o in self.outputs) and read_json(mark).get('digest') == self.digest()
+        return (mark.is_file() and all(Path(o).exists() for o in self.outputs)
+                and read_json(mark).get('digest') == self.digest())
 
 # %% ../nbs/13_batch.ipynb #8eb20a43
 @dataclass
@@ -62,7 +76,8 @@ class Result:
 # %% ../nbs/13_batch.ipynb #1fc22e68
 def _reason(log:Path)->str:
     "The line of a failed notebook's log that says why: FADA's own sentence, else the last error"
-    lines = [l.strip() for l in log.read_text(errors='replace').splitlines() if l.strip()] if log.exists() else []
+    lines = ([l.strip() for l in log.read_text(errors='replace').splitlines() if l.strip()]
+             if log.exists() else [])
     for mark in ('FadaError: ', 'Error: '):
         hits = [l for l in lines if mark in l and not l.startswith('raise ')]
         if hits: return hits[-1].split('FadaError: ')[-1]
@@ -80,23 +95,36 @@ def _claim(folder:Path)->int:
     for waited in range(10**9):
         try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB); return fd
         except BlockingIOError:
-            if not waited: print(f'{folder.name}: waiting for another run that still writes there', file=sys.stderr, flush=True)
-            if _stop.wait(.5): os.close(fd); raise FadaError('stopped while waiting', str(folder), '', 'run again') from None
+            if not waited:
+                print(f'{folder.name}: waiting for another run that still writes there',
+                      file=sys.stderr, flush=True)
+            if _stop.wait(.5):
+                os.close(fd)
+                raise FadaError('stopped while waiting', str(folder), '', 'run again') from None
 
 # %% ../nbs/13_batch.ipynb #e76dd8b9
 def run_job(job:Job, threads:int=1)->Result:
     "Run one job in a process group of its own unless it is done; its output goes to run.log in its folder"
     check_parameters(job.notebook, job.parameters)
     if job.done(): return Result(job, 'reused', 0.)
-    start = time.perf_counter(); folder = writable_folder(job.folder); log = folder/'run.log'; lock = _claim(folder)
-    if job.done(): os.close(lock); return Result(job, 'reused', time.perf_counter()-start)  # somebody finished it while we waited
+    start = time.perf_counter()
+    folder = writable_folder(job.folder)
+    log = folder/'run.log'
+    lock = _claim(folder)
+    if job.done():  # somebody finished it while we waited
+        os.close(lock)
+        return Result(job, 'reused', time.perf_counter()-start)
     (folder/'done.json').unlink(missing_ok=True)
-    env = dict(os.environ, FADA_THREADS=str(threads), OMP_NUM_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION='1')
+    env = dict(os.environ, FADA_THREADS=str(threads), OMP_NUM_THREADS=str(threads),
+               PYDEVD_DISABLE_FILE_VALIDATION='1')
     import yaml
     (folder/'parameters.yaml').write_text(yaml.safe_dump(job.parameters))
-    command = [sys.executable, '-m', 'papermill', str(job.notebook), str(folder/'run.ipynb'), '-f', str(folder/'parameters.yaml'), '-k', 'python3', '--cwd', os.getcwd(), '--no-progress-bar', '--log-output']
+    command = [sys.executable, '-m', 'papermill', str(job.notebook), str(folder/'run.ipynb'),
+               '-f', str(folder/'parameters.yaml'), '-k', 'python3', '--cwd', os.getcwd(),
+               '--no-progress-bar', '--log-output']
     with open(log, 'wb') as out:
-        p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True, **({'pass_fds': [lock]} if os.name == 'posix' else {}))
+        p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+                             **({'pass_fds': [lock]} if os.name == 'posix' else {}))
         _running.add(p)
         if _stop.is_set(): stop_running()  # stopped between the claim and the start
         try: code = p.wait()
@@ -121,7 +149,9 @@ def run_jobs(
         try:
             for f in as_completed(waiting):
                 r = results[waiting[f]] = f.result()
-                if say: say(f'{r.job.name}: {r.state}' + (f' in {r.seconds:.0f} s' if r.seconds else '') + (f': {r.reason}' if r.reason else ''))
+                if say:
+                    say(f'{r.job.name}: {r.state}' + (f' in {r.seconds:.0f} s' if r.seconds else '')
+                        + (f': {r.reason}' if r.reason else ''))
         except BaseException:  # Ctrl-C above all: nothing may be left running
             _stop.set()
             for f in waiting: f.cancel()
@@ -138,13 +168,17 @@ def stop_running():
 # %% ../nbs/13_batch.ipynb #5d4062cf
 def run_notebooks(start='.')->Path:
     "The folder `nbs/run` of the project that `start` lies in"
-    for d in (Path(start).resolve(), *Path(start).resolve().parents, Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('.')):
+    for d in (Path(start).resolve(), *Path(start).resolve().parents,
+              Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('.')):
         if (d/'nbs'/'run'/'train.ipynb').is_file(): return d/'nbs'/'run'
-    raise FadaError('the run notebooks are not here', str(Path(start).resolve()), 'nbs/run of a clone', 'run this from a clone of the project')
+    raise FadaError('the run notebooks are not here', str(Path(start).resolve()), 'nbs/run of a clone',
+                    'run this from a clone of the project')
 
 # %% ../nbs/13_batch.ipynb #9dd69ab8
-DECIDING = ('clinical','phantom','scenes','data','models','vlm','metrics','train','evaluate')  # modules whose code decides a result
-SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)  # enough to run every step, too little to learn
+# modules whose code decides a result
+DECIDING = ('clinical','phantom','scenes','data','models','vlm','metrics','train','evaluate')
+# enough to run every step, too little to learn
+SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)
 DEMO_CATEGORIES = ('Abdomen','Femur','Thorax','Standard_NT','Non_standard_NT')
 
 def code_digest(modules=DECIDING)->str:
@@ -162,35 +196,69 @@ def demo_stages(
     nb,out,data,code = run_notebooks(),Path(out).resolve(),Path(data).resolve(),code_digest()
     n = SMALL['phantoms'] if small else phantoms; table,base = data/'questions.parquet',out/'base'/'model'
     short = lambda *keys: {k: SMALL[k] for k in keys} if small else {}
-    def job(name, notebook, parameters, inputs=(), outputs=()): return Job(name, nb/f'{notebook}.ipynb', dict(data=str(data), **parameters), out/name, [code, *inputs], list(outputs))
-    yield 'phantoms', [job('prepare', 'prepare', dict(source='phantoms', categories=','.join(DEMO_CATEGORIES), phantoms=n, seed=seed), outputs=[table])]
-    yield 'base model from scratch', [job('base', 'train', dict(output=str(out/'base'), task='base', model='blip2-nano', categories='all', seed=seed, **short('vision_steps','answer_steps')), [table], [base/'model.safetensors'])]
+    def job(name, notebook, parameters, inputs=(), outputs=()):
+        return Job(name, nb/f'{notebook}.ipynb', dict(data=str(data), **parameters), out/name,
+                   [code, *inputs], list(outputs))
+    yield 'phantoms', [
+        job('prepare', 'prepare',
+            dict(source='phantoms', categories=','.join(DEMO_CATEGORIES), phantoms=n, seed=seed),
+            outputs=[table])]
+    yield 'base model from scratch', [
+        job('base', 'train',
+            dict(output=str(out/'base'), task='base', model='blip2-nano', categories='all', seed=seed,
+                 **short('vision_steps','answer_steps')),
+            [table], [base/'model.safetensors'])]
     common = dict(model='blip2-nano', weights=str(base), seed=seed); read = [table, base/'model.safetensors']
-    yield 'LoRA per category', [job(f'lora-{c}', 'train', dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32', **short('steps','images')), read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES]
-    few = dict(images=40, control_images=40) if small else dict(control_images=phantoms)  # all test images: intervals per category need them
-    evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False), *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), True) for c in DEMO_CATEGORIES)]
-    yield 'evaluation with controls', [job(name, 'evaluate', dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few), [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])], [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
-    yield 'report', [job('compare', 'compare', dict(run=str(out), title='FADA demonstration'), [table, code_digest(('attention','compare')), *sorted(out.glob('evaluate-*/metrics.json'))], [out/'report.html'])]
+    yield 'LoRA per category', [
+        job(f'lora-{c}', 'train',
+            dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32',
+                 **short('steps','images')),
+            read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES]
+    # all test images: intervals per category need them
+    few = dict(images=40, control_images=40) if small else dict(control_images=phantoms)
+    evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False),
+                   *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), True)
+                     for c in DEMO_CATEGORIES)]
+    yield 'evaluation with controls', [
+        job(name, 'evaluate',
+            dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few),
+            [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])],
+            [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
+    yield 'report', [
+        job('compare', 'compare', dict(run=str(out), title='FADA demonstration'),
+            [table, code_digest(('attention','compare')), *sorted(out.glob('evaluate-*/metrics.json'))],
+            [out/'report.html'])]
 
 # %% ../nbs/13_batch.ipynb #0b735f56
 def run_demo(
-    out=None, data=None,          # folders; None: outputs/demo and data/phantoms, or outputs/demo-small and data/demo-small
+    out=None,        # folder of the run; None: outputs/demo, or outputs/demo-small
+    data=None,       # folder of the phantoms; None: data/phantoms, or data/demo-small
     small:bool=False, seed:int=0, workers:int=2, phantoms:int=1500,
     say=lambda line: print(line, file=sys.stderr, flush=True),
 )->dict:             # report, seconds per stage, jobs, lines
     "Run the demonstration from phantoms to report; a second call does only what is missing"
     from fada.settings import SYNTHETIC, NOTICE
-    out = writable_folder(out or ('outputs/demo-small' if small else 'outputs/demo')); data = data or ('data/demo-small' if small else 'data/phantoms'); start = time.perf_counter(); seconds,states = {},{}
-    say(f'FADA demonstration: makes {SMALL["phantoms"] if small else phantoms} phantoms, trains a 1.4-million-parameter BLIP-2 from scratch, fine-tunes it on five categories,')
-    say(f'answers the test questions with controls and writes {out/"report.html"}. ' + ('About 3 minutes' if small else 'About 10 minutes') + f' on 2 CPU cores; what is done is reused. {SYNTHETIC} {NOTICE}')
+    out = writable_folder(out or ('outputs/demo-small' if small else 'outputs/demo'))
+    data = data or ('data/demo-small' if small else 'data/phantoms')
+    start = time.perf_counter()
+    seconds,states = {},{}
+    say(f'FADA demonstration: makes {SMALL["phantoms"] if small else phantoms} phantoms, trains a '
+        '1.4-million-parameter BLIP-2 from scratch, fine-tunes it on five categories,')
+    say(f'answers the test questions with controls and writes {out/"report.html"}. '
+        + ('About 3 minutes' if small else 'About 10 minutes')
+        + f' on 2 CPU cores; what is done is reused. {SYNTHETIC} {NOTICE}')
     for title,jobs in demo_stages(out, data, small, seed, phantoms):
         say(f'\n{title} ({len(jobs)} job{"s" if len(jobs) > 1 else ""}) …'); t = time.perf_counter()
         results = _with_heartbeat(lambda: run_jobs(jobs, workers, say), jobs, say)
-        seconds[title] = round(time.perf_counter()-t, 1); states.update({r.job.name: r.state for r in results})
+        seconds[title] = round(time.perf_counter()-t, 1)
+        states.update({r.job.name: r.state for r in results})
         failed = [r for r in results if r.state in ('failed','cancelled')]
-        if failed: raise FadaError(f'{failed[0].job.name} {failed[0].state}', str(failed[0].job.folder), 'a finished job', failed[0].reason + '; run again: what is done is kept')
+        if failed:
+            raise FadaError(f'{failed[0].job.name} {failed[0].state}', str(failed[0].job.folder),
+                            'a finished job', failed[0].reason + '; run again: what is done is kept')
     from fada.compare import collect, headline
-    return dict(report=str(out/'report.html'), seconds=seconds, total_seconds=round(time.perf_counter()-start, 1), jobs=states, lines=headline(collect(out)))
+    return dict(report=str(out/'report.html'), seconds=seconds,
+                total_seconds=round(time.perf_counter()-start, 1), jobs=states, lines=headline(collect(out)))
 
 # %% ../nbs/13_batch.ipynb #290f3243
 def _with_heartbeat(work, jobs, say, every:float=8.):
@@ -201,7 +269,8 @@ def _with_heartbeat(work, jobs, say, every:float=8.):
             for j in jobs:
                 log = j.folder/'run.log'
                 if (j.folder/'done.json').exists() or not log.exists(): continue
-                bars = [b for b in log.read_bytes()[-600:].decode(errors='ignore').replace('\r','\n').splitlines() if '%|' in b]
+                bars = [b for b in log.read_bytes()[-600:].decode(errors='ignore')
+                        .replace('\r','\n').splitlines() if '%|' in b]
                 if bars: say(f'  {j.name}: {bars[-1].strip()}')
     w = threading.Thread(target=watch, daemon=True); w.start()
     try: return work()

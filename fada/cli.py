@@ -14,14 +14,18 @@ import typer
 from .settings import FadaError, NOTICE
 
 # %% ../nbs/16_cli.ipynb #b80684c6
-app = typer.Typer(name='fada', no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help='Visual question answering on fetal ultrasound: make or read data, train, evaluate with controls, compare, ask. ' + NOTICE)
+app = typer.Typer(name='fada', no_args_is_help=True, add_completion=False,
+                  rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help='Visual question answering on fetal ultrasound: make or read data, train, '
+                       'evaluate with controls, compare, ask. ' + NOTICE)
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON document on standard output.')]
 Quiet = Annotated[bool, typer.Option('--quiet', help='No progress.')]
 Seed = Annotated[Optional[int], typer.Option(help='Default: [run] seed of settings.ini.')]
 Data = Annotated[Optional[str], typer.Option(help='Data folder. Default: [data] folder of settings.ini.')]
-Model = Annotated[Optional[str], typer.Option(help='Name from `fada models`. Default: [model] name of settings.ini.')]
-Weights = Annotated[Optional[str], typer.Option(help="Folder that takes the checkpoint's place, such as a base trained here.")]
+Model = Annotated[Optional[str],
+                  typer.Option(help='Name from `fada models`. Default: [model] name of settings.ini.')]
+Weights = Annotated[Optional[str], typer.Option(help="Folder that takes the checkpoint's place, "
+                                                     "such as a base trained here.")]
 Categories = Annotated[Optional[str], typer.Option(help='Names separated by commas, or all.')]
 Precision = Annotated[Optional[str], typer.Option(help='fp32, bf16, fp16, int8 or nf4.')]
 Device = Annotated[Optional[str], typer.Option(help='auto, cpu, cuda or cuda:N.')]
@@ -42,7 +46,8 @@ def main():
     try: app()
     except FadaError as e: print(f'error: {e}', file=sys.stderr); sys.exit(1)
     except SystemExit as e:
-        if e.code == 130: print('stopped; what is done is kept, the same command goes on', file=sys.stderr)  # typer's code for Ctrl-C
+        if e.code == 130:  # typer's code for Ctrl-C
+            print('stopped; what is done is kept, the same command goes on', file=sys.stderr)
         raise
     except BrokenPipeError: sys.exit(1)
 
@@ -55,8 +60,13 @@ def _root(version:Annotated[bool, typer.Option('--version', help='Print the vers
 
 # %% ../nbs/16_cli.ipynb #60caa3e5
 @app.command()
-def demo(out:Annotated[Optional[str], typer.Option(help='Folder of the run. Default: outputs/demo.')]=None, data:Annotated[Optional[str], typer.Option(help='Folder of the phantoms. Default: data/phantoms.')]=None,
-         small:Annotated[bool, typer.Option('--small', help='Every step on little data: a check, not a result.')]=False, seed:Seed=None, json:Json=False, quiet:Quiet=False):
+def demo(
+    out:Annotated[Optional[str], typer.Option(help='Folder of the run. Default: outputs/demo.')]=None,
+    data:Annotated[Optional[str], typer.Option(help='Folder of the phantoms. Default: data/phantoms.')]=None,
+    small:Annotated[bool,
+                    typer.Option('--small', help='Every step on little data: a check, not a result.')]=False,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
     "The whole job on phantoms, from data to report.\n\nExample: fada demo"
     from fada.batch import run_demo
     s = _settings(quiet, seed=seed)
@@ -65,9 +75,15 @@ def demo(out:Annotated[Optional[str], typer.Option(help='Folder of the run. Defa
 
 # %% ../nbs/16_cli.ipynb #0c2b3307
 @app.command()
-def phantom(n:Annotated[Optional[int], typer.Option(help='Images. Default: [data] phantoms of settings.ini.')]=None, categories:Categories=None, out:Annotated[Optional[str], typer.Option(help='Folder. Default: [data] folder of settings.ini.')]=None,
-            findings:Annotated[float, typer.Option(help='Share of fetuses with an injected finding, 0 to 1.')]=.15, seed:Seed=None, json:Json=False, quiet:Quiet=False):
-    "Make phantoms with their eight answers, masks, calipers and question table.\n\nExample: fada phantom --n 200 --categories Femur,Abdomen --out data/small"
+def phantom(
+    n:Annotated[Optional[int], typer.Option(help='Images. Default: [data] phantoms of settings.ini.')]=None,
+    categories:Categories=None,
+    out:Annotated[Optional[str], typer.Option(help='Folder. Default: [data] folder of settings.ini.')]=None,
+    findings:Annotated[float, typer.Option(help='Share of fetuses with an injected finding, 0 to 1.')]=.15,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
+    ("Make phantoms with their eight answers, masks, calipers and question table.\n\n"
+     "Example: fada phantom --n 200 --categories Femur,Abdomen --out data/small")
     from fada.clinical import PHANTOM_CATEGORIES
     if n is not None and n < 1: raise FadaError(f'--n {n}', '', 'at least 1', '')
     if not 0 <= findings <= 1: raise FadaError(f'--findings {findings}', '', 'a share from 0 to 1', '')
@@ -81,62 +97,101 @@ def phantom(n:Annotated[Optional[int], typer.Option(help='Images. Default: [data
 
 # %% ../nbs/16_cli.ipynb #d0542f6b
 @app.command()
-def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, folder or auto.')]='auto', seed:Seed=None, json:Json=False, quiet:Quiet=False):
-    "Read a folder of category folders and workbooks into a question table.\n\nExample: fada prepare --data /scans --source folder"
+def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, folder or auto.')]='auto',
+            seed:Seed=None, json:Json=False, quiet:Quiet=False):
+    ("Read a folder of category folders and workbooks into a question table.\n\n"
+     "Example: fada prepare --data /scans --source folder")
     s = _settings(quiet, data=data, seed=seed)
     from fada.data import prepare as work
     from fada.clinical import PHANTOM_CATEGORIES
-    m = work(s.data, s.phantoms, PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories, s.seed, s.jobs, source)
-    _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions, {m['quarantined']} set aside in {s.data}")
+    m = work(s.data, s.phantoms, PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories,
+             s.seed, s.jobs, source)
+    _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions, "
+          f"{m['quarantined']} set aside in {s.data}")
 
 # %% ../nbs/16_cli.ipynb #ad968b77
 @app.command()
-def train(data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None, precision:Precision=None, device:Device=None,
-          task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch.')]='lora', output:Annotated[Optional[str], typer.Option(help='Folder of the result.')]=None,
-          rank:int=8, lr:float=2e-3, steps:int=120, batch:int=16, seed:Seed=None, json:Json=False, quiet:Quiet=False):
-    "Fine-tune a model by LoRA, or train the embedded base from scratch.\n\nExample: fada train --categories Femur --output outputs/femur"
-    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device, seed=seed)
+def train(
+    data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
+    precision:Precision=None, device:Device=None,
+    task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch.')]='lora',
+    output:Annotated[Optional[str], typer.Option(help='Folder of the result.')]=None,
+    rank:int=8, lr:float=2e-3, steps:int=120, batch:int=16,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
+    ("Fine-tune a model by LoRA, or train the embedded base from scratch.\n\n"
+     "Example: fada train --categories Femur --output outputs/femur")
+    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
+                  device=device, seed=seed)
     from fada.train import train_job
-    out = Path(output) if output else s.output/'run'/('base' if task == 'base' else 'lora-'+'-'.join(s.categories))
-    about = train_job(s, out, task, weights, **({} if task == 'base' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))
+    out = (Path(output) if output
+           else s.output/'run'/('base' if task == 'base' else 'lora-'+'-'.join(s.categories)))
+    about = train_job(s, out, task, weights,
+                      **({} if task == 'base' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))
     _show(about, json, f"{task} trained on {about['images']} images in {about['seconds']:.0f} s: {out}")
 
 # %% ../nbs/16_cli.ipynb #d7e8d8c0
 @app.command()
-def evaluate(data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None, adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
-             precision:Precision=None, device:Device=None, split:str='test', images:Annotated[int, typer.Option(help='A stratified subset; 0: all.')]=0,
-             control_images:Annotated[int, typer.Option(help="Images of the controls' sample.")]=100, controls:bool=True, out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None, seed:Seed=None, json:Json=False, quiet:Quiet=False):
-    "Answer the test questions, log, score, and set the controls beside.\n\nExample: fada evaluate --categories Femur --out outputs/run/evaluate-femur"
-    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device, seed=seed)
+def evaluate(
+    data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
+    adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
+    precision:Precision=None, device:Device=None, split:str='test',
+    images:Annotated[int, typer.Option(help='A stratified subset; 0: all.')]=0,
+    control_images:Annotated[int, typer.Option(help="Images of the controls' sample.")]=100,
+    controls:bool=True, out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
+    ("Answer the test questions, log, score, and set the controls beside.\n\n"
+     "Example: fada evaluate --categories Femur --out outputs/run/evaluate-femur")
+    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
+                  device=device, seed=seed)
     from fada.evaluate import evaluate_job
     folder = Path(out) if out else s.output/'run'/f"evaluate-{s.model}-{s.precision}-{'-'.join(s.categories)}"
-    m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images, controls=controls)
+    m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
+                     controls=controls)
     from fada.compare import interval_text as score
-    lines = [f"{q} {v['key']:15} {score(v['score'])}  " + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None) for q,v in m['questions'].items()]
-    _show(m, json, '\n'.join([*lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}" for n in m['notes']), str(folder)]))
+    lines = [f"{q} {v['key']:15} {score(v['score'])}  "
+             + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
+             for q,v in m['questions'].items()]
+    _show(m, json, '\n'.join([
+        *lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}"
+                  for n in m['notes']), str(folder)]))
 
 # %% ../nbs/16_cli.ipynb #9115f046
 @app.command()
-def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None, title:str='FADA report', json:Json=False, quiet:Quiet=False):
+def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None,
+            title:str='FADA report', json:Json=False, quiet:Quiet=False):
     "Set the jobs of a run side by side and write its report.\n\nExample: fada compare outputs/demo"
     s = _settings(quiet, data=data)
     from fada.compare import collect, gains, headline, quality_table, resource_table, systems, write_report
     jobs = collect(run); report = write_report(run, s.data if data else None, title)
-    _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'), gains=gains(jobs).to_dict('records') if len(systems(jobs)) > 1 else [],
-               resources=resource_table(jobs).to_dict('records')), json, '\n'.join([*headline(jobs), f'Report: {report}']))
+    _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'),
+               gains=gains(jobs).to_dict('records') if len(systems(jobs)) > 1 else [],
+               resources=resource_table(jobs).to_dict('records')), json,
+          '\n'.join([*headline(jobs), f'Report: {report}']))
 
 # %% ../nbs/16_cli.ipynb #f4c8358c
 @app.command()
-def ask(image:Annotated[str, typer.Argument(help='PNG, JPEG, TIFF or DICOM.')], question:Annotated[Optional[list[str]], typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
-        model:Model=None, weights:Weights=None, adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None, precision:Precision=None, device:Device=None, json:Json=False, quiet:Quiet=False):
+def ask(
+    image:Annotated[str, typer.Argument(help='PNG, JPEG, TIFF or DICOM.')],
+    question:Annotated[
+        Optional[list[str]],
+        typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
+    model:Model=None, weights:Weights=None,
+    adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
+    precision:Precision=None, device:Device=None, json:Json=False, quiet:Quiet=False,
+):
     "Ask questions of one image.\n\nExample: fada ask femur.png quality 'What is recommended?'"
     s = _settings(quiet, model=model, precision=precision, device=device)
     from fada.data import read_image
     from fada.models import model_spec
     model_spec(s.model); picture = read_image(image)
     from fada.vlm import load
-    answers = load(s.model, adapter, weights, s.precision, s.device).ask(picture, list(question) if question else list(range(1,9)))
-    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error) for a in answers], notice=NOTICE), json, '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
+    answers = load(s.model, adapter, weights, s.precision, s.device).ask(
+        picture, list(question) if question else list(range(1,9)))
+    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error)
+                        for a in answers], notice=NOTICE), json,
+          '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
     if all(a.error for a in answers): raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #b93258b7
@@ -145,7 +200,9 @@ def models(json:Json=False, quiet:Quiet=False):
     "List the models of the registry.\n\nExample: fada models"
     from dataclasses import asdict
     from fada.models import registry
-    _show([asdict(m) for m in registry().values()], json, '\n'.join(f'{m.name:18} {m.family:8} {m.parameters:>15,} parameters  {m.licence:28} {", ".join(m.precisions)}' for m in registry().values()))
+    _show([asdict(m) for m in registry().values()], json,
+          '\n'.join(f'{m.name:18} {m.family:8} {m.parameters:>15,} parameters  {m.licence:28} '
+                    f'{", ".join(m.precisions)}' for m in registry().values()))
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()

@@ -27,7 +27,8 @@ class Collected:
     @property
     def system(self):
         "What was evaluated, in words"
-        c = self.config; return f"{c['model']} {c['precision']}" + (' + LoRA per category' if c.get('adapter') else '')
+        c = self.config
+        return f"{c['model']} {c['precision']}" + (' + LoRA per category' if c.get('adapter') else '')
 
 # %% ../nbs/11_compare.ipynb #c07d2bb4
 def collect(
@@ -39,9 +40,12 @@ def collect(
         d = f.parent; config = read_json(f)
         if config['kind'] == 'evaluate':
             if not (d/'metrics.json').exists(): continue
-            found.append(Collected(d.name, config, read_json(d/'metrics.json'), pd.read_parquet(d/'scores.parquet')))
+            found.append(Collected(d.name, config, read_json(d/'metrics.json'),
+                                   pd.read_parquet(d/'scores.parquet')))
         else: found.append(Collected(d.name, config))
-    if not any(j.metrics for j in found): raise FadaError('no evaluation', str(run), 'job folders with config.json and metrics.json', 'run evaluate.ipynb first')
+    if not any(j.metrics for j in found):
+        raise FadaError('no evaluation', str(run), 'job folders with config.json and metrics.json',
+                        'run evaluate.ipynb first')
     return found
 
 # %% ../nbs/11_compare.ipynb #99ffcee9
@@ -55,13 +59,15 @@ def systems(jobs)->dict:
         several = len(set(bases[j.system])) > 1   # one name, two sets of weights: told apart, never joined
         name = j.system + (f" (weights {j.metrics['identity']['base'][:6]})" if several else '')
         out.setdefault(name, []).append(j.scores.assign(adapter=bool(j.config.get('adapter'))))
-    return {k: pd.concat(v).drop_duplicates(['image','question_id','condition']).reset_index(drop=True) for k,v in out.items()}
+    return {k: pd.concat(v).drop_duplicates(['image','question_id','condition']).reset_index(drop=True)
+            for k,v in out.items()}
 
 # %% ../nbs/11_compare.ipynb #beeef9f5
 def interval_text(m:dict, digits:int=2)->str:
     "Mean with its interval as text; 'too few patients' where there is none"
     if m['mean'] is None: return '–'
-    return f"{m['mean']:.{digits}f} " + ('(too few patients)' if m['low'] is None else f"[{m['low']:.{digits}f}, {m['high']:.{digits}f}]")
+    return f"{m['mean']:.{digits}f} " + ('(too few patients)' if m['low'] is None
+                                         else f"[{m['low']:.{digits}f}, {m['high']:.{digits}f}]")
 
 # %% ../nbs/11_compare.ipynb #1d78af30
 def quality_table(jobs)->pd.DataFrame:
@@ -69,7 +75,9 @@ def quality_table(jobs)->pd.DataFrame:
     rows = []
     for name,scored in systems(jobs).items():
         plain = scored[scored.condition == 'plain']
-        rows.append({'system': name, 'images': plain.image.nunique(), **{f'{q} {QUESTIONS[q].key}': interval_text(mean_interval(g.score, g.patient)) for q,g in plain.groupby('question_id')},
+        rows.append({'system': name, 'images': plain.image.nunique(),
+                     **{f'{q} {QUESTIONS[q].key}': interval_text(mean_interval(g.score, g.patient))
+                        for q,g in plain.groupby('question_id')},
                      'mean': interval_text(mean_interval(plain.score, plain.patient))})
     return pd.DataFrame(rows)
 
@@ -86,10 +94,15 @@ def control_table(scored)->pd.DataFrame:
     (95 % interval above zero). The folder's majority answer is set apart: it counts only where the system knows the folder too."""
     rows = []; known = knows_folder(scored, scored.adapter.any())
     for q,m in summary(scored).items():
-        d = {k: v for k,v in m['differences'].items() if k != KNOWS_FOLDER}; b = beats_controls(m, known); folder = m['differences'].get(KNOWS_FOLDER)
-        rows.append({'question': f"{q} {m['key']}", 'measure': m['measure'], 'model': interval_text(m['score']), **{k: f"{m['controls'][k]['mean']:.2f}" for k in d},
-                     'smallest gain': interval_text(min(d.values(), key=lambda v: v['mean'])) if d else '–', 'beats all': '–' if b is None else 'yes' if b else 'no',
-                     'majority in category': f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}" if folder else '–', 'gain over it': interval_text(folder) if folder else '–'})
+        d = {k: v for k,v in m['differences'].items() if k != KNOWS_FOLDER}
+        b = beats_controls(m, known)
+        folder = m['differences'].get(KNOWS_FOLDER)
+        rows.append({'question': f"{q} {m['key']}", 'measure': m['measure'],
+                     'model': interval_text(m['score']), **{k: f"{m['controls'][k]['mean']:.2f}" for k in d},
+                     'smallest gain': interval_text(min(d.values(), key=lambda v: v['mean'])) if d else '–',
+                     'beats all': '–' if b is None else 'yes' if b else 'no',
+                     'majority in category': f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}" if folder else '–',
+                     'gain over it': interval_text(folder) if folder else '–'})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #0e93139a
@@ -97,21 +110,28 @@ def gains(jobs)->pd.DataFrame:
     "Every other system against the first, paired over the rows that both answered"
     (base,first),*others = systems(jobs).items(); rows = []
     for name,scored in others:
-        both = first[first.condition == 'plain'].merge(scored[scored.condition == 'plain'], on=['image','question_id'], suffixes=('','_b'))
-        rows.append({'system': f'{name} − {base}', 'rows': len(both), **{f'{q} {QUESTIONS[q].key}': interval_text(difference(g.score_b, g.score, g.patient)) for q,g in both.groupby('question_id')},
+        both = first[first.condition == 'plain'].merge(scored[scored.condition == 'plain'],
+                                                       on=['image','question_id'], suffixes=('','_b'))
+        rows.append({'system': f'{name} − {base}', 'rows': len(both),
+                     **{f'{q} {QUESTIONS[q].key}': interval_text(difference(g.score_b, g.score, g.patient))
+                        for q,g in both.groupby('question_id')},
                      'mean': interval_text(difference(both.score_b, both.score, both.patient))})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #4313a5be
 def resource_table(jobs)->pd.DataFrame:
-    "Per evaluation job: weights, growth on loading, peak memory, load time, time per question; training time from its own job"
+    ("Per evaluation job: weights, growth on loading, peak memory, load time, time per question; "
+     "training time from its own job")
     trained = {j.name: j.config['seconds'] for j in jobs if j.config['kind'] == 'train'}
     rows = []
     for j in jobs:
         if not j.metrics: continue
         c = j.config; source = Path(c['adapter'] or c['weights'] or '').parent.name
-        rows.append({'job': j.name, 'system': j.system, 'categories': ', '.join(c['categories']), 'weights': in_mib(c['weights_bytes']), 'process peak': in_mib(j.metrics['peak_bytes']),
-                     'load s': round(c['load_seconds'], 2), 'ms a question': round(1000*j.metrics['seconds_per_question'], 1), 'trained in s': trained.get(source)})
+        rows.append({'job': j.name, 'system': j.system, 'categories': ', '.join(c['categories']),
+                     'weights': in_mib(c['weights_bytes']), 'process peak': in_mib(j.metrics['peak_bytes']),
+                     'load s': round(c['load_seconds'], 2),
+                     'ms a question': round(1000*j.metrics['seconds_per_question'], 1),
+                     'trained in s': trained.get(source)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #cdf4bd96
@@ -120,22 +140,34 @@ def plot_systems(jobs):
     import matplotlib.pyplot as plt
     every = systems(jobs); fig,ax = plt.subplots(figsize=(8.5,4.2))
     for k,(name,scored) in enumerate(every.items()):
-        plain = scored[scored.condition == 'plain']; ms = [mean_interval(g.score, g.patient) for _,g in plain.groupby('question_id')]
+        plain = scored[scored.condition == 'plain']
+        ms = [mean_interval(g.score, g.patient) for _,g in plain.groupby('question_id')]
         y = np.arange(len(ms))+.22*(k-(len(every)-1)/2); mean = np.array([m['mean'] for m in ms])
-        low,high = (np.array([m['mean'] if m[k] is None else m[k] for m in ms]) for k in ('low','high'))  # no interval with too few patients
-        ax.errorbar(mean, y, xerr=np.clip([mean-low, high-mean], 0, None), fmt='o', ms=5, capsize=3, label=name)
+        # no interval with too few patients
+        low,high = (np.array([m['mean'] if m[k] is None else m[k] for m in ms]) for k in ('low','high'))
+        ax.errorbar(mean, y, xerr=np.clip([mean-low, high-mean], 0, None), fmt='o', ms=5,
+                    capsize=3, label=name)
     ax.set_yticks(range(len(QUESTIONS)), [f'{q} {o.key}' for q,o in QUESTIONS.items()]); ax.invert_yaxis()
-    ax.set(xlabel='main score with 95 % interval (clustered on patient)', xlim=(0,1.03)); ax.grid(axis='x', alpha=.3); ax.legend(fontsize=8, loc='lower left'); fig.tight_layout()
+    ax.set(xlabel='main score with 95 % interval (clustered on patient)', xlim=(0,1.03))
+    ax.grid(axis='x', alpha=.3)
+    ax.legend(fontsize=8, loc='lower left')
+    fig.tight_layout()
     return fig
 
 # %% ../nbs/11_compare.ipynb #1404d8a6
 def plot_heat(scored, title=''):
     "Heat map of mean score, category × question; returns the figure"
     import matplotlib.pyplot as plt
-    t = scored[scored.condition == 'plain'].pivot_table(index='category', columns='question_id', values='score')
-    fig,ax = plt.subplots(figsize=(8,.5*len(t)+1.3)); ax.imshow(t, vmin=0, vmax=1, cmap='viridis', aspect='auto')
-    for (i,j),v in np.ndenumerate(t.to_numpy()): ax.text(j, i, f'{v:.2f}', ha='center', va='center', color='white' if v < .6 else 'black', fontsize=9)
-    ax.set_xticks(range(t.shape[1]), [f'{q} {QUESTIONS[q].key}' for q in t], rotation=20, ha='right'); ax.set_yticks(range(len(t)), t.index); ax.set_title(title, fontsize=10); fig.tight_layout()
+    t = scored[scored.condition == 'plain'].pivot_table(index='category', columns='question_id',
+                                                        values='score')
+    fig,ax = plt.subplots(figsize=(8,.5*len(t)+1.3))
+    ax.imshow(t, vmin=0, vmax=1, cmap='viridis', aspect='auto')
+    for (i,j),v in np.ndenumerate(t.to_numpy()):
+        ax.text(j, i, f'{v:.2f}', ha='center', va='center', color='white' if v < .6 else 'black', fontsize=9)
+    ax.set_xticks(range(t.shape[1]), [f'{q} {QUESTIONS[q].key}' for q in t], rotation=20, ha='right')
+    ax.set_yticks(range(len(t)), t.index)
+    ax.set_title(title, fontsize=10)
+    fig.tight_layout()
     return fig
 
 # %% ../nbs/11_compare.ipynb #4f27ea4a
@@ -145,11 +177,16 @@ def plot_resources(jobs):
     seen = {}
     for j in jobs:
         if j.metrics: seen.setdefault(j.system, j)
-    values = {'load time, s': lambda j: j.config['load_seconds'], 'time per question, ms': lambda j: 1000*j.metrics['seconds_per_question'], 'weights, MiB': lambda j: j.config['weights_bytes']/2**20}
+    values = {'load time, s': lambda j: j.config['load_seconds'],
+              'time per question, ms': lambda j: 1000*j.metrics['seconds_per_question'],
+              'weights, MiB': lambda j: j.config['weights_bytes']/2**20}
     fig,axs = plt.subplots(1, 3, figsize=(9.5,.45*len(seen)+1.1))
     for ax,(title,f) in zip(axs, values.items()):
-        ax.barh(range(len(seen)), [f(j) for j in seen.values()], color=[f'C{k}' for k in range(len(seen))]); ax.set_title(title, fontsize=9); ax.invert_yaxis()
-        ax.set_yticks(range(len(seen)), seen if ax is axs[0] else ['']*len(seen), fontsize=8); ax.tick_params(axis='x', labelsize=7)
+        ax.barh(range(len(seen)), [f(j) for j in seen.values()], color=[f'C{k}' for k in range(len(seen))])
+        ax.set_title(title, fontsize=9)
+        ax.invert_yaxis()
+        ax.set_yticks(range(len(seen)), seen if ax is axs[0] else ['']*len(seen), fontsize=8)
+        ax.tick_params(axis='x', labelsize=7)
     fig.tight_layout()
     return fig
 
@@ -162,7 +199,8 @@ def plot_sheet(table, data, each=5, seed=0):
     fig,axs = plt.subplots(len(groups), each, figsize=(2*each, 2.15*len(groups)), squeeze=False)
     for row,(name,g) in zip(axs, groups):
         for ax in row: ax.axis('off')
-        for ax,p in zip(row, g.image.iloc[rng.permutation(len(g))[:each]]): ax.imshow(read_image(Path(data)/p))
+        for ax,p in zip(row, g.image.iloc[rng.permutation(len(g))[:each]]):
+            ax.imshow(read_image(Path(data)/p))
         row[0].set_title(name, fontsize=9, loc='left')
     fig.tight_layout(pad=.4)
     return fig
@@ -170,19 +208,24 @@ def plot_sheet(table, data, each=5, seed=0):
 # %% ../nbs/11_compare.ipynb #5409bde7
 def examples(scored, n=3, seed=0)->list:
     "Rows right and wrong, `n` of each, from different categories where possible"
-    plain = scored[(scored.condition == 'plain') & scored.score.notna() & ~scored.question_id.isin([5])]; out = []
+    plain = scored[(scored.condition == 'plain') & scored.score.notna() & ~scored.question_id.isin([5])]
+    out = []
     for kind,ok in (('right', plain[plain.score == 1]), ('wrong', plain[plain.score < .5])):
         mixed = ok.sample(frac=1, random_state=seed).drop_duplicates(['category']).head(n)
-        out += [dict(kind=kind, **r) for r in mixed[['image','category','question','answer','prediction','confidence','score']].to_dict('records')]
+        out += [dict(kind=kind, **r) for r in mixed[
+            ['image','category','question','answer','prediction','confidence','score']].to_dict('records')]
     return out
 
 # %% ../nbs/11_compare.ipynb #b7dbffce
-DECIDES = {'Abdomen': 'spine', 'Thorax': 'spine', 'Femur': 'femoral diaphysis', 'Standard_NT': 'skull', 'Non_standard_NT': 'skull'}  # what question 2 hangs on
+# what question 2 hangs on
+DECIDES = {'Abdomen': 'spine', 'Thorax': 'spine', 'Femur': 'femoral diaphysis', 'Standard_NT': 'skull',
+           'Non_standard_NT': 'skull'}
 
 def energy_ratio(heat, mask)->float:
     "Share of `heat`'s energy inside `mask`, over the mask's share of the picture; 1 is chance"
     from PIL import Image
-    h = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize(mask.shape[::-1], Image.BILINEAR)).clip(0)
+    h = np.asarray(
+        Image.fromarray(np.asarray(heat, np.float32)).resize(mask.shape[::-1], Image.BILINEAR)).clip(0)
     return float((h*mask).sum()/max(h.sum(), 1e-12)/max(mask.mean(), 1e-12))
 
 # %% ../nbs/11_compare.ipynb #582fb002
@@ -196,84 +239,152 @@ def plot_attention(vlm, table, data):
     fig,axs = plt.subplots(-(-len(rows)//3), 3, figsize=(11, 3.9*-(-len(rows)//3)), squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax,r in zip(axs.flat, rows.itertuples()):
-        im = read_image(Path(data)/r.image); a = vlm.ask(im, 2); heat,_,_ = relevancy(vlm, im, 2, a.text); note = ''
+        im = read_image(Path(data)/r.image)
+        a = vlm.ask(im, 2)
+        heat,_,_ = relevancy(vlm, im, 2, a.text)
+        note = ''
         if getattr(r, 'truth', None):
-            side = read_json(Path(data)/r.truth); labels = np.asarray(Image.open(Path(data)/r.truth.replace('.json','_labels.png'))); name = DECIDES.get(r.category)
-            if name in side['names']: note = f"\nenergy on {name}: {energy_ratio(heat, labels == side['names'].index(name)+1):.1f} × chance"
+            side = read_json(Path(data)/r.truth)
+            labels = np.asarray(Image.open(Path(data)/r.truth.replace('.json','_labels.png')))
+            name = DECIDES.get(r.category)
+            if name in side['names']:
+                note = (f"\nenergy on {name}: "
+                        f"{energy_ratio(heat, labels == side['names'].index(name)+1):.1f} × chance")
         overlay(im, heat, ax, f'{r.category}: {a.text}{note}')
     fig.tight_layout()
     return fig
 
 # %% ../nbs/11_compare.ipynb #3e69cbb6
-TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ title }}</title>
-<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #d0d7de}
-.notice{background:#fff4ce;border-left:5px solid #bf8700;padding:.6rem 1rem;font-weight:600}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:.6rem 0}th,td{border:1px solid #d0d7de;padding:.25rem .5rem;text-align:left;vertical-align:top}
-th{background:#f6f8fa}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amber{color:#7d4e00}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:1rem}.card{border:1px solid #d0d7de;border-radius:6px;padding:.6rem}.card img{width:150px;float:left;margin-right:.7rem}
+TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width"><title>{{ title }}</title>
+<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem;\
+color:#1b1f24;background:#fff}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #d0d7de}
+.notice{background:#fff4ce;border-left:5px solid #bf8700;padding:.6rem 1rem;font-weight:600}\
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:.6rem 0}\
+th,td{border:1px solid #d0d7de;padding:.25rem .5rem;text-align:left;vertical-align:top}
+th{background:#f6f8fa}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amber{color:#7d4e00}\
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:1rem}\
+.card{border:1px solid #d0d7de;border-radius:6px;padding:.6rem}\
+.card img{width:150px;float:left;margin-right:.7rem}
 .right{border-left:5px solid #1a7f37}.wrong{border-left:5px solid #cf222e}small{color:#57606a}</style>
 <h1>{{ title }}</h1><p class="notice">{{ notice }}</p>
 <h2>In five lines</h2><ul>{% for l in lines %}<li>{{ l }}</li>{% endfor %}</ul>
-<h2>What to know first</h2><ul>{% for n in notes %}<li class="{{ n.level }}">{{ n.level }}{% if n.question %}, question {{ n.question }}{% endif %}: {{ n.text }}</li>{% else %}<li>Nothing was found.</li>{% endfor %}</ul>
+<h2>What to know first</h2><ul>\
+{% for n in notes %}<li class="{{ n.level }}">{{ n.level }}\
+{% if n.question %}, question {{ n.question }}{% endif %}: {{ n.text }}</li>\
+{% else %}<li>Nothing was found.</li>{% endfor %}</ul>
 {% for s in sections %}<h2>{{ s.title }}</h2>{% if s.text %}<p>{{ s.text }}</p>{% endif %}
-{% for t in s.tables %}<div class="scroll"><table>{% if t.name %}<caption>{{ t.name }}</caption>{% endif %}<tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr>{% for r in t.rows %}<tr>{% for v in r %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}
+{% for t in s.tables %}<div class="scroll"><table>{% if t.name %}<caption>{{ t.name }}</caption>{% endif %}\
+<tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr>\
+{% for r in t.rows %}<tr>{% for v in r %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}\
+</table></div>{% endfor %}
 {% for f in s.figures %}<p><img alt="{{ f.alt }}" src="data:image/png;base64,{{ f.png }}"></p>{% endfor %}
-{% if s.cards %}<div class="cards">{% for c in s.cards %}<div class="card {{ c.kind }}"><img alt="{{ c.category }}" src="data:image/png;base64,{{ c.png }}"><b>{{ c.kind }}</b> · {{ c.category }}<br>{{ c.question }}<br>model: <b>{{ c.prediction or "(empty)" }}</b><br>reference: {{ c.answer }}<br><small>confidence {{ c.confidence }}</small></div>{% endfor %}</div>{% endif %}{% endfor %}
-<h2>How it was made</h2><table>{% for k,v in made %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table><p class="notice">{{ notice }}</p></html>'''
+{% if s.cards %}<div class="cards">{% for c in s.cards %}<div class="card {{ c.kind }}">\
+<img alt="{{ c.category }}" src="data:image/png;base64,{{ c.png }}">\
+<b>{{ c.kind }}</b> · {{ c.category }}<br>{{ c.question }}<br>\
+model: <b>{{ c.prediction or "(empty)" }}</b><br>reference: {{ c.answer }}<br>\
+<small>confidence {{ c.confidence }}</small></div>{% endfor %}</div>{% endif %}{% endfor %}
+<h2>How it was made</h2><table>\
+{% for k,v in made %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>\
+<p class="notice">{{ notice }}</p></html>'''
 
 def _png(figure_or_image)->str:
     "A figure or a PIL image as base64 PNG; figures are closed"
     import matplotlib.pyplot as plt
     buf = io.BytesIO()
-    if hasattr(figure_or_image, 'savefig'): figure_or_image.savefig(buf, format='png', dpi=100); plt.close(figure_or_image)
+    if hasattr(figure_or_image, 'savefig'):
+        figure_or_image.savefig(buf, format='png', dpi=100)
+        plt.close(figure_or_image)
     else: figure_or_image.save(buf, 'PNG')
     return base64.b64encode(buf.getvalue()).decode()
 
 # %% ../nbs/11_compare.ipynb #a2b09e10
 def _table(frame, name='')->dict:
-    return dict(name=name, columns=list(frame.columns), rows=[['–' if v is None or v != v else v for v in r] for r in frame.itertuples(index=False)])
+    return dict(name=name, columns=list(frame.columns),
+                rows=[['–' if v is None or v != v else v for v in r] for r in frame.itertuples(index=False)])
 
 # %% ../nbs/11_compare.ipynb #f5e7a02a
 def real_frame(vlm):
-    "pydicom's bundled ultrasound frame read from DICOM, and the model's eight answers to it: (PIL image, rows, remark on its scale)"
+    ("pydicom's bundled ultrasound frame read from DICOM, and the model's eight answers to it: "
+     "(PIL image, rows, remark on its scale)")
     from pydicom import examples
     from fada.data import read_dicom
     image,scale = read_dicom(examples.get_path('palette_color'))
-    rows = pd.DataFrame([{'question': a.question, 'answer': a.error or a.text, 'confidence': '' if a.confidence is None else f'{a.confidence:.2f}'} for a in vlm.ask(image)])
-    return image, rows, 'no scale: its declared region exceeds the picture' if scale is None else f'{scale:.3f} mm per pixel'
+    rows = pd.DataFrame([{'question': a.question, 'answer': a.error or a.text,
+                          'confidence': '' if a.confidence is None else f'{a.confidence:.2f}'}
+                         for a in vlm.ask(image)])
+    return image, rows, ('no scale: its declared region exceeds the picture' if scale is None
+                         else f'{scale:.3f} mm per pixel')
 
 # %% ../nbs/11_compare.ipynb #775fb1c2
 def headline(jobs)->list:
     "The run in at most five lines, each from its own figures"
-    every = systems(jobs); name,scored = next(iter(every.items())); plain = scored[scored.condition == 'plain']; m = summary(scored)
-    beats = [f'{q} {v["key"]}' for q,v in m.items() if beats_controls(v, knows_folder(scored, scored.adapter.any()))]
-    lines = [f"{name}: {plain.image.nunique()} test images of {plain.patient.nunique()} patients, mean score {interval_text(mean_interval(plain.score, plain.patient))}.",
+    every = systems(jobs)
+    name,scored = next(iter(every.items()))
+    plain = scored[scored.condition == 'plain']
+    m = summary(scored)
+    beats = [f'{q} {v["key"]}' for q,v in m.items()
+             if beats_controls(v, knows_folder(scored, scored.adapter.any()))]
+    lines = [f"{name}: {plain.image.nunique()} test images of {plain.patient.nunique()} patients, "
+             f"mean score {interval_text(mean_interval(plain.score, plain.patient))}.",
              f"Beats every control, pooled over categories, on: {', '.join(beats) or 'no question'}."]
-    n = normality(plain); lines.append(f"Abnormal images found: {n['found']} of {n['abnormal']}; normal ones cleared: {n['cleared']} of {n['normal']}.")
+    n = normality(plain)
+    lines.append(f"Abnormal images found: {n['found']} of {n['abnormal']}; "
+                 f"normal ones cleared: {n['cleared']} of {n['normal']}.")
     for other in list(every)[1:]:
-        o = every[other]; o = o[o.condition == 'plain']; both = plain.merge(o, on=['image','question_id'], suffixes=('','_b'))
-        lines.append(f"{other}: mean score {interval_text(mean_interval(o.score, o.patient))}; against {name} {interval_text(difference(both.score_b, both.score, both.patient), 3)} (paired).")
+        o = every[other]
+        o = o[o.condition == 'plain']
+        both = plain.merge(o, on=['image','question_id'], suffixes=('','_b'))
+        lines.append(f"{other}: mean score {interval_text(mean_interval(o.score, o.patient))}; "
+                     f"against {name} "
+                     f"{interval_text(difference(both.score_b, both.score, both.patient), 3)} (paired).")
     return lines[:5]
 
 # %% ../nbs/11_compare.ipynb #5056ae71
 def _sections(jobs, data, vlm):
     "The report's sections, in reading order"
     from fada.data import load_table, read_image
-    every = systems(jobs); name,scored = next(iter(every.items())); test = load_table(data, split=jobs_split(jobs))
+    every = systems(jobs)
+    name,scored = next(iter(every.items()))
+    test = load_table(data, split=jobs_split(jobs))
     test = test[test.image.isin(scored.image)]
     fig = lambda f, alt: dict(png=_png(f), alt=alt)
     within = [_table(control_table(g), c) for c,g in scored.groupby('category')]
-    tuned = [_table(control_table(v), f'{k}, pooled: each adapter knows its folder') for k,v in list(every.items())[1:] if v.adapter.any()]
-    cards = [dict(e, confidence=f"{e['confidence']:.2f}" if e['confidence'] == e['confidence'] else '–', png=_png(read_image(Path(data)/e['image']).resize((150,150)))) for e in examples(scored)]
+    tuned = [_table(control_table(v), f'{k}, pooled: each adapter knows its folder')
+             for k,v in list(every.items())[1:] if v.adapter.any()]
+    cards = [dict(e, confidence=f"{e['confidence']:.2f}" if e['confidence'] == e['confidence'] else '–',
+                  png=_png(read_image(Path(data)/e['image']).resize((150,150)))) for e in examples(scored)]
     image,rows,scale = real_frame(vlm)
     return [
-        dict(title='The images', text=f'A sample of the test split ({test.image.nunique()} images, {test.patient.nunique()} patients).', figures=[fig(plot_sheet(test, data), 'contact sheet')]),
-        dict(title='Did the image matter?', text=f'{name}, pooled over categories. Beside every score stands what is left of it when the model sees something else, and the commonest training answer. '
-             'Conditions: ' + '; '.join(f'{k}: {v}' for k,v in CONDITIONS.items()) + '.', tables=[_table(control_table(scored))], figures=[fig(plot_summary(summary(scored), f'{name}, all categories'), 'scores and controls')]),
-        dict(title='Within each category', text='Here the commonest training answer of the folder is known to one control, which makes it strong: a folder such as Standard_NT is named after the answer to question 3.', tables=within, figures=[fig(plot_heat(scored, name), 'category by question')]),
-        dict(title='Models side by side', text='Intervals are 95 %, by bootstrap clustered on the patient; differences are paired.', tables=[_table(quality_table(jobs)), *([_table(gains(jobs), 'Gain over the first')] if len(every) > 1 else []), *tuned, _table(resource_table(jobs))],
+        dict(title='The images',
+             text=f'A sample of the test split ({test.image.nunique()} images, '
+                  f'{test.patient.nunique()} patients).',
+             figures=[fig(plot_sheet(test, data), 'contact sheet')]),
+        dict(title='Did the image matter?',
+             text=f'{name}, pooled over categories. Beside every score stands what is left of it when '
+                  'the model sees something else, and the commonest training answer. '
+                  'Conditions: ' + '; '.join(f'{k}: {v}' for k,v in CONDITIONS.items()) + '.',
+             tables=[_table(control_table(scored))],
+             figures=[fig(plot_summary(summary(scored), f'{name}, all categories'), 'scores and controls')]),
+        dict(title='Within each category',
+             text='Here the commonest training answer of the folder is known to one control, which makes it '
+                  'strong: a folder such as Standard_NT is named after the answer to question 3.',
+             tables=within, figures=[fig(plot_heat(scored, name), 'category by question')]),
+        dict(title='Models side by side',
+             text='Intervals are 95 %, by bootstrap clustered on the patient; differences are paired.',
+             tables=[_table(quality_table(jobs)),
+                     *([_table(gains(jobs), 'Gain over the first')] if len(every) > 1 else []),
+                     *tuned, _table(resource_table(jobs))],
              figures=[fig(plot_systems(jobs), 'systems'), fig(plot_resources(jobs), 'resources')]),
-        dict(title='Right and wrong', text='Drawn at random from the answers of the first system.', cards=cards),
-        dict(title='Where the answer came from', text='Gradient-weighted relevancy for the answer on orientation, one image a category. Attention is not evidence: a map that looks right proves nothing.', figures=[fig(plot_attention(vlm, test, data), 'attention')]),
-        dict(title='A real frame', text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike every training image; the answers below show what a model does that cannot say so.",
+        dict(title='Right and wrong', text='Drawn at random from the answers of the first system.',
+             cards=cards),
+        dict(title='Where the answer came from',
+             text='Gradient-weighted relevancy for the answer on orientation, one image a category. '
+                  'Attention is not evidence: a map that looks right proves nothing.',
+             figures=[fig(plot_attention(vlm, test, data), 'attention')]),
+        dict(title='A real frame',
+             text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike "
+                  "every training image; the answers below show what a model does that cannot say so.",
              tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')])]
 
 # %% ../nbs/11_compare.ipynb #8e73c4ba
@@ -291,10 +402,15 @@ def write_report(
     from jinja2 import Environment
     from fada.vlm import load
     jobs = collect(run); first = next(j for j in jobs if j.metrics); c = first.config
-    data = data or c['data']; vlm = load(c['model'], c['adapter'] or None, c['weights'] or None, c['precision'])
+    data = data or c['data']
+    vlm = load(c['model'], c['adapter'] or None, c['weights'] or None, c['precision'])
     synthetic = (Path(data)/'phantoms.json').exists()
     notes = [n for j in jobs if j.metrics and j.system == first.system for n in j.metrics['notes']]
-    made = [('made', now()), ('run', Path(run).name), ('data', f"{Path(data).name}, table {first.metrics['data'][:16]}…"), ('base weights', first.metrics['identity']['base'][:16]+'…'), ('seed', c['seed']),
+    made = [('made', now()), ('run', Path(run).name),
+            ('data', f"{Path(data).name}, table {first.metrics['data'][:16]}…"),
+            ('base weights', first.metrics['identity']['base'][:16]+'…'), ('seed', c['seed']),
             ('versions', ', '.join(f'{k} {v}' for k,v in environment().items()))]
-    html = Environment(autoescape=True).from_string(TEMPLATE).render(title=title, notice=NOTICE+(' '+SYNTHETIC if synthetic else ''), lines=headline(jobs), notes=notes, sections=_sections(jobs, data, vlm), made=made)
+    html = Environment(autoescape=True).from_string(TEMPLATE).render(
+        title=title, notice=NOTICE+(' '+SYNTHETIC if synthetic else ''), lines=headline(jobs), notes=notes,
+        sections=_sections(jobs, data, vlm), made=made)
     return write_atomic(Path(run)/'report.html', html)

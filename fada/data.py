@@ -12,12 +12,15 @@ import json, re
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .settings import FadaError, digest, environment, now, pixels_sha256, read_json, write_json, writable_folder
+from .settings import (FadaError, digest, environment, now, pixels_sha256, read_json, write_json,
+                       writable_folder)
 from .clinical import CATEGORIES, QUESTIONS, category, parse_answer
 
 # %% ../nbs/04_data.ipynb #01ab788d
-REQUIRED = ('image', 'pixels_sha256', 'category', 'patient', 'question_id', 'question', 'answer', 'split', 'dataset')
-OPTIONAL = ('plane_group', 'visit', 'twin', 'canonical', 'answer_norm', 'structured', 'annotator', 'site', 'machine', 'operator',
+REQUIRED = ('image', 'pixels_sha256', 'category', 'patient', 'question_id', 'question', 'answer',
+            'split', 'dataset')
+OPTIONAL = ('plane_group', 'visit', 'twin', 'canonical', 'answer_norm',
+            'structured', 'annotator', 'site', 'machine', 'operator',
             'ga_days', 'ga_source', 'mm_per_px', 'phrasing', 'truth')
 SPLITS = ('train', 'val', 'test')
 
@@ -27,14 +30,19 @@ def check_table(
 )->pd.DataFrame:     # the table, unchanged
     "Prove that `table` is a question table; `FadaError` names what is missing or wrong"
     missing = [c for c in REQUIRED if c not in table]
-    if missing: raise FadaError('columns are missing: '+', '.join(missing), where, ', '.join(REQUIRED), 'make it with `fada phantom` or prepare.ipynb')
+    if missing:
+        raise FadaError('columns are missing: '+', '.join(missing), where, ', '.join(REQUIRED),
+                        'make it with `fada phantom` or prepare.ipynb')
     if not len(table): raise FadaError('no rows', where, 'one row per image and question', '')
     for c in REQUIRED[:-1]:
-        if table[c].isna().any(): raise FadaError(f'{int(table[c].isna().sum())} rows without {c}', where, 'a value in every row', '')
+        if table[c].isna().any():
+            raise FadaError(f'{int(table[c].isna().sum())} rows without {c}', where,
+                            'a value in every row', '')
     key = table.duplicated(['image','question_id'])
     if key.any():
         r = table[key].iloc[0]
-        raise FadaError('the same question twice', f'{where}, image {r.image}, question {r.question_id}', 'one row per image and question', '')
+        raise FadaError('the same question twice', f'{where}, image {r.image}, question {r.question_id}',
+                        'one row per image and question', '')
     odd = set(table.split.unique()) - set(SPLITS)
     if odd: raise FadaError(f'unknown split {sorted(odd)}', where, ', '.join(SPLITS), '')
     return table
@@ -50,11 +58,14 @@ def read_image(
     if path.suffix.lower() in ('.dcm', '.dicom'): return read_dicom(path)[0]
     try:
         with Image.open(path) as im: im = ImageOps.exif_transpose(im); im.load()
-        if im.mode.startswith('I') or im.mode == 'F':  # 16 bits: scaled by what the format can hold, not clipped to white
-            a = np.asarray(im, np.float64); im = Image.fromarray((a/(65535 if a.max() > 255 else 255)*255).clip(0, 255).astype(np.uint8))
+        # 16 bits: scaled by what the format can hold, not clipped to white
+        if im.mode.startswith('I') or im.mode == 'F':
+            a = np.asarray(im, np.float64)
+            im = Image.fromarray((a/(65535 if a.max() > 255 else 255)*255).clip(0, 255).astype(np.uint8))
         return im.convert('RGB')
     except (OSError, ValueError, Image.DecompressionBombError) as e:
-        raise FadaError('not a readable image', str(path), 'PNG, JPEG, TIFF, BMP, WebP or DICOM', str(e)) from None
+        raise FadaError('not a readable image', str(path), 'PNG, JPEG, TIFF, BMP, WebP or DICOM',
+                        str(e)) from None
 
 # %% ../nbs/04_data.ipynb #61c30e0f
 CM = 3  # DICOM's code for centimetres in PhysicalUnitsXDirection
@@ -66,7 +77,8 @@ def dicom_scale(
     rows,cols = int(ds.Rows), int(ds.Columns)
     found = set()
     for r in getattr(ds, 'SequenceOfUltrasoundRegions', []):
-        inside = 0 <= r.RegionLocationMinX0 < r.RegionLocationMaxX1 < cols and 0 <= r.RegionLocationMinY0 < r.RegionLocationMaxY1 < rows
+        inside = (0 <= r.RegionLocationMinX0 < r.RegionLocationMaxX1 < cols
+                  and 0 <= r.RegionLocationMinY0 < r.RegionLocationMaxY1 < rows)
         if getattr(r, 'PhysicalUnitsXDirection', 0) == CM == getattr(r, 'PhysicalUnitsYDirection', 0):
             if not inside or abs(r.PhysicalDeltaX-r.PhysicalDeltaY) > 1e-6: return None
             found.add(round(float(r.PhysicalDeltaX)*10, 9))
@@ -90,7 +102,8 @@ def read_dicom(
         elif ds.SamplesPerPixel == 1: a = apply_voi_lut(a, ds)
     except FadaError: raise
     except Exception as e:  # pydicom raises many kinds on a broken file: all mean that it cannot be read
-        raise FadaError('not a readable DICOM image', str(path), 'an ultrasound image', f'{type(e).__name__}: {e}') from None
+        raise FadaError('not a readable DICOM image', str(path), 'an ultrasound image',
+                        f'{type(e).__name__}: {e}') from None
     a = a.astype(np.float32)
     if a.max() > 255 or ds.SamplesPerPixel == 1: a = (a-a.min())/max(float(np.ptp(a)), 1e-9)*255
     if ds.PhotometricInterpretation == 'MONOCHROME1': a = 255-a
@@ -106,13 +119,18 @@ def read_phantoms(
     for side in sorted((folder/'truth').glob('*/*.json')):
         t = read_json(side); image = folder/'images'/t['category']/f'{side.stem}.png'
         sha = pixels_sha256(read_image(image))
-        common = dict(image=image.relative_to(folder).as_posix(), pixels_sha256=sha, category=t['category'], patient=t['patient'], dataset='fada-phantoms',
-                      plane_group=CATEGORIES[t['category']].group, mm_per_px=t['mm_per_px'], ga_days=t['ga_days'], ga_source='dates',
+        common = dict(image=image.relative_to(folder).as_posix(), pixels_sha256=sha,
+                      category=t['category'], patient=t['patient'], dataset='fada-phantoms',
+                      plane_group=CATEGORIES[t['category']].group,
+                      mm_per_px=t['mm_per_px'], ga_days=t['ga_days'], ga_source='dates',
                       truth=side.relative_to(folder).as_posix(), canonical=True)
-        rows += [dict(common, question_id=q, question=QUESTIONS[q].text, answer=t['text'][str(q)], structured=json.dumps(t['answers'][str(q)], sort_keys=True))
+        rows += [dict(common, question_id=q, question=QUESTIONS[q].text, answer=t['text'][str(q)],
+                      structured=json.dumps(t['answers'][str(q)], sort_keys=True))
                  for q in QUESTIONS]
     if len(rows) != spec['n']*len(QUESTIONS):
-        raise FadaError(f'{len(rows)//len(QUESTIONS)} phantoms', str(folder), f"{spec['n']}, as phantoms.json says", 'run `fada phantom` again: it goes on where it stopped')
+        raise FadaError(f'{len(rows)//len(QUESTIONS)} phantoms',
+                        str(folder), f"{spec['n']}, as phantoms.json says",
+                        'run `fada phantom` again: it goes on where it stopped')
     return pd.DataFrame(rows)
 
 # %% ../nbs/04_data.ipynb #78da3fd0
@@ -126,11 +144,15 @@ def _columns(columns, path):
     for c in columns:
         s = ' '.join(str(c).lower().replace('_',' ').split())
         m = re.match(r'(?:q|question)\s*([1-8])\b', s)
-        key = int(m[1]) if m else 'image' if s in ('image name','image','filename','file name','file') else 'folder' if s in ('folder name','folder','category') else None
-        if key in found.values(): raise FadaError(f'two columns mean {key!r}', f'{path}, column {c!r}', 'one', 'rename or delete one of them')
+        key = (int(m[1]) if m else 'image' if s in ('image name','image','filename','file name','file')
+               else 'folder' if s in ('folder name','folder','category') else None)
+        if key in found.values():
+            raise FadaError(f'two columns mean {key!r}', f'{path}, column {c!r}', 'one',
+                            'rename or delete one of them')
         if key is not None: found[c] = key
     if 'image' not in found.values() or not any(isinstance(v, int) for v in found.values()):
-        raise FadaError('no image or question column', str(path), 'headers such as "Image Name" and "Q1: …"', f'found: {", ".join(map(str, columns))}')
+        raise FadaError('no image or question column', str(path), 'headers such as "Image Name" and "Q1: …"',
+                        f'found: {", ".join(map(str, columns))}')
     return found
 
 # %% ../nbs/04_data.ipynb #bbeb2cd6
@@ -138,10 +160,15 @@ def _read_sheet(path):
     "A workbook or a delimited file as a frame of text"
     path = Path(path)
     try:
-        if path.suffix.lower() == '.xlsx': frame = pd.read_excel(path, dtype=str, keep_default_na=False)  # "None" is an answer
-        else: frame = pd.read_csv(path, sep=None, engine='python', dtype=str, encoding='utf-8-sig', keep_default_na=False)
-    except Exception as e:  # pandas and openpyxl raise many kinds on a broken file: all mean that it cannot be read
-        raise FadaError('not a readable workbook', str(path), 'Excel (.xlsx), CSV or TSV in UTF-8', f'{type(e).__name__}: {e}') from None
+        if path.suffix.lower() == '.xlsx':  # "None" is an answer
+            frame = pd.read_excel(path, dtype=str, keep_default_na=False)
+        else:
+            frame = pd.read_csv(path, sep=None, engine='python', dtype=str, encoding='utf-8-sig',
+                                keep_default_na=False)
+    except Exception as e:
+        # pandas and openpyxl raise many kinds on a broken file: all mean that it cannot be read
+        raise FadaError('not a readable workbook', str(path), 'Excel (.xlsx), CSV or TSV in UTF-8',
+                        f'{type(e).__name__}: {e}') from None
     return frame.rename(columns=_columns(frame.columns, path)), path
 
 # %% ../nbs/04_data.ipynb #1ab78196
@@ -149,37 +176,57 @@ def read_folder(
     folder,                   # category folders with images, and workbooks
     dataset:str=None,         # name kept in the table; the folder's by default
 )->tuple:                     # (question table without splits, quarantine: file, row, field, reason)
-    """Read a group's folder. Patients are not known from it: each image counts as its own, which the manifest says."""
+    ("Read a group's folder. Patients are not known from it: "
+     "each image counts as its own, which the manifest says.")
     folder = Path(folder)
-    if not folder.is_dir(): raise FadaError('the image folder is missing', str(folder), 'a folder with one folder of images per category', 'check [data] folder in settings.ini, or --data')
+    if not folder.is_dir():
+        raise FadaError('the image folder is missing', str(folder),
+                        'a folder with one folder of images per category',
+                        'check [data] folder in settings.ini, or --data')
     images,quarantine = {},[]
     for d in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')):
         files = [p for p in sorted(d.iterdir()) if p.suffix.lower() in IMAGES]
         if files:
             for p in files: images.setdefault((category(d.name).name, p.stem.lower()), []).append(p)
-    for key in [k for k,v in images.items() if len(v) > 1]:  # a.png and a.jpg: nobody can tell which one was answered
-        quarantine += [dict(file=p.relative_to(folder).as_posix(), row=0, field='', reason='two images of one name') for p in images.pop(key)]
+    # a.png and a.jpg: nobody can tell which one was answered
+    for key in [k for k,v in images.items() if len(v) > 1]:
+        quarantine += [dict(file=p.relative_to(folder).as_posix(), row=0, field='',
+                            reason='two images of one name') for p in images.pop(key)]
     images = {k: v[0] for k,v in images.items()}
-    sheets = [p for p in sorted([*folder.glob('*'), *folder.glob('*/*')]) if p.suffix.lower() in ('.xlsx','.csv','.tsv') and not p.name.startswith(('~','.')) and p.name != QUARANTINE]
+    sheets = [p for p in sorted([*folder.glob('*'), *folder.glob('*/*')])
+              if p.suffix.lower() in ('.xlsx','.csv','.tsv') and not p.name.startswith(('~','.'))
+              and p.name != QUARANTINE]
     if not images or not sheets:
-        raise FadaError(f'{len(images)} images and {len(sheets)} workbooks', str(folder), 'category folders with images, and at least one workbook (.xlsx, .csv, .tsv)', '')
+        raise FadaError(f'{len(images)} images and {len(sheets)} workbooks', str(folder),
+                        'category folders with images, and at least one workbook (.xlsx, .csv, .tsv)', '')
     rows,used,decoded = [],set(),{}
     for frame,path in map(_read_sheet, sheets):
         for i,r in enumerate(frame.to_dict('records'), start=2):  # line 1 holds the headers
             where = dict(file=str(path.relative_to(folder)), row=i)
             name = str(r.get('image') or '').strip()
-            try: cat = category(r['folder'] if 'folder' in r else path.parent.name if path.parent != folder else path.stem).name
+            try:
+                cat = category(r['folder'] if 'folder' in r else path.parent.name if path.parent != folder
+                               else path.stem).name
             except FadaError as e: quarantine.append(dict(where, field='folder', reason=str(e))); continue
             key = (cat, Path(name).stem.lower() if Path(name).suffix.lower() in IMAGES else name.lower())
-            if key not in images: quarantine.append(dict(where, field='image', reason=f'no image {name!r} in {cat}')); continue
-            if key in used: quarantine.append(dict(where, field='image', reason=f'{name!r} answered twice')); continue
+            if key not in images:
+                quarantine.append(dict(where, field='image', reason=f'no image {name!r} in {cat}'))
+                continue
+            if key in used:
+                quarantine.append(dict(where, field='image', reason=f'{name!r} answered twice'))
+                continue
             if key not in decoded:
                 try: decoded[key] = pixels_sha256(read_image(images[key]))
                 except FadaError as e: quarantine.append(dict(where, field='image', reason=str(e))); continue
             used.add(key)
-            rows += _question_rows(r, where, images[key].relative_to(folder).as_posix(), decoded[key], cat, dataset or folder.name, quarantine)
-    quarantine += [dict(file=p.relative_to(folder).as_posix(), row=0, field='', reason='image without answers') for k,p in images.items() if k not in used]
-    if not rows: raise FadaError('no image has an answer', str(folder), 'image names in the workbook that match the files', f'first finding: {quarantine[0]["reason"]}')
+            rows += _question_rows(r, where, images[key].relative_to(folder).as_posix(), decoded[key], cat,
+                                   dataset or folder.name, quarantine)
+    quarantine += [dict(file=p.relative_to(folder).as_posix(), row=0, field='',
+                        reason='image without answers') for k,p in images.items() if k not in used]
+    if not rows:
+        raise FadaError('no image has an answer', str(folder),
+                        'image names in the workbook that match the files',
+                        f'first finding: {quarantine[0]["reason"]}')
     return pd.DataFrame(rows), pd.DataFrame(quarantine, columns=['file','row','field','reason'])
 
 # %% ../nbs/04_data.ipynb #15ba8e19
@@ -189,9 +236,13 @@ def _question_rows(r, where, image, sha, cat, dataset, quarantine):
     for q in QUESTIONS:
         if q not in r: continue
         answer = '' if r[q] is None or pd.isna(r[q]) else str(r[q]).strip()
-        if answer.lower() in PLACEHOLDERS: quarantine.append(dict(where, field=f'Q{q}', reason=f'no answer ({answer!r})')); continue
-        out.append(dict(image=image, pixels_sha256=sha, category=cat, patient=f'image:{sha[:12]}', dataset=dataset, plane_group=CATEGORIES[cat].group, question_id=q,
-                        question=QUESTIONS[q].text, answer=answer, structured=json.dumps(parse_answer(q, answer), sort_keys=True), canonical=True))
+        if answer.lower() in PLACEHOLDERS:
+            quarantine.append(dict(where, field=f'Q{q}', reason=f'no answer ({answer!r})'))
+            continue
+        out.append(dict(image=image, pixels_sha256=sha, category=cat, patient=f'image:{sha[:12]}',
+                        dataset=dataset, plane_group=CATEGORIES[cat].group, question_id=q,
+                        question=QUESTIONS[q].text, answer=answer,
+                        structured=json.dumps(parse_answer(q, answer), sort_keys=True), canonical=True))
     return out
 
 # %% ../nbs/04_data.ipynb #46fb2751
@@ -201,7 +252,8 @@ def split_by_patient(
     shares=(.7, .1, .2),       # train, val, test
 )->pd.DataFrame:               # the table with its split column
     "Assign whole patients to train, val and test, stratified by the categories they appear in"
-    if len(shares) != 3 or abs(sum(shares)-1) > 1e-6: raise FadaError(f'shares {shares}', '', 'three numbers that sum to 1', '')
+    if len(shares) != 3 or abs(sum(shares)-1) > 1e-6:
+        raise FadaError(f'shares {shares}', '', 'three numbers that sum to 1', '')
     rng = np.random.default_rng(seed); where = {}
     kinds = table.groupby('patient').category.agg(lambda c: tuple(sorted(set(c))))
     for _,group in kinds.groupby(kinds):
@@ -211,7 +263,10 @@ def split_by_patient(
         for s,a,b in zip(SPLITS, cut, cut[1:]): where.update({w: s for w in who[a:b]})
     out = table.assign(split=table.patient.map(where))
     lost = {c: s for c,g in out.groupby('category') if (s := set(SPLITS)-set(g.split))}
-    if lost: raise FadaError('too few patients for a split without a leak', '; '.join(f'{c}: no {", ".join(sorted(s))}' for c,s in lost.items()), 'at least 3 patients per category', 'add images')
+    if lost:
+        raise FadaError('too few patients for a split without a leak',
+                        '; '.join(f'{c}: no {", ".join(sorted(s))}' for c,s in lost.items()),
+                        'at least 3 patients per category', 'add images')
     return out
 
 # %% ../nbs/04_data.ipynb #887ec659
@@ -229,12 +284,15 @@ def leaks(
 def make_manifest(table, reader, seed, quarantine=None)->dict:
     "Counts, hashes and origin of a question table"
     images = table.drop_duplicates('image')
-    return dict(kind='fada question table', made=now(), reader=reader, seed=seed, rows=len(table), images=len(images), patients=int(table.patient.nunique()),
-        patients_known=not table.patient.str.startswith('image:').any(),
-        images_by_category_and_split={c: g.split.value_counts().to_dict() for c,g in images.groupby('category')},
-        rows_by_question=table.question_id.value_counts().sort_index().to_dict(),
-        pixels_digest=digest(sorted(images.pixels_sha256)), table_digest=table_digest(table),
-        quarantined=0 if quarantine is None else len(quarantine), leaks=leaks(table), versions=environment())
+    return dict(kind='fada question table', made=now(), reader=reader, seed=seed,
+                rows=len(table), images=len(images), patients=int(table.patient.nunique()),
+                patients_known=not table.patient.str.startswith('image:').any(),
+                images_by_category_and_split={c: g.split.value_counts().to_dict()
+                                              for c,g in images.groupby('category')},
+                rows_by_question=table.question_id.value_counts().sort_index().to_dict(),
+                pixels_digest=digest(sorted(images.pixels_sha256)), table_digest=table_digest(table),
+                quarantined=0 if quarantine is None else len(quarantine), leaks=leaks(table),
+                versions=environment())
 
 # %% ../nbs/04_data.ipynb #4494f07b
 def table_digest(table)->str:
@@ -244,10 +302,14 @@ def table_digest(table)->str:
 
 # %% ../nbs/04_data.ipynb #3073bf79
 def save_table(table, folder, reader, seed, quarantine=None)->dict:
-    "Write questions.parquet, manifest.json and, where there is one, quarantine.csv to `folder`; returns the manifest"
+    ("Write questions.parquet, manifest.json and, where there is one, quarantine.csv to `folder`; "
+     "returns the manifest")
     folder = writable_folder(folder); check_table(table)
-    if leaks(table): raise FadaError(leaks(table)[0], str(folder), 'whole patients in one split', 'split by patient')
-    tmp = folder/'.questions.parquet.part'; table.to_parquet(tmp, index=False); tmp.replace(folder/'questions.parquet')
+    if leaks(table):
+        raise FadaError(leaks(table)[0], str(folder), 'whole patients in one split', 'split by patient')
+    tmp = folder/'.questions.parquet.part'
+    table.to_parquet(tmp, index=False)
+    tmp.replace(folder/'questions.parquet')
     (folder/QUARANTINE).unlink(missing_ok=True)
     if quarantine is not None and len(quarantine): quarantine.to_csv(folder/QUARANTINE, index=False)
     manifest = make_manifest(table, reader, seed, quarantine)
@@ -262,15 +324,20 @@ def load_table(
 )->pd.DataFrame:
     "Open a data set; `FadaError` where it is missing or lacks a category"
     path = Path(folder)/'questions.parquet'
-    if not path.is_file(): raise FadaError('no question table', str(folder), 'questions.parquet', 'run `fada phantom`, or prepare.ipynb on your own folder')
+    if not path.is_file():
+        raise FadaError('no question table', str(folder), 'questions.parquet',
+                        'run `fada phantom`, or prepare.ipynb on your own folder')
     table = check_table(pd.read_parquet(path), str(path))
     if tuple(categories) != ('all',):
         names = [category(c).name for c in categories]
         absent = [n for n in names if n not in set(table.category)]
-        if absent: raise FadaError(f'no rows for {", ".join(absent)}', str(path), 'one of '+', '.join(sorted(set(table.category))), 'choose other categories')
+        if absent:
+            raise FadaError(f'no rows for {", ".join(absent)}', str(path),
+                            'one of '+', '.join(sorted(set(table.category))), 'choose other categories')
         table = table[table.category.isin(names)]
     if split: table = table[table.split == split]
-    if not len(table): raise FadaError(f'no rows in split {split!r}', str(path), 'rows', 'prepare the data again')
+    if not len(table):
+        raise FadaError(f'no rows in split {split!r}', str(path), 'rows', 'prepare the data again')
     return table.reset_index(drop=True)
 
 # %% ../nbs/04_data.ipynb #9d9a0b7c
@@ -285,8 +352,10 @@ def prepare(
     mistyped folder is an error, never a reason to make up data."""
     from fada.scenes import write_phantoms
     folder = Path(folder)
-    if source not in ('auto','phantoms','folder'): raise FadaError(f'unknown source {source!r}', '', 'auto, phantoms or folder', '')
-    if source == 'auto': source = 'phantoms' if (folder/'phantoms.json').exists() or folder.name == 'phantoms' else 'folder'
+    if source not in ('auto','phantoms','folder'):
+        raise FadaError(f'unknown source {source!r}', '', 'auto, phantoms or folder', '')
+    if source == 'auto':
+        source = 'phantoms' if (folder/'phantoms.json').exists() or folder.name == 'phantoms' else 'folder'
     if source == 'folder':
         table,quarantine = read_folder(folder)
         return save_table(split_by_patient(table, seed), folder, 'folder', seed, quarantine)

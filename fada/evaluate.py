@@ -12,7 +12,8 @@ import json, os, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .settings import FadaError, digest, environment, now, pixels_sha256, progress, write_json, writable_folder
+from .settings import (FadaError, digest, environment, now, pixels_sha256, progress, write_json,
+                       writable_folder)
 from .clinical import QUESTIONS
 from .data import load_table, read_image, subset, table_digest
 from .memory import measured, peak_bytes
@@ -32,7 +33,9 @@ class AnswersLog:
         try:
             _lock(fd)
             size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size-1) != b'\n': text = '\n'+text  # a killed writer's half line stays a line of its own
+            # a killed writer's half line stays a line of its own
+            if size and os.pread(fd, 1, size-1) != b'\n':
+                text = '\n'+text
             os.write(fd, text.encode()); os.fsync(fd)
         finally: os.close(fd)
 
@@ -54,14 +57,18 @@ def _lock(fd):
     fcntl.flock(fd, fcntl.LOCK_EX)
 
 # %% ../nbs/10_evaluate.ipynb #00c44efa
-CONDITIONS = {'plain': 'the image', 'blank': 'mean training image', 'shuffled same': "another patient's image, same category",
-              'shuffled other': "another patient's image, other category", 'no image': 'zeros for image features'}
+CONDITIONS = {'plain': 'the image', 'blank': 'mean training image',
+              'shuffled same': "another patient's image, same category",
+              'shuffled other': "another patient's image, other category",
+              'no image': 'zeros for image features'}
 
 def mean_image(table, folder, most:int=200, side:int=224, seed:int=0):
     "The mean of up to `most` training images, side × side, uint8"
     from PIL import Image
     train = subset(table[table.split == 'train'], most, seed).image.drop_duplicates()
-    if not len(train): raise FadaError('no training images for the blank control', str(folder), 'a split with training rows', '')
+    if not len(train):
+        raise FadaError('no training images for the blank control', str(folder),
+                        'a split with training rows', '')
     total = sum(np.asarray(read_image(Path(folder)/p).resize((side,side)), np.float64) for p in train)
     return Image.fromarray((total/len(train)).round().astype(np.uint8))
 
@@ -84,7 +91,8 @@ def donors(
 # %% ../nbs/10_evaluate.ipynb #2255614c
 def record_key(identity, row, condition, shown_sha256)->str:
     "What makes two records the same question: identity, table row, condition, and the pixels that were shown"
-    return digest([identity, row['pixels_sha256'], row['question_id'], row['question'], condition, shown_sha256])
+    return digest([identity, row['pixels_sha256'], row['question_id'], row['question'], condition,
+                   shown_sha256])
 
 def _picture(shown, folder, blank):
     "The image to show: None, the blank one, or the file, proved to be the one the table knows"
@@ -92,7 +100,9 @@ def _picture(shown, folder, blank):
     if sha is None: return None
     if path == BLANK: return blank
     image = read_image(Path(folder)/path)
-    if pixels_sha256(image) != sha: raise FadaError('the image is not the one the table was made from', str(path), f'pixels {sha[:12]}…', 'prepare the data again')
+    if pixels_sha256(image) != sha:
+        raise FadaError('the image is not the one the table was made from', str(path), f'pixels {sha[:12]}…',
+                        'prepare the data again')
     return image
 
 def _ask_part(vlm, part, folder, blank, shown, record):
@@ -103,7 +113,8 @@ def _ask_part(vlm, part, folder, blank, shown, record):
         except FadaError as e: unread[image] = str(e)
     answers = {r.id: [] for r in requests}
     for a in vlm.answer(requests): answers[a.id].append(a)
-    return [record(r, a, unread.get(image, '')) for image,rows in part for r,a in zip(rows.to_dict('records'), answers.get(image) or [None]*len(rows))]
+    return [record(r, a, unread.get(image, '')) for image,rows in part
+            for r,a in zip(rows.to_dict('records'), answers.get(image) or [None]*len(rows))]
 
 # %% ../nbs/10_evaluate.ipynb #e1de1423
 def ask_table(
@@ -111,7 +122,7 @@ def ask_table(
     rows:pd.DataFrame,          # question rows
     condition:str,
     log:AnswersLog,
-    shown:dict=None,            # image: (path, sha256 of its pixels) shown in its place; without an entry it is left out. None: itself
+    shown:dict=None,            # image: (path, pixels' sha256) in its place; no entry: left out; None: itself
     blank=None,                 # the image shown where the path is BLANK
     batch:int=16,               # images a batch; a killed run loses at most one batch
 )->pd.DataFrame:                # rows with prediction, error, key, confidence, seconds
@@ -119,7 +130,8 @@ def ask_table(
     identity,versions = vlm.identity(),environment()
     shown = dict(zip(rows.image, zip(rows.image, rows.pixels_sha256))) if shown is None else shown
     rows = rows[rows.image.isin(shown)]
-    rows = rows.assign(condition=condition, key=[record_key(identity, r, condition, shown[r['image']][1]) for r in rows.to_dict('records')])
+    rows = rows.assign(condition=condition, key=[record_key(identity, r, condition, shown[r['image']][1])
+                                                 for r in rows.to_dict('records')])
     have = {r['key']: r for r in log.read()[0] if not r.get('error')}
     todo = list(rows[~rows.key.isin(have)].groupby('image', sort=False))
     record = lambda r,a,unread: _record(identity, versions, r, shown[r['image']], a, unread)
@@ -127,13 +139,16 @@ def ask_table(
         new = _ask_part(vlm, todo[i:i+batch], data, blank, shown, record)
         log.append(new); have.update((r['key'], r) for r in new)
     found = [have[k] for k in rows.key]
-    return rows.assign(prediction=[r['text'] for r in found], error=[r['error'] for r in found], confidence=[r['confidence'] for r in found], seconds=[r['seconds'] for r in found])
+    return rows.assign(prediction=[r['text'] for r in found], error=[r['error'] for r in found],
+                       confidence=[r['confidence'] for r in found], seconds=[r['seconds'] for r in found])
 
 def _record(identity, versions, row, shown, a, unread):
     "One log record: identity, the question, the answer or the error, and provenance"
     kept = {k: row[k] for k in ('key','condition','image','category','patient','question_id','question')}
-    said = dict(text='', confidence=None, error=unread, stage='read', seconds=None) if a is None else dict(text=a.text, confidence=a.confidence, error=a.error, stage=a.stage, seconds=a.seconds)
-    return dict(kept, reference=row['answer'], shown=shown[0], shown_sha256=shown[1], **said, identity=identity, time=now(), versions=versions)
+    said = (dict(text='', confidence=None, error=unread, stage='read', seconds=None) if a is None
+            else dict(text=a.text, confidence=a.confidence, error=a.error, stage=a.stage, seconds=a.seconds))
+    return dict(kept, reference=row['answer'], shown=shown[0], shown_sha256=shown[1], **said,
+                identity=identity, time=now(), versions=versions)
 
 # %% ../nbs/10_evaluate.ipynb #c5e503e3
 def majority(
@@ -141,8 +156,11 @@ def majority(
 )->pd.DataFrame:            # rows with prediction
     "Answer `rows` with the commonest training answer, per question or per question and category"
     by = ['category','question_id'] if within else ['question_id']
-    common = train.groupby(by).answer.agg(lambda a: a.value_counts().sort_index().idxmax()).rename('prediction')
-    return rows.drop(columns='prediction', errors='ignore').merge(common, left_on=by, right_index=True, how='left').loc[rows.index].assign(error='', condition='majority in category' if within else 'majority')
+    common = train.groupby(by).answer.agg(
+        lambda a: a.value_counts().sort_index().idxmax()).rename('prediction')
+    return rows.drop(columns='prediction', errors='ignore').merge(
+        common, left_on=by, right_index=True, how='left').loc[rows.index].assign(
+            error='', condition='majority in category' if within else 'majority')
 
 # %% ../nbs/10_evaluate.ipynb #0906240d
 def ask_controls(vlm, data, rows, sample, every, train, log, seed)->list:
@@ -151,42 +169,55 @@ def ask_controls(vlm, data, rows, sample, every, train, log, seed)->list:
     blank = mean_image(train, data, seed=seed); sha = pixels_sha256(blank.convert('RGB'))
     parts = [ask_table(vlm, data, sample, 'blank', log, {i: (BLANK, sha) for i in one.image}, blank)]
     for name,same in (('shuffled same',True), ('shuffled other',False)):
-        parts.append(ask_table(vlm, data, sample, name, log, donors(one, pool if same else every, same, seed)))
+        parts.append(ask_table(vlm, data, sample, name, log,
+                               donors(one, pool if same else every, same, seed)))
     parts.append(ask_table(vlm, data, sample, 'no image', log, {i: (None, None) for i in one.image}))
     return parts + [majority(train, sample, within) for within in (False, True)]
 
 # %% ../nbs/10_evaluate.ipynb #429d884e
 def evaluate(
     vlm, data,                    # model, data folder
-    out,                          # job folder: answers.jsonl, scores.parquet and metrics.json are written there
+    out,                          # job folder: takes answers.jsonl, scores.parquet and metrics.json
     categories=('all',), split:str='test',
     images:int=0,                 # a stratified subset of the split; 0: all
     control_images:int=100,       # images of the controls' sample
     controls:bool=True, seed:int=0,
 )->dict:                          # what metrics.json holds
     "Ask, log, score, and set the controls beside"
-    if images < 0 or control_images < 1: raise FadaError(f'images {images}, control_images {control_images}', '', 'images of at least 0, control_images of at least 1', '')
+    if images < 0 or control_images < 1:
+        raise FadaError(f'images {images}, control_images {control_images}', '',
+                        'images of at least 0, control_images of at least 1', '')
     out = writable_folder(out); log = AnswersLog(out/'answers.jsonl')
     everything = load_table(data); train = everything[everything.split == 'train']
     rows = load_table(data, categories, split)
     if images: rows = subset(rows, images, seed)
     start = time.perf_counter(); parts = [ask_table(vlm, data, rows, 'plain', log)]
-    if controls: parts += ask_controls(vlm, data, rows, subset(rows, control_images, seed), everything[everything.split == split].drop_duplicates('image'), train, log, seed)
+    if controls:
+        parts += ask_controls(vlm, data, rows, subset(rows, control_images, seed),
+                              everything[everything.split == split].drop_duplicates('image'),
+                              train, log, seed)
     scored = score_table(pd.concat(parts, ignore_index=True))
     metrics = describe(vlm, scored, split, seed, log.read()[1], time.perf_counter()-start)
     scored[SCORED].to_parquet(out/'scores.parquet', index=False)
     write_json(out/'metrics.json', metrics)
     return metrics
 
-SCORED = ['image','category','patient','question_id','question','answer','structured','condition','prediction','confidence','error','score','exact']
+SCORED = ['image','category','patient','question_id','question','answer','structured','condition',
+          'prediction','confidence','error','score','exact']
 
 def describe(vlm, scored, split, seed, damaged, seconds)->dict:
     "What metrics.json says of the scored rows"
     plain = scored[scored.condition == 'plain']; blank = scored[scored.condition == 'blank']
-    metrics = dict(kind='fada metrics', identity=vlm.identity(), data=table_digest(plain), split=split, categories=sorted(plain.category.unique()), images=int(plain.image.nunique()),
-                   patients=int(plain.patient.nunique()), patients_known=not plain.patient.str.startswith('image:').any(), control_images=int(blank.image.nunique()), seed=seed,
-                   coverage=coverage(plain), damaged_lines=damaged, questions=summary(scored), normality=normality(plain), by_category={c: summary(g) for c,g in scored.groupby('category')},
-                   seconds=round(seconds, 2), seconds_per_question=float(plain.seconds.astype(float).mean()), peak_bytes=peak_bytes(), made=now(), versions=environment())
+    metrics = dict(kind='fada metrics', identity=vlm.identity(), data=table_digest(plain), split=split,
+                   categories=sorted(plain.category.unique()), images=int(plain.image.nunique()),
+                   patients=int(plain.patient.nunique()),
+                   patients_known=not plain.patient.str.startswith('image:').any(),
+                   control_images=int(blank.image.nunique()), seed=seed,
+                   coverage=coverage(plain), damaged_lines=damaged,
+                   questions=summary(scored), normality=normality(plain),
+                   by_category={c: summary(g) for c,g in scored.groupby('category')},
+                   seconds=round(seconds, 2), seconds_per_question=float(plain.seconds.astype(float).mean()),
+                   peak_bytes=peak_bytes(), made=now(), versions=environment())
     return dict(metrics, notes=notes(metrics, scored))
 
 # %% ../nbs/10_evaluate.ipynb #cd8afc01
@@ -197,7 +228,9 @@ def summary(
     out = {}
     for q,g in scored.groupby('question_id'):
         plain = g[g.condition == 'plain'].set_index('image')
-        item = dict(key=QUESTIONS[q].key, measure=MAIN_SCORE[q], distinct_references=int(plain.answer.nunique()), score=mean_interval(plain.score, plain.patient),
+        item = dict(key=QUESTIONS[q].key, measure=MAIN_SCORE[q],
+                    distinct_references=int(plain.answer.nunique()),
+                    score=mean_interval(plain.score, plain.patient),
                     exact=mean_interval(plain.exact, plain.patient)['mean'], controls={}, differences={})
         for name,c in g[g.condition != 'plain'].groupby('condition'):
             c = c.set_index('image'); both = plain.loc[c.index]
@@ -207,30 +240,54 @@ def summary(
     return out
 
 # %% ../nbs/10_evaluate.ipynb #0b604f35
-KNOWS_FOLDER = 'majority in category'  # the control that is told the folder, which a model of all categories is not
+# the control that is told the folder, which a model of all categories is not
+KNOWS_FOLDER = 'majority in category'
 
 def knows_folder(scored, adapter)->bool:
-    "Whether the system was told the folder: asked about one category only, or answering with that category's adapter"
+    ("Whether the system was told the folder: asked about one category only, "
+     "or answering with that category's adapter")
     return bool(adapter) or scored.category.nunique() == 1
 
 def notes(metrics, scored)->list:
     "What a reader must know before the scores: dicts of level (red, amber), question and text"
     out,plain = [],scored[scored.condition == 'plain']
     c = metrics['coverage']; folder_known = knows_folder(scored, metrics['identity']['adapter'])
-    if not metrics['patients_known']: out.append(dict(level='amber', question=None, text='Patients are not known: frames of one fetus may lie on both sides of the split, and intervals count images.'))
-    if c['failed']: out.append(dict(level='red', question=None, text=f"{c['failed']} of {c['asked']} questions failed; they have no score."))
-    if metrics['damaged_lines']: out.append(dict(level='amber', question=None, text=f"{metrics['damaged_lines']} half-written line(s) in the answers log were set aside."))
+    if not metrics['patients_known']:
+        out.append(dict(level='amber', question=None,
+                        text='Patients are not known: frames of one fetus may lie on both sides of the '
+                             'split, and intervals count images.'))
+    if c['failed']:
+        out.append(dict(level='red', question=None,
+                        text=f"{c['failed']} of {c['asked']} questions failed; they have no score."))
+    if metrics['damaged_lines']:
+        out.append(dict(level='amber', question=None,
+                        text=f"{metrics['damaged_lines']} half-written line(s) in the answers log "
+                             "were set aside."))
     n = metrics['normality']
-    if n['abnormal'] and not n['found']: out.append(dict(level='red', question=7, text=f"None of {n['abnormal']} abnormal images was found (sensitivity 0); the score of question 7 is the share of normal images."))
+    if n['abnormal'] and not n['found']:
+        out.append(dict(level='red', question=7,
+                        text=f"None of {n['abnormal']} abnormal images was found (sensitivity 0); "
+                             "the score of question 7 is the share of normal images."))
     for q,m in metrics['questions'].items():
         said = plain[plain.question_id == q].prediction
-        if m['distinct_references'] < 2: out.append(dict(level='amber', question=q, text='The reference is the same for every image: nothing can be ranked here.')); continue
-        if said.nunique() == 1: out.append(dict(level='red', question=q, text=f'The answer is the same for every image: {said.iloc[0]!r}.'))
-        weak = [k for k,d in m['differences'].items() if not (d['low'] is not None and d['low'] > 0) and (folder_known or k != KNOWS_FOLDER)]
-        if weak: out.append(dict(level='amber', question=q, text='Not better than: '+', '.join(sorted(weak))+' (95 % interval of the difference includes zero).'))
+        if m['distinct_references'] < 2:
+            out.append(dict(level='amber', question=q,
+                            text='The reference is the same for every image: nothing can be ranked here.'))
+            continue
+        if said.nunique() == 1:
+            out.append(dict(level='red', question=q,
+                            text=f'The answer is the same for every image: {said.iloc[0]!r}.'))
+        weak = [k for k,d in m['differences'].items()
+                if not (d['low'] is not None and d['low'] > 0) and (folder_known or k != KNOWS_FOLDER)]
+        if weak:
+            out.append(dict(level='amber', question=q,
+                            text='Not better than: '+', '.join(sorted(weak))
+                                 +' (95 % interval of the difference includes zero).'))
         folder = m['differences'].get(KNOWS_FOLDER)
         if folder and folder['high'] is not None and folder['high'] < 0 and not folder_known:
-            out.append(dict(level='amber', question=q, text="Worse than the folder's commonest answer: who knows the folder need not look."))
+            out.append(dict(level='amber', question=q,
+                            text="Worse than the folder's commonest answer: "
+                                 "who knows the folder need not look."))
     return out
 
 # %% ../nbs/10_evaluate.ipynb #a3dc9278
@@ -239,32 +296,50 @@ def evaluate_job(
     out,                 # job folder
     weights=None, adapter=None, **options,  # options: split, images, control_images, controls
 )->dict:
-    "Evaluate by the settings and describe the job; `FadaError` before any model is loaded where the data do not fit"
+    ("Evaluate by the settings and describe the job; "
+     "`FadaError` before any model is loaded where the data do not fit")
     import logging
-    model_spec(s.model); load_table(s.data, s.categories, options.get('split', 'test')); out = writable_folder(out)
-    logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)  # its remark on an optional CPU kernel is not the user's business
+    model_spec(s.model)
+    load_table(s.data, s.categories, options.get('split', 'test'))
+    out = writable_folder(out)
+    # its remark on an optional CPU kernel is not the user's business
+    logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)
     import bitsandbytes, peft
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
-    with measured() as loading: vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
+    with measured() as loading:
+        vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
     metrics = evaluate(vlm, s.data, out, s.categories, seed=s.seed, **options)
-    write_json(out/'config.json', dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''), precision=s.precision, categories=list(s.categories), seed=s.seed,
-               data=str(s.data), load_seconds=loading['seconds'], load_grown_bytes=loading['grown_bytes'], weights_bytes=weights_bytes(vlm.core)))
+    write_json(out/'config.json',
+               dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''),
+                    precision=s.precision, categories=list(s.categories), seed=s.seed,
+                    data=str(s.data), load_seconds=loading['seconds'],
+                    load_grown_bytes=loading['grown_bytes'], weights_bytes=weights_bytes(vlm.core)))
     return metrics
 
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5
 SHOWN = ('majority in category','majority','blank','shuffled same','shuffled other','no image')
 
 def plot_summary(questions:dict, title:str=''):
-    "Score of each question with its interval (dot), controls beside it (marks); returns the matplotlib figure"
+    ("Score of each question with its interval (dot), controls beside it (marks); "
+     "returns the matplotlib figure")
     import matplotlib.pyplot as plt
     fig,ax = plt.subplots(figsize=(8.5,4)); marks = dict(zip(SHOWN, 'sDov^x'))
     for i,(q,m) in enumerate(sorted(questions.items(), key=lambda kv: int(kv[0]))):
         s = m['score']
-        if s['mean'] is not None: ax.errorbar(i, s['mean'], None if s['low'] is None else [[max(0,s['mean']-s['low'])],[max(0,s['high']-s['mean'])]], fmt='o', color='C0', ms=8, capsize=4, label='model' if i == 0 else None)
+        if s['mean'] is not None:
+            ax.errorbar(i, s['mean'],
+                        None if s['low'] is None
+                        else [[max(0,s['mean']-s['low'])],[max(0,s['high']-s['mean'])]],
+                        fmt='o', color='C0', ms=8, capsize=4, label='model' if i == 0 else None)
         for k,(name,mark) in enumerate(marks.items()):
             c = m['controls'].get(name)
-            if c and c['mean'] is not None: ax.plot(i+.14+.09*k, c['mean'], mark, color='0.45', ms=5, label=name if i == 0 else None)
-    ax.set_xticks(range(len(questions)), [f"{q} {m['key']}" for q,m in sorted(questions.items(), key=lambda kv: int(kv[0]))], rotation=20, ha='right')
-    ax.set(ylim=(-.03,1.05), ylabel='score', title=title); ax.grid(axis='y', alpha=.3); ax.legend(fontsize=7, ncol=4, loc='lower left')
+            if c and c['mean'] is not None:
+                ax.plot(i+.14+.09*k, c['mean'], mark, color='0.45', ms=5, label=name if i == 0 else None)
+    ax.set_xticks(range(len(questions)),
+                  [f"{q} {m['key']}" for q,m in sorted(questions.items(), key=lambda kv: int(kv[0]))],
+                  rotation=20, ha='right')
+    ax.set(ylim=(-.03,1.05), ylabel='score', title=title)
+    ax.grid(axis='y', alpha=.3)
+    ax.legend(fontsize=7, ncol=4, loc='lower left')
     fig.tight_layout()
     return fig

@@ -20,7 +20,8 @@ def peak_bytes()->int:
     "Most memory this process has occupied, bytes; where a GPU was used, the most its allocator held"
     if 'torch' in sys.modules:
         import torch
-        if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return torch.cuda.max_memory_allocated()
     try: import resource
     except ImportError:  # Windows
         import psutil

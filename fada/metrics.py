@@ -23,7 +23,8 @@ def set_f1(
     return 1. if not a and not b else 2*len(a&b)/(len(a)+len(b))
 
 # %% ../nbs/08_metrics.ipynb #2238454a
-MAIN_SCORE = {1: 'set F1', 2: 'share of slots right', 3: 'plane and standard both right', 4: 'parameter set F1', 5: 'age right, or rightly not determinable',
+MAIN_SCORE = {1: 'set F1', 2: 'share of slots right', 3: 'plane and standard both right',
+              4: 'parameter set F1', 5: 'age right, or rightly not determinable',
               6: 'grade right', 7: 'normal / abnormal right', 8: 'recommendation class right'}
 
 def score_answer(
@@ -33,7 +34,9 @@ def score_answer(
 )->float:            # 0 to 1
     "Main score of one answer (see MAIN_SCORE); an answer that could not be read scores 0"
     if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', '1 to 8', '')
-    if not truth: raise FadaError('a reference that could not be read', f'question {question_id}', 'a structured reference', 'leave the row out and count it')
+    if not truth:
+        raise FadaError('a reference that could not be read', f'question {question_id}',
+                        'a structured reference', 'leave the row out and count it')
     if not found: return 0.
     if question_id == 1: return set_f1(truth['structures'], found.get('structures', ()))
     if question_id == 2: return float(np.mean([found.get(k) == v for k,v in truth.items()]))
@@ -49,11 +52,14 @@ def score_table(
 )->pd.DataFrame:           # the same with score, exact, parsed
     "Score every row; rows with an error or an unreadable reference get NaN"
     out = answers.copy()
-    truth = [json.loads(s) if isinstance(s, str) else parse_answer(q, a) for q,a,s in zip(out.question_id, out.answer, out.get('structured', [None]*len(out)))]
+    truth = [json.loads(s) if isinstance(s, str) else parse_answer(q, a)
+             for q,a,s in zip(out.question_id, out.answer, out.get('structured', [None]*len(out)))]
     found = [parse_answer(q, p) for q,p in zip(out.question_id, out.prediction.fillna(''))]
     bad = out.error.fillna('').ne('').to_numpy()
-    out['score'] = [np.nan if b or not t else score_answer(q, t, f) for q,t,f,b in zip(out.question_id, truth, found, bad)]
-    out['exact'] = np.where(bad, np.nan, (out.answer.str.strip().str.lower() == out.prediction.fillna('').str.strip().str.lower()).astype(float))
+    out['score'] = [np.nan if b or not t else score_answer(q, t, f)
+                    for q,t,f,b in zip(out.question_id, truth, found, bad)]
+    out['exact'] = np.where(bad, np.nan, (out.answer.str.strip().str.lower()
+                                          == out.prediction.fillna('').str.strip().str.lower()).astype(float))
     out['parsed'] = [bool(f) for f in found]
     return out
 
@@ -61,7 +67,8 @@ def score_table(
 def coverage(answers:pd.DataFrame)->dict:
     "How many questions were asked, answered, failed, and could not be read or scored"
     bad = answers.error.fillna('').ne('')
-    return dict(asked=len(answers), answered=int((~bad).sum()), failed=int(bad.sum()), unparsed=int((~answers.parsed[~bad]).sum()),
+    return dict(asked=len(answers), answered=int((~bad).sum()),
+                failed=int(bad.sum()), unparsed=int((~answers.parsed[~bad]).sum()),
                 no_reference=int(answers.score[~bad].isna().sum()))
 
 # %% ../nbs/08_metrics.ipynb #c6c0c8c4
@@ -83,7 +90,8 @@ def mean_interval(
     "Mean with a bootstrap percentile interval clustered on `clusters`"
     v,c = np.asarray(values, float),np.asarray(clusters); ok = ~np.isnan(v); v,c = v[ok],c[ok]
     if not len(v): return dict(mean=None, low=None, high=None, n=0, clusters=0)
-    if len(set(c.tolist())) < MIN_CLUSTERS: return dict(mean=float(v.mean()), low=None, high=None, n=len(v), clusters=len(set(c.tolist())))
+    if len(set(c.tolist())) < MIN_CLUSTERS:
+        return dict(mean=float(v.mean()), low=None, high=None, n=len(v), clusters=len(set(c.tolist())))
     lo,hi = np.quantile(_draws(v, c, draws, seed), [(1-level)/2, (1+level)/2])
     return dict(mean=float(v.mean()), low=float(lo), high=float(hi), n=len(v), clusters=len(set(c.tolist())))
 
@@ -95,7 +103,8 @@ def difference(
 )->dict:              # as `mean_interval`, of a − b, over the rows that both have
     "Paired mean difference with its clustered interval"
     a,b = np.asarray(a, float),np.asarray(b, float)
-    if a.shape != b.shape: raise FadaError(f'{len(a)} and {len(b)} rows', '', 'the same rows under both conditions', '')
+    if a.shape != b.shape:
+        raise FadaError(f'{len(a)} and {len(b)} rows', '', 'the same rows under both conditions', '')
     return mean_interval(a-b, clusters, draws, level, seed)
 
 # %% ../nbs/08_metrics.ipynb #f774fa27
@@ -104,10 +113,13 @@ def normality(
 )->dict:
     "Sensitivity, specificity and balanced accuracy of question 7, with counts; None where a class is empty"
     q7 = answers[(answers.question_id == 7) & answers.error.fillna('').eq('')]
-    truth = [json.loads(s) if isinstance(s, str) else parse_answer(7, a) for a,s in zip(q7.answer, q7.get('structured', [None]*len(q7)))]
-    said = [parse_answer(7, p).get('normal') for p in q7.prediction]; pairs = [(t['normal'],s) for t,s in zip(truth, said) if t.get('normal') is not None]
+    truth = [json.loads(s) if isinstance(s, str) else parse_answer(7, a)
+             for a,s in zip(q7.answer, q7.get('structured', [None]*len(q7)))]
+    said = [parse_answer(7, p).get('normal') for p in q7.prediction]
+    pairs = [(t['normal'],s) for t,s in zip(truth, said) if t.get('normal') is not None]
     p,n = sum(t is False for t,_ in pairs),sum(t is True for t,_ in pairs)
     tp,tn = sum(t is False and s is False for t,s in pairs),sum(t is True and s is True for t,s in pairs)
     sens,spec = tp/p if p else None, tn/n if n else None
-    return dict(abnormal=p, found=tp, sensitivity=sens, normal=n, cleared=tn, specificity=spec, unread_answers=sum(s is None for _,s in pairs), unread_references=len(truth)-len(pairs),
+    return dict(abnormal=p, found=tp, sensitivity=sens, normal=n, cleared=tn, specificity=spec,
+                unread_answers=sum(s is None for _,s in pairs), unread_references=len(truth)-len(pairs),
                 balanced_accuracy=None if None in (sens,spec) else (sens+spec)/2)

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np
 from .settings import FadaError, PRECISIONS, digest, find_settings, nearest, sha256_file, write_json
-from .clinical import CATEGORIES, FINDINGS, GRADES, ORIENTATIONS, PARAMETERS, QUESTIONS, REASONS, RECOMMENDATIONS, STRUCTURES, ND
+from .clinical import (CATEGORIES, FINDINGS, GRADES, ORIENTATIONS, PARAMETERS, QUESTIONS, REASONS,
+                       RECOMMENDATIONS, STRUCTURES, ND)
 
 # %% ../nbs/05_models.ipynb #95ff8aa0
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../fada/assets').resolve()
@@ -37,9 +38,13 @@ class ModelSpec:
 
 # %% ../nbs/05_models.ipynb #a7c3a746
 MODELS = {m.name: m for m in (
-    ModelSpec('blip2-nano', 'blip2', 'blip2-nano', 1_413_504, 'Apache-2.0', 8, ('fp32','bf16','int8','nf4'), ('train','attention','encode-once'), BLIP2_LORA,
-              embedded=True, notes='True BLIP-2 architecture, trained from scratch on phantoms. A demonstration on synthetic images, nothing more.'),
-    ModelSpec('blip2-opt-2.7b', 'blip2', 'Salesforce/blip2-opt-2.7b', 3_744_761_856, 'MIT (OPT: non-commercial)', 32, PRECISIONS, ('train','attention','encode-once'), BLIP2_LORA,
+    ModelSpec('blip2-nano', 'blip2', 'blip2-nano', 1_413_504, 'Apache-2.0', 8,
+              ('fp32','bf16','int8','nf4'), ('train','attention','encode-once'), BLIP2_LORA,
+              embedded=True,
+              notes='True BLIP-2 architecture, trained from scratch on phantoms. '
+                    'A demonstration on synthetic images, nothing more.'),
+    ModelSpec('blip2-opt-2.7b', 'blip2', 'Salesforce/blip2-opt-2.7b', 3_744_761_856,
+              'MIT (OPT: non-commercial)', 32, PRECISIONS, ('train','attention','encode-once'), BLIP2_LORA,
               notes='Needs a download of 7.5 GB (fp16) and, in int8, 4.2 GB of GPU memory for its weights.'))}
 
 # %% ../nbs/05_models.ipynb #67edaff5
@@ -49,16 +54,22 @@ def own_models(start='.')->dict:
     ini = find_settings(start); path = ini.parent/'models.toml' if ini else None
     if not path or not path.is_file(): return {}
     try: rows = tomllib.loads(path.read_text(encoding='utf-8'))
-    except tomllib.TOMLDecodeError as e: raise FadaError('not valid TOML', str(path), '[name] tables with key = value lines', str(e)) from None
+    except tomllib.TOMLDecodeError as e:
+        raise FadaError('not valid TOML', str(path), '[name] tables with key = value lines', str(e)) from None
     out = {}
     for name,row in rows.items():
         where = f'{path} [{name}]'; known = {f.name for f in fields(ModelSpec)}-{'name'}|{'like'}
         for k in row:
-            if k not in known: raise FadaError(f'unknown field {k!r}', where, nearest(k, known), 'correct the field')
-        if row.get('like') not in MODELS: raise FadaError(f"like = {row.get('like')!r}", where, 'a model of the registry: '+', '.join(MODELS), '')
+            if k not in known:
+                raise FadaError(f'unknown field {k!r}', where, nearest(k, known), 'correct the field')
+        if row.get('like') not in MODELS:
+            raise FadaError(f"like = {row.get('like')!r}", where,
+                            'a model of the registry: '+', '.join(MODELS), '')
         folder = path.parent/row.get('checkpoint', '')
         if row.get('checkpoint') and folder.is_dir(): row = dict(row, checkpoint=str(folder), embedded=False)
-        out[name] = replace(MODELS[row['like']], name=name, **{k: tuple(v) if isinstance(v, list) else v for k,v in row.items() if k != 'like'})
+        out[name] = replace(MODELS[row['like']], name=name,
+                            **{k: tuple(v) if isinstance(v, list) else v
+                               for k,v in row.items() if k != 'like'})
     return out
 
 # %% ../nbs/05_models.ipynb #832f89bb
@@ -72,7 +83,8 @@ def model_spec(
 )->ModelSpec:
     "The registry row called `name`; `FadaError` with the nearest names where there is none"
     known = registry()
-    if name not in known: raise FadaError(f'unknown model {name!r}', '', nearest(name, known), 'see `fada models`')
+    if name not in known:
+        raise FadaError(f'unknown model {name!r}', '', nearest(name, known), 'see `fada models`')
     return known[name]
 
 # %% ../nbs/05_models.ipynb #a8bbc5c9
@@ -84,13 +96,15 @@ class NanoRecipe:
     qformer: tuple = (128, 2, 4, 256)
     language: tuple = (128, 2, 4, 256)
     queries: int = 8; positions: int = 160; vocabulary: int = 1000
-    init: tuple = (.05, .08, .5, 1.5)    # vision, Q-Former and OPT, query tokens, amplitude of 2-D sine positions
+    init: tuple = (.05, .08, .5, 1.5)    # vision, Q-Former and OPT, queries, amplitude of 2-D sine positions
     mean: float = .3; std: float = .25
-    phantoms: int = 1500; data_seed: int = 77_777; findings: float = .15  # a data seed that nobody uses by chance: no test image of a user was seen
+    phantoms: int = 1500
+    data_seed: int = 77_777              # that nobody uses by chance: no test image of a user was seen
+    findings: float = .15
     vision_steps: int = 2200; vision_batch: int = 32; vision_lr: float = 1e-3
     answer_steps: int = 500; answer_batch: int = 16; answer_lr: float = 1e-3
     warmup: int = 30; weight_decay: float = .05; betas: tuple = (.9, .98); clip: float = 1.; shift: int = 4
-    patch_weight: float = 16.            # of the structures under every patch in stage 1's loss: seeing where teaches what
+    patch_weight: float = 16.            # of structures by patch in stage 1's loss: seeing where teaches what
     abnormal_weight: float = 3.          # how much more often an abnormal image is drawn
     seed: int = 0
 
@@ -103,9 +117,12 @@ def recipe_digest(recipe:NanoRecipe)->str:
 def nano_corpus()->list:
     "The texts that the nano's tokenizer is trained on: questions and every term of the clinical vocabulary"
     terms = [c for table in (STRUCTURES, PARAMETERS, GRADES, REASONS, FINDINGS) for c in table]
-    words = [w for slot in ORIENTATIONS.values() for w in slot] + [v[0] for v in RECOMMENDATIONS.values()] + [c.plane for c in CATEGORIES.values()]
-    fixed = ['standard, non-standard', 'none in this view', f'size {ND}', 'no abnormality seen', 'abnormal: ', 'axial, spine ', 'head , face ', 'good: moderate: poor: ']
-    return [f'Question: {q.text} Answer:' for q in QUESTIONS.values()]*3 + [f' {t},' for t in terms+words+fixed]*2 + terms + words + fixed
+    words = ([w for slot in ORIENTATIONS.values() for w in slot] + [v[0] for v in RECOMMENDATIONS.values()]
+             + [c.plane for c in CATEGORIES.values()])
+    fixed = ['standard, non-standard', 'none in this view', f'size {ND}', 'no abnormality seen', 'abnormal: ',
+             'axial, spine ', 'head , face ', 'good: moderate: poor: ']
+    return ([f'Question: {q.text} Answer:' for q in QUESTIONS.values()]*3
+            + [f' {t},' for t in terms+words+fixed]*2 + terms + words + fixed)
 
 # %% ../nbs/05_models.ipynb #d9539fa0
 def nano_tokenizer(recipe:NanoRecipe=NanoRecipe()):
@@ -115,11 +132,13 @@ def nano_tokenizer(recipe:NanoRecipe=NanoRecipe()):
     t = Tokenizer(models.BPE(unk_token='<unk>'))
     t.pre_tokenizer,t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ['<pad>','<s>','</s>','<unk>','<image>']
-    t.train_from_iterator(nano_corpus()*2, trainers.BpeTrainer(vocab_size=recipe.vocabulary, special_tokens=special,
-                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.train_from_iterator(nano_corpus()*2,
+                          trainers.BpeTrainer(vocab_size=recipe.vocabulary, special_tokens=special,
+                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                              show_progress=False))
     t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>',1)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='<pad>', unk_token='<unk>',
-                                   padding_side='left')
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>',
+                                   pad_token='<pad>', unk_token='<unk>', padding_side='left')
 
 # %% ../nbs/05_models.ipynb #63151673
 def nano_processor(tokenizer, recipe:NanoRecipe=NanoRecipe()):
@@ -127,7 +146,9 @@ def nano_processor(tokenizer, recipe:NanoRecipe=NanoRecipe()):
     from transformers import Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
     side = dict(height=recipe.image_size, width=recipe.image_size)
-    return Blip2Processor(BlipImageProcessorPil(size=side, image_mean=[recipe.mean]*3, image_std=[recipe.std]*3), tokenizer, num_query_tokens=recipe.queries)
+    return Blip2Processor(
+        BlipImageProcessorPil(size=side, image_mean=[recipe.mean]*3, image_std=[recipe.std]*3),
+        tokenizer, num_query_tokens=recipe.queries)
 
 # %% ../nbs/05_models.ipynb #77b0243b
 def _sine_positions(side, width):
@@ -150,16 +171,23 @@ def build_nano(
     (vw,vl,vh,vf),(qw,ql,qh,qf),(lw,ll,lh,lf) = recipe.vision,recipe.qformer,recipe.language
     i_vision,i_text,i_query,amplitude = recipe.init
     config = Blip2Config(
-        vision_config=dict(hidden_size=vw, num_hidden_layers=vl, num_attention_heads=vh, intermediate_size=vf, image_size=recipe.image_size, patch_size=recipe.patch, initializer_range=i_vision),
-        qformer_config=dict(hidden_size=qw, num_hidden_layers=ql, num_attention_heads=qh, intermediate_size=qf, encoder_hidden_size=vw, cross_attention_frequency=1,
-                            hidden_dropout_prob=0., attention_probs_dropout_prob=0., vocab_size=4, initializer_range=i_text),
-        text_config=dict(model_type='opt', hidden_size=lw, num_hidden_layers=ll, num_attention_heads=lh, ffn_dim=lf, word_embed_proj_dim=lw, vocab_size=len(tokenizer), init_std=i_text,
-                         max_position_embeddings=recipe.positions, dropout=0., attention_dropout=0., pad_token_id=0, bos_token_id=1, eos_token_id=2),
-        num_query_tokens=recipe.queries, image_token_index=tokenizer.convert_tokens_to_ids('<image>'), initializer_range=i_text)
+        vision_config=dict(hidden_size=vw, num_hidden_layers=vl, num_attention_heads=vh, intermediate_size=vf,
+                           image_size=recipe.image_size, patch_size=recipe.patch, initializer_range=i_vision),
+        qformer_config=dict(hidden_size=qw, num_hidden_layers=ql, num_attention_heads=qh,
+                            intermediate_size=qf, encoder_hidden_size=vw, cross_attention_frequency=1,
+                            hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
+                            vocab_size=4, initializer_range=i_text),
+        text_config=dict(model_type='opt', hidden_size=lw, num_hidden_layers=ll, num_attention_heads=lh,
+                         ffn_dim=lf, word_embed_proj_dim=lw, vocab_size=len(tokenizer), init_std=i_text,
+                         max_position_embeddings=recipe.positions, dropout=0.,
+                         attention_dropout=0., pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        num_query_tokens=recipe.queries, image_token_index=tokenizer.convert_tokens_to_ids('<image>'),
+        initializer_range=i_text)
     model = Blip2ForConditionalGeneration(config)
     with torch.no_grad():
         model.query_tokens.normal_(0, i_query)
-        model.vision_model.embeddings.position_embedding[0,1:] = _sine_positions(recipe.image_size//recipe.patch, vw)*amplitude
+        model.vision_model.embeddings.position_embedding[0,1:] = _sine_positions(
+            recipe.image_size//recipe.patch, vw)*amplitude
     return model
 
 # %% ../nbs/05_models.ipynb #425c9cce
@@ -195,9 +223,11 @@ def resolve_device(device:str='auto')->str:
     "The device that `device` means here; `FadaError` where it is not there"
     import torch
     if device == 'auto': return 'cuda:0' if torch.cuda.is_available() else 'cpu'
-    if not (device == 'cpu' or device.startswith('cuda')): raise FadaError(f'unknown device {device!r}', '', 'auto, cpu, cuda or cuda:N', '')
+    if not (device == 'cpu' or device.startswith('cuda')):
+        raise FadaError(f'unknown device {device!r}', '', 'auto, cpu, cuda or cuda:N', '')
     if device.startswith('cuda') and not torch.cuda.is_available():
-        raise FadaError(f'no CUDA device for {device!r}', '', 'a CUDA build of torch and a card', 'set device = auto in settings.ini')
+        raise FadaError(f'no CUDA device for {device!r}', '', 'a CUDA build of torch and a card',
+                        'set device = auto in settings.ini')
     return 'cuda:0' if device == 'cuda' else device
 
 # %% ../nbs/05_models.ipynb #eeaa1bdc
@@ -205,12 +235,17 @@ def load_options(precision:str, device:str)->dict:
     "Arguments of `from_pretrained` for a precision; everything on one device, nothing spilled"
     import torch
     from transformers import BitsAndBytesConfig
-    if precision not in PRECISIONS: raise FadaError(f'unknown precision {precision!r}', '', 'one of '+', '.join(PRECISIONS), '')
+    if precision not in PRECISIONS:
+        raise FadaError(f'unknown precision {precision!r}', '', 'one of '+', '.join(PRECISIONS), '')
     half = torch.bfloat16 if device == 'cpu' or torch.cuda.is_bf16_supported() else torch.float16
-    dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision, torch.float32 if device == 'cpu' else half)
+    dtype = {'fp32': torch.float32, 'bf16': torch.bfloat16,
+             'fp16': torch.float16}.get(precision, torch.float32 if device == 'cpu' else half)
     options = dict(dtype=dtype, device_map={'': device})
     if precision == 'int8': options['quantization_config'] = BitsAndBytesConfig(load_in_8bit=True)
-    if precision == 'nf4': options['quantization_config'] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if precision == 'nf4':
+        options['quantization_config'] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',
+                                                            bnb_4bit_use_double_quant=True,
+                                                            bnb_4bit_compute_dtype=dtype)
     return options
 
 # %% ../nbs/05_models.ipynb #f3fc09c3
@@ -220,7 +255,9 @@ def locate(
 )->str:
     "Folder or hub name to load `spec` from"
     if weights:
-        if not (Path(weights)/'config.json').is_file(): raise FadaError('no model in the weights folder', str(weights), 'config.json and safetensors', 'train it first')
+        if not (Path(weights)/'config.json').is_file():
+            raise FadaError('no model in the weights folder', str(weights), 'config.json and safetensors',
+                            'train it first')
         return str(weights)
     return str(ASSETS/spec.checkpoint) if spec.embedded else spec.checkpoint
 
@@ -231,19 +268,29 @@ def load_blip2(
     "Load a BLIP-2 checkpoint and prove that it is whole"
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
     _quiet()
-    if precision not in spec.precisions: raise FadaError(f'{spec.name} does not run in {precision}', '', 'one of '+', '.join(spec.precisions), '')
+    if precision not in spec.precisions:
+        raise FadaError(f'{spec.name} does not run in {precision}', '',
+                        'one of '+', '.join(spec.precisions), '')
     place,device = locate(spec, weights), resolve_device(device)
     local = dict(local_files_only=True) if Path(place).is_dir() else dict(revision=spec.revision)
     try:
-        model,report = Blip2ForConditionalGeneration.from_pretrained(place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **local, **load_options(precision, device))
+        model,report = Blip2ForConditionalGeneration.from_pretrained(
+            place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **local,
+            **load_options(precision, device))
         processor = Blip2Processor.from_pretrained(place, trust_remote_code=False, backend='pil', **local)
     except (OSError, ValueError) as e:
-        raise FadaError(f'{spec.name} cannot be loaded', place, 'a whole safetensors checkpoint, downloaded or on disk', str(e).splitlines()[0]) from None
-    broken = {k: sorted(map(str, report[k]))[:3] for k in ('missing_keys','unexpected_keys','mismatched_keys') if report.get(k)}
-    if broken: raise FadaError(f'{spec.name} did not load whole: {broken}', place, 'every weight present and none left over', 'download or train it again')
+        raise FadaError(f'{spec.name} cannot be loaded', place,
+                        'a whole safetensors checkpoint, downloaded or on disk',
+                        str(e).splitlines()[0]) from None
+    broken = {k: sorted(map(str, report[k]))[:3]
+              for k in ('missing_keys','unexpected_keys','mismatched_keys') if report.get(k)}
+    if broken:
+        raise FadaError(f'{spec.name} did not load whole: {broken}', place,
+                        'every weight present and none left over', 'download or train it again')
     if processor.num_query_tokens is None: processor.num_query_tokens = model.config.num_query_tokens
     if processor.num_query_tokens != model.config.num_query_tokens:
-        raise FadaError(f'the processor makes {processor.num_query_tokens} image tokens', place, f'{model.config.num_query_tokens}, as the model', 'repair the processor config')
+        raise FadaError(f'the processor makes {processor.num_query_tokens} image tokens', place,
+                        f'{model.config.num_query_tokens}, as the model', 'repair the processor config')
     return model.eval(), processor
 
 # %% ../nbs/05_models.ipynb #7ae047c0

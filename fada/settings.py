@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-# OpenMP threads that spin for ever on a busy machine made one training step 4x slower; threads that never spin make small
-# models 1.6x slower on an idle one. A short spin has both (measured on 2 cores, a 1.4 M-parameter model: 8.0 s for 100 steps
-# without, 5.3 s with 10,000 rounds). Both must be set before torch is imported, and every room imports this one first.
+# OpenMP threads that spin for ever on a busy machine made one training step 4x slower; threads that never
+# spin make small models 1.6x slower on an idle one. A short spin has both (measured on 2 cores, a 1.4
+# M-parameter model: 8.0 s for 100 steps without, 5.3 s with 10,000 rounds). Both must be set before torch is
+# imported, and every room imports this one first.
 for _k, _v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='10000', TOKENIZERS_PARALLELISM='false').items():
     os.environ.setdefault(_k, _v)
 
 # %% ../nbs/00_settings.ipynb #04b94b95
 class FadaError(Exception):
-    "Something the user can mend: `what` is wrong, `where` (file, row, field), what was `expected`, what to `do`"
+    ("Something the user can mend: `what` is wrong, `where` (file, row, field), what was `expected`, "
+     "what to `do`")
     def __init__(self,
         what:str,        # what was wrong
         where:str='',    # file, row and field, as far as known
@@ -46,17 +48,23 @@ def nearest(
 # %% ../nbs/00_settings.ipynb #c95fe4cc
 PRECISIONS = ('fp32', 'bf16', 'fp16', 'int8', 'nf4')
 SETTINGS = {  # name: (section, key, type, default, meaning)
-    'data':           ('data',     'folder',         Path, 'data/phantoms', 'folder of the question table and its images'),
+    'data':           ('data',     'folder',         Path, 'data/phantoms',
+                       'folder of the question table and its images'),
     'categories':     ('data',     'categories',     list, 'all',           'categories to work on'),
-    'phantoms':       ('data',     'phantoms',       int,  '1500',          'number of phantoms made when there is no data'),
-    'output':         ('output',   'folder',         Path, 'outputs',       'folder that every run writes below'),
+    'phantoms':       ('data',     'phantoms',       int,  '1500',
+                       'number of phantoms made when there is no data'),
+    'output':         ('output',   'folder',         Path, 'outputs',
+                       'folder that every run writes below'),
     'model':          ('model',    'name',           str,  'blip2-nano',    'registry name of the model'),
-    'precision':      ('model',    'precision',      str,  'fp32',          'one of ' + ', '.join(PRECISIONS)),
+    'precision':      ('model',    'precision',      str,  'fp32',
+                       'one of ' + ', '.join(PRECISIONS)),
     'device':         ('model',    'device',         str,  'auto',          'auto, cpu, cuda or cuda:N'),
-    'seed':           ('run',      'seed',           int,  '0',             'decides splits, batches, weights, phantoms'),
+    'seed':           ('run',      'seed',           int,  '0',
+                       'decides splits, batches, weights, phantoms'),
     'jobs':           ('run',      'jobs',           int,  '2',             'run notebooks at a time'),
     'max_new_tokens': ('generate', 'max_new_tokens', int,  '48',            'longest answer in tokens'),
-    'remote':         ('remote',   'allowed',        bool, 'no',            'whether images may be sent to a remote API'),
+    'remote':         ('remote',   'allowed',        bool, 'no',
+                       'whether images may be sent to a remote API'),
 }
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class Settings:
 def _convert(name, text, base, where):
     "Text `text` of setting `name` as its type; relative paths are taken from folder `base`"
     kind = SETTINGS[name][2]
-    def bad(expected): return FadaError(f'{name} = {text!r} cannot be used', where, expected, 'correct the value')
+    def bad(expected):
+        return FadaError(f'{name} = {text!r} cannot be used', where, expected, 'correct the value')
     if kind is Path:
         if not str(text).strip(): raise bad('a folder')
         return Path(os.path.abspath(Path(base)/Path(str(text)).expanduser()))
@@ -85,7 +94,8 @@ def _convert(name, text, base, where):
     if kind is int:
         try: value = int(str(text))
         except ValueError: raise bad('a whole number') from None
-        if value < (0 if name == 'seed' else 1): raise bad('a number of at least ' + ('0' if name == 'seed' else '1'))
+        if value < (0 if name == 'seed' else 1):
+            raise bad('a number of at least ' + ('0' if name == 'seed' else '1'))
         return value
     if name == 'precision' and text not in PRECISIONS: raise bad('one of ' + ', '.join(PRECISIONS))
     return str(text).strip()
@@ -106,14 +116,16 @@ def _read_ini(path):
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#',))
     try: parser.read(path, encoding='utf-8')
     except (configparser.Error, UnicodeDecodeError) as e:
-        raise FadaError('not a readable settings file', str(path), 'sections and key = value lines', str(e).splitlines()[0]) from None
+        raise FadaError('not a readable settings file', str(path), 'sections and key = value lines',
+                        str(e).splitlines()[0]) from None
     names = {(s,k): n for n,(s,k,*_) in SETTINGS.items()}
     found = {}
     for section in parser.sections():
         for key,text in parser[section].items():
             if (section,key) not in names:
                 known = sorted(f'[{s}] {k}' for s,k in names)
-                raise FadaError(f'unknown setting [{section}] {key}', str(path), '', nearest(f'[{section}] {key}', known))
+                raise FadaError(f'unknown setting [{section}] {key}', str(path), '',
+                                nearest(f'[{section}] {key}', known))
             found[names[section,key]] = text
     return found
 
@@ -132,8 +144,11 @@ def load_settings(
         if given.get(name) not in (None, '', (), []):
             values[name],source[name] = _convert(name, given[name], Path.cwd(), f'option {name}'),'given'
         elif name in ini:
-            values[name],source[name] = _convert(name, ini[name], path.parent, f'{path} [{section}] {key}'),str(path)
-        else: values[name],source[name] = _convert(name, default, path.parent if path else Path.cwd(), 'built-in default'),'default'
+            values[name],source[name] = _convert(name, ini[name], path.parent,
+                                                 f'{path} [{section}] {key}'),str(path)
+        else:
+            values[name],source[name] = _convert(name, default, path.parent if path else Path.cwd(),
+                                                 'built-in default'),'default'
     return Settings(**values, source=source)
 
 # %% ../nbs/00_settings.ipynb #b01adff6
@@ -141,7 +156,8 @@ def digest(
     obj,        # anything JSON can hold
 )->str:         # 64 hexadecimal digits
     "sha256 of `obj` in canonical JSON (sorted keys, no spaces)"
-    return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(',',':'), ensure_ascii=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(',',':'), ensure_ascii=True,
+                                     default=str).encode()).hexdigest()
 
 # %% ../nbs/00_settings.ipynb #a0c48af8
 def sha256_file(
@@ -182,7 +198,8 @@ def write_json(path, obj)->Path:
 def read_json(path):
     "Read JSON from `path`; a broken file raises `FadaError` that names it"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise FadaError('file not found', str(path), 'a JSON file', 'check the path') from None
+    except FileNotFoundError:
+        raise FadaError('file not found', str(path), 'a JSON file', 'check the path') from None
     except ValueError as e: raise FadaError('not valid JSON', str(path), 'a JSON file', str(e)) from None
 
 # %% ../nbs/00_settings.ipynb #53d268cc
@@ -196,7 +213,8 @@ def writable_folder(
         with tempfile.TemporaryFile(dir=path): pass
     except OSError as e:
         raise FadaError('the output folder cannot be written', str(path), 'a folder you may write to',
-                        f'{e.strerror or e}: choose another with --output or [output] folder in settings.ini') from None
+                        f'{e.strerror or e}: choose another with --output or '
+                        '[output] folder in settings.ini') from None
     return path
 
 # %% ../nbs/00_settings.ipynb #d08802be
@@ -210,7 +228,8 @@ def progress(
     from tqdm import tqdm
     watched = sys.stderr.isatty()
     return tqdm(items, desc=desc, total=total, unit=unit, file=sys.stderr, dynamic_ncols=watched,
-                ncols=None if watched else 90, mininterval=0.2 if watched else 10, disable=os.environ.get('FADA_QUIET') == '1')
+                ncols=None if watched else 90, mininterval=0.2 if watched else 10,
+                disable=os.environ.get('FADA_QUIET') == '1')
 
 # %% ../nbs/00_settings.ipynb #02a702f1
 def seed_all(

@@ -12,10 +12,12 @@ import json, math, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .settings import FadaError, digest, environment, now, progress, read_json, seed_all, use_threads, writable_folder, write_json
+from .settings import (FadaError, digest, environment, now, progress, read_json, seed_all, use_threads,
+                       writable_folder, write_json)
 from .clinical import STRUCTURES
 from .data import load_table, read_image, subset, table_digest
-from .models import NanoRecipe, build_nano, model_spec, nano_processor, nano_tokenizer, recipe_digest, save_model
+from .models import (NanoRecipe, build_nano, model_spec, nano_processor, nano_tokenizer, recipe_digest,
+                     save_model)
 from .vlm import PROMPT_VERSION, adapter_digest, build_prompt, generate, load, project
 from .memory import peak_bytes
 from .metrics import score_table
@@ -30,9 +32,13 @@ def collate(
 ):               # (ids, mask, labels), each n × longest, right-padded
     "Token rows of prompt + answer + end, with labels on answer and end only"
     import torch
-    rows = [(tokenizer(p)['input_ids'], tokenizer(' '+a, add_special_tokens=False)['input_ids']+[tokenizer.eos_token_id]) for p,a in zip(prompts, answers)]
+    rows = [(tokenizer(p)['input_ids'],
+             tokenizer(' '+a, add_special_tokens=False)['input_ids']+[tokenizer.eos_token_id])
+            for p,a in zip(prompts, answers)]
     longest = max(len(p)+len(a) for p,a in rows)
-    ids,mask,labels = torch.full((len(rows),longest), tokenizer.pad_token_id), torch.zeros(len(rows),longest,dtype=torch.long), torch.full((len(rows),longest), IGNORE)
+    ids,mask,labels = (torch.full((len(rows),longest), tokenizer.pad_token_id),
+                       torch.zeros(len(rows),longest,dtype=torch.long),
+                       torch.full((len(rows),longest), IGNORE))
     for i,(p,a) in enumerate(rows):
         n = len(p)+len(a)
         ids[i,:n],mask[i,:n],labels[i,len(p):n] = torch.tensor(p+a),1,torch.tensor(a)
@@ -42,7 +48,8 @@ def collate(
 def show_mask(tokenizer, prompt, answer)->str:
     "One row in words: what carries loss stands in brackets"
     ids,_,labels = collate(tokenizer, [prompt], [answer])
-    return ''.join(f'[{tokenizer.decode([i])}]' if l != IGNORE else tokenizer.decode([i]) for i,l in zip(ids[0].tolist(), labels[0].tolist()))
+    return ''.join(f'[{tokenizer.decode([i])}]' if l != IGNORE else tokenizer.decode([i])
+                   for i,l in zip(ids[0].tolist(), labels[0].tolist()))
 
 # %% ../nbs/09_train.ipynb #cf7cd65c
 def answer_loss(
@@ -55,9 +62,11 @@ def answer_loss(
     import torch.nn.functional as F
     x = torch.cat([features, core.get_input_embeddings()(ids).to(features.dtype)], 1)
     m = torch.cat([torch.ones(features.shape[:2], dtype=torch.long, device=x.device), mask], 1)
-    hidden = core.language_model.base_model(inputs_embeds=x, attention_mask=m).last_hidden_state[:,features.shape[1]:]
+    hidden = core.language_model.base_model(inputs_embeds=x,
+                                            attention_mask=m).last_hidden_state[:,features.shape[1]:]
     carries = labels[:,1:] != IGNORE
-    return F.cross_entropy(core.language_model.get_output_embeddings()(hidden[:,:-1][carries]).float(), labels[:,1:][carries])
+    return F.cross_entropy(core.language_model.get_output_embeddings()(hidden[:,:-1][carries]).float(),
+                           labels[:,1:][carries])
 
 # %% ../nbs/09_train.ipynb #909ce586
 def optimiser(parameters, lr, total, warmup, weight_decay, betas):
@@ -70,7 +79,9 @@ def optimiser(parameters, lr, total, warmup, weight_decay, betas):
 # %% ../nbs/09_train.ipynb #e305f09c
 def _step(loss, parameters, opt, schedule, clip):
     import torch
-    if not torch.isfinite(loss): raise FadaError('the loss is not finite', 'training', 'a number', 'lower the learning rate or use fp32')
+    if not torch.isfinite(loss):
+        raise FadaError('the loss is not finite', 'training', 'a number',
+                        'lower the learning rate or use fp32')
     opt.zero_grad(); loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, clip)
     opt.step(); schedule.step()
@@ -78,10 +89,12 @@ def _step(loss, parameters, opt, schedule, clip):
 
 # %% ../nbs/09_train.ipynb #d4d9fe92
 def load_pixels(folder, images, processor):
-    "Model-ready pixels of `images` (paths below `folder`), float16: n × 3 × side × side, or n × 1 where the channels are equal"
+    ("Model-ready pixels of `images` (paths below `folder`), float16: "
+     "n × 3 × side × side, or n × 1 where the channels are equal")
     rows = []
     for p in progress(images, 'pixels', unit='image'):
-        rows.append(processor.image_processor(read_image(Path(folder)/p), return_tensors='np')['pixel_values'][0].astype(np.float16))
+        rows.append(processor.image_processor(read_image(Path(folder)/p),
+                                              return_tensors='np')['pixel_values'][0].astype(np.float16))
     rows = np.stack(rows)
     return rows[:,:1].copy() if (rows[:,:1] == rows).all() else rows
 
@@ -97,7 +110,8 @@ def vision_features(model, pixels, batch=64):
     import torch
     out = []
     with torch.inference_mode():
-        for i in range(0, len(pixels), batch): out.append(model.vision_model(as_batch(pixels[i:i+batch], model)).last_hidden_state.cpu())
+        for i in range(0, len(pixels), batch):
+            out.append(model.vision_model(as_batch(pixels[i:i+batch], model)).last_hidden_state.cpu())
     return torch.cat(out).clone()
 
 # %% ../nbs/09_train.ipynb #0d3dda50
@@ -108,17 +122,24 @@ def vision_targets(
     "What stage 1 is taught, read from the sidecars of phantoms"
     import torch
     from PIL import Image
-    names = list(STRUCTURES); images = table.drop_duplicates('image'); answers = table.pivot(index='image', columns='question_id', values='answer').loc[images.image]
+    names = list(STRUCTURES)
+    images = table.drop_duplicates('image')
+    answers = table.pivot(index='image', columns='question_id', values='answer').loc[images.image]
     classes,sizes = {},{}
-    for key,values in {'group': images.plane_group.tolist(), **{q: answers[q].tolist() for q in (2,3,6,7,8)}}.items():
-        found = sorted(set(values)); classes[key],sizes[key] = torch.tensor([found.index(v) for v in values]),len(found)
+    for key,values in {'group': images.plane_group.tolist(),
+                       **{q: answers[q].tolist() for q in (2,3,6,7,8)}}.items():
+        found = sorted(set(values))
+        classes[key],sizes[key] = torch.tensor([found.index(v) for v in values]),len(found)
     seen = torch.zeros(len(images), len(names)); patches = torch.zeros(len(images), side*side, len(names))
     for i,truth in enumerate(images.truth):
-        t = read_json(Path(folder)/truth); labels = np.asarray(Image.open(Path(folder)/truth.replace('.json','_labels.png')))
+        t = read_json(Path(folder)/truth)
+        labels = np.asarray(Image.open(Path(folder)/truth.replace('.json','_labels.png')))
         for s in t['answers']['1']['structures']: seen[i,names.index(s)] = 1
         step = labels.shape[0]//side; cut = labels[:step*side,:step*side].reshape(side, step, side, step)
         for k,name in enumerate(t['names'], 1):
-            if name in names: patches[i,:,names.index(name)] = torch.from_numpy(((cut == k).mean((1,3)) > .03).reshape(-1).astype(np.float32))
+            if name in names:
+                patches[i,:,names.index(name)] = torch.from_numpy(
+                    ((cut == k).mean((1,3)) > .03).reshape(-1).astype(np.float32))
     return classes, sizes, seen, patches
 
 # %% ../nbs/09_train.ipynb #93865455
@@ -130,7 +151,8 @@ def _shifted(x, rng, most):
 
 # %% ../nbs/09_train.ipynb #fb00f57c
 def rarity(table, images, weight:float)->np.ndarray:
-    "Drawing probability per image: abnormal ones count `weight` times, so that normality is not learned as a constant"
+    ("Drawing probability per image: abnormal ones count `weight` times, "
+     "so that normality is not learned as a constant")
     abnormal = set(table[(table.question_id == 7) & table.structured.map(parse_flag)].image)
     w = np.array([weight if i in abnormal else 1. for i in images])
     return w/w.sum()
@@ -146,9 +168,12 @@ def train_vision(model, pixels, targets, recipe:NanoRecipe, p=None):
     import torch
     import torch.nn.functional as F
     classes,sizes,seen,patches = targets; v = model.vision_model; width = v.config.hidden_size
-    heads = torch.nn.ModuleDict({str(k): torch.nn.Linear(width, n) for k,n in sizes.items()} | {'seen': torch.nn.Linear(width, seen.shape[1]), 'patch': torch.nn.Linear(width, seen.shape[1])})
+    heads = torch.nn.ModuleDict({str(k): torch.nn.Linear(width, n) for k,n in sizes.items()}
+                                | {'seen': torch.nn.Linear(width, seen.shape[1]),
+                                   'patch': torch.nn.Linear(width, seen.shape[1])})
     parameters = [*v.parameters(), *heads.parameters()]
-    opt,schedule = optimiser(parameters, recipe.vision_lr, recipe.vision_steps, recipe.warmup, recipe.weight_decay, recipe.betas)
+    opt,schedule = optimiser(parameters, recipe.vision_lr, recipe.vision_steps, recipe.warmup,
+                             recipe.weight_decay, recipe.betas)
     rng,losses,rare = np.random.default_rng(recipe.seed),[],torch.tensor(3.)  # structures cover few patches
     v.train()
     for _ in progress(range(recipe.vision_steps), 'base, stage 1 of 2: vision', unit='step'):
@@ -156,7 +181,8 @@ def train_vision(model, pixels, targets, recipe:NanoRecipe, p=None):
         h = v(_shifted(as_batch(pixels[at], model), rng, recipe.shift)).last_hidden_state
         loss = sum(F.cross_entropy(heads[str(k)](h[:,0]), c[at]) for k,c in classes.items())
         loss = loss + 4*F.binary_cross_entropy_with_logits(heads['seen'](h[:,0]), seen[at])
-        loss = loss + recipe.patch_weight*F.binary_cross_entropy_with_logits(heads['patch'](h[:,1:]), patches[at], pos_weight=rare)
+        loss = loss + recipe.patch_weight*F.binary_cross_entropy_with_logits(
+            heads['patch'](h[:,1:]), patches[at], pos_weight=rare)
         losses.append(_step(loss, parameters, opt, schedule, recipe.clip))
     v.eval()
     return losses
@@ -179,8 +205,10 @@ def train_answers(
         at = rng.choice(len(rows), min(batch, len(rows)), replace=False, p=p)
         prompt = _project(core, features[at].to(core.query_tokens.device))
         repeat = np.repeat(np.arange(len(at)), [len(rows[i]) for i in at])
-        ids,mask,labels = (t.to(prompt.device) for t in collate(tokenizer, *zip(*(qa for i in at for qa in rows[i]))))
-        losses.append(_step(answer_loss(core, prompt[repeat], ids, mask, labels), parameters, opt, schedule, recipe.clip))
+        ids,mask,labels = (t.to(prompt.device)
+                           for t in collate(tokenizer, *zip(*(qa for i in at for qa in rows[i]))))
+        losses.append(_step(answer_loss(core, prompt[repeat], ids, mask, labels), parameters, opt, schedule,
+                            recipe.clip))
         if check and every and (s+1) % every == 0: core.eval(); check(s+1); core.train()
     core.eval()
     return losses
@@ -188,7 +216,8 @@ def train_answers(
 # %% ../nbs/09_train.ipynb #f370bc44
 def _project(core, patches):
     "Q-Former and projection with gradients"
-    q = core.qformer(query_embeds=core.query_tokens.expand(len(patches),-1,-1), encoder_hidden_states=patches).last_hidden_state
+    q = core.qformer(query_embeds=core.query_tokens.expand(len(patches),-1,-1),
+                     encoder_hidden_states=patches).last_hidden_state
     return core.language_projection(q)
 
 # %% ../nbs/09_train.ipynb #74feefcc
@@ -206,22 +235,37 @@ def train_base(
     "Train the embedded nano from scratch on the training split of all categories in `data`"
     from safetensors.torch import load_file, save_file
     table = load_table(data, split='train'); out = writable_folder(out)
-    if 'truth' not in table or table.truth.isna().any(): raise FadaError('the base is taught from sidecars', str(data), 'a folder of phantoms', 'run `fada phantom`')
+    if 'truth' not in table or table.truth.isna().any():
+        raise FadaError('the base is taught from sidecars', str(data), 'a folder of phantoms',
+                        'run `fada phantom`')
     key = dict(recipe_sha256=recipe_digest(recipe), data_sha256=table_digest(table), code_sha256=_code())
-    if (out/'fada.json').exists() and key.items() <= read_json(out/'fada.json').items(): return read_json(out/'fada.json')
+    if (out/'fada.json').exists() and key.items() <= read_json(out/'fada.json').items():
+        return read_json(out/'fada.json')
     start = time.perf_counter(); use_threads(); seed_all(recipe.seed)
-    tokenizer = nano_tokenizer(recipe); processor = nano_processor(tokenizer, recipe); model = build_nano(tokenizer, recipe)
-    images = table.image.drop_duplicates().tolist(); pixels = load_pixels(data, images, processor); p = rarity(table, images, recipe.abnormal_weight)
+    tokenizer = nano_tokenizer(recipe)
+    processor = nano_processor(tokenizer, recipe)
+    model = build_nano(tokenizer, recipe)
+    images = table.image.drop_duplicates().tolist()
+    pixels = load_pixels(data, images, processor)
+    p = rarity(table, images, recipe.abnormal_weight)
     saw = out/f'.vision-{digest(key)[:12]}.safetensors'
     if saw.exists(): model.vision_model.load_state_dict(load_file(saw)); vision_losses = []
     else:
-        vision_losses = train_vision(model, pixels, vision_targets(table, data, recipe.image_size//recipe.patch), recipe, p)
-        save_file({k: v.contiguous() for k,v in model.vision_model.state_dict().items()}, saw.with_suffix('.part')); saw.with_suffix('.part').replace(saw)
+        vision_losses = train_vision(model, pixels,
+                                     vision_targets(table, data, recipe.image_size//recipe.patch), recipe, p)
+        save_file({k: v.contiguous() for k,v in model.vision_model.state_dict().items()},
+                  saw.with_suffix('.part'))
+        saw.with_suffix('.part').replace(saw)
     model.vision_model.requires_grad_(False)
-    losses = train_answers(model, [p for p in model.parameters() if p.requires_grad], tokenizer, vision_features(model, pixels), question_rows(table, images, model_spec('blip2-nano')),
-                           recipe.answer_steps, recipe.answer_batch, recipe.answer_lr, recipe, recipe.seed, 'base, stage 2 of 2: answers', p=p)
-    about = dict(key, model='blip2-nano', images=len(images), prompt_version=PROMPT_VERSION, seconds=round(time.perf_counter()-start, 1), made=now(),
-                 vision_losses=_thin(vision_losses), answer_losses=_thin(losses), versions=environment(), notice='Synthetic images only; no medical device.')
+    losses = train_answers(model, [p for p in model.parameters() if p.requires_grad],
+                           tokenizer, vision_features(model, pixels),
+                           question_rows(table, images, model_spec('blip2-nano')),
+                           recipe.answer_steps, recipe.answer_batch, recipe.answer_lr, recipe, recipe.seed,
+                           'base, stage 2 of 2: answers', p=p)
+    about = dict(key, model='blip2-nano', images=len(images), prompt_version=PROMPT_VERSION,
+                 seconds=round(time.perf_counter()-start, 1), made=now(),
+                 vision_losses=_thin(vision_losses), answer_losses=_thin(losses), versions=environment(),
+                 notice='Synthetic images only; no medical device.')
     save_model(model, processor, out, about); saw.unlink()
     return read_json(out/'fada.json')
 
@@ -229,7 +273,8 @@ def train_base(
 def _code()->str:
     "Digest of the code that trains the base, so that a change of it makes an old base stale"
     import inspect
-    return digest([inspect.getsource(f) for f in (train_vision, vision_targets, train_answers, answer_loss, collate, optimiser, build_nano)])
+    return digest([inspect.getsource(f) for f in (train_vision, vision_targets, train_answers, answer_loss,
+                                                  collate, optimiser, build_nano)])
 
 def _thin(losses, n=60):
     "At most `n` (step, mean loss) points of a loss curve"
@@ -239,15 +284,22 @@ def _thin(losses, n=60):
 
 # %% ../nbs/09_train.ipynb #5ce98574
 def add_lora(vlm, rank:int, target:str='qformer+language'):
-    "Attach fresh LoRA layers; returns the trainable parameters by part. `FadaError` where a frozen part is hit"
+    ("Attach fresh LoRA layers; returns the trainable parameters by part. "
+     "`FadaError` where a frozen part is hit")
     from peft import LoraConfig, get_peft_model
-    if 'train' not in vlm.spec.capabilities or target not in vlm.spec.lora: raise FadaError(f'{vlm.spec.name} has no LoRA targets {target!r}', '', ', '.join(vlm.spec.lora) or 'a trainable model', '')
-    vlm.model = get_peft_model(vlm.model, LoraConfig(r=rank, lora_alpha=2*rank, lora_dropout=0., target_modules=vlm.spec.lora[target]))
+    if 'train' not in vlm.spec.capabilities or target not in vlm.spec.lora:
+        raise FadaError(f'{vlm.spec.name} has no LoRA targets {target!r}', '',
+                        ', '.join(vlm.spec.lora) or 'a trainable model', '')
+    vlm.model = get_peft_model(vlm.model, LoraConfig(r=rank, lora_alpha=2*rank, lora_dropout=0.,
+                                                     target_modules=vlm.spec.lora[target]))
     parts = {}
     for name,p in vlm.model.named_parameters():
         if p.requires_grad:
-            part = next((k for k in ('vision_model','qformer','language_model') if k in name), name); parts[part] = parts.get(part, 0)+p.numel()
-    if set(parts) - {'qformer','language_model'}: raise FadaError(f'LoRA landed in {sorted(parts)}', '', 'Q-Former and language model only', 'correct the registry row')
+            part = next((k for k in ('vision_model','qformer','language_model') if k in name), name)
+            parts[part] = parts.get(part, 0)+p.numel()
+    if set(parts) - {'qformer','language_model'}:
+        raise FadaError(f'LoRA landed in {sorted(parts)}', '', 'Q-Former and language model only',
+                        'correct the registry row')
     return parts
 
 # %% ../nbs/09_train.ipynb #1d91aa7f
@@ -263,7 +315,8 @@ def validation_score(vlm, features, table, images)->float:
     return float(score_table(pd.concat(rows)).score.mean())
 
 # %% ../nbs/09_train.ipynb #6e529d71
-LORA = dict(rank=8, lr=2e-3, steps=120, batch=16, checks=4, validation_images=24, abnormal_weight=3.)  # tried on the demo's five categories
+# tried on the demo's five categories
+LORA = dict(rank=8, lr=2e-3, steps=120, batch=16, checks=4, validation_images=24, abnormal_weight=3.)
 
 def finetune(
     vlm,                  # a loaded model without adapter
@@ -275,29 +328,41 @@ def finetune(
 )->dict:                  # what the bundle's fada.json says
     "Train a LoRA adapter on the training split of `categories` and write its bundle to `out`"
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    if vlm.adapter: raise FadaError('the model already carries an adapter', '', 'a base', 'load it without --adapter')
+    if vlm.adapter:
+        raise FadaError('the model already carries an adapter', '', 'a base', 'load it without --adapter')
     train,val = load_table(data, categories, 'train'),load_table(data, categories, 'val')
     if images: train = subset(train, images, seed)
     val = subset(val, LORA['validation_images'], seed)
     start = time.perf_counter(); seed_all(seed); out = writable_folder(out)
     names,vnames = train.image.drop_duplicates().tolist(),val.image.drop_duplicates().tolist()
-    features,vfeatures = (vision_features(vlm.core, load_pixels(data, n, vlm.processor)) for n in (names, vnames))
+    features,vfeatures = (vision_features(vlm.core, load_pixels(data, n, vlm.processor))
+                          for n in (names, vnames))
     parts = add_lora(vlm, rank)
     best = dict(score=-1.); curve = []
     def check(step):
         s = validation_score(vlm, vfeatures, val, vnames); curve.append([step, round(s, 4)])
-        if s > best['score']: best.update(score=s, step=step, state={k: v.detach().clone() for k,v in get_peft_model_state_dict(vlm.model).items()})
+        if s > best['score']:
+            best.update(score=s, step=step,
+                        state={k: v.detach().clone() for k,v in get_peft_model_state_dict(vlm.model).items()})
     check(0)
-    losses = train_answers(vlm.core, [p for p in vlm.model.parameters() if p.requires_grad], vlm.processor.tokenizer, features, question_rows(train, names, vlm.spec),
-                           steps, batch, lr, NanoRecipe(warmup=10, weight_decay=0.), seed, f'LoRA {", ".join(categories)}', check, max(1, steps//LORA['checks']), rarity(train, names, LORA['abnormal_weight']))
+    losses = train_answers(vlm.core, [p for p in vlm.model.parameters() if p.requires_grad],
+                           vlm.processor.tokenizer, features, question_rows(train, names, vlm.spec),
+                           steps, batch, lr, NanoRecipe(warmup=10, weight_decay=0.), seed,
+                           f'LoRA {", ".join(categories)}', check, max(1, steps//LORA['checks']),
+                           rarity(train, names, LORA['abnormal_weight']))
     set_peft_model_state_dict(vlm.model, best['state'])
     vlm.model.save_pretrained(out)
-    about = dict(kind='fada adapter', base=vlm.base, model=vlm.spec.name, precision=vlm.precision, prompt_version=PROMPT_VERSION, categories=list(categories), rank=rank, lr=lr, steps=steps, batch=batch,
-                 seed=seed, images=len(names), trained_on_sha256=table_digest(train), trainable=parts, kept_step=best['step'], losses=_thin(losses), validation=curve,
-                 vocabulary={str(q): sorted(g.answer.unique())[:200] for q,g in train.groupby('question_id')}, seconds=round(time.perf_counter()-start, 1),
+    about = dict(kind='fada adapter', base=vlm.base, model=vlm.spec.name,
+                 precision=vlm.precision, prompt_version=PROMPT_VERSION,
+                 categories=list(categories), rank=rank, lr=lr, steps=steps, batch=batch,
+                 seed=seed, images=len(names), trained_on_sha256=table_digest(train),
+                 trainable=parts, kept_step=best['step'], losses=_thin(losses), validation=curve,
+                 vocabulary={str(q): sorted(g.answer.unique())[:200] for q,g in train.groupby('question_id')},
+                 seconds=round(time.perf_counter()-start, 1),
                  peak_bytes=peak_bytes(), made=now(), versions=environment())
     write_json(out/'fada.json', about)
-    vlm.adapter = adapter_digest(out); vlm._features.clear()  # from here on the model answers with the adapter, and says so
+    vlm.adapter = adapter_digest(out)  # from here on the model answers with the adapter, and says so
+    vlm._features.clear()
     return about
 
 # %% ../nbs/09_train.ipynb #39fe55fa
@@ -308,13 +373,17 @@ def train_job(
     weights=None,         # folder that takes the checkpoint's place
     recipe:NanoRecipe=None, **options, # base: its recipe; lora: rank, lr, steps, batch, images
 )->dict:
-    "Train by the settings and describe the job; `FadaError` before any model is loaded where the data do not fit"
+    ("Train by the settings and describe the job; "
+     "`FadaError` before any model is loaded where the data do not fit")
     if task not in ('lora','base'): raise FadaError(f'unknown task {task!r}', '', 'lora or base', '')
     for k,v in options.items():
         if v < 0 or (k != 'images' and not v): raise FadaError(f'{k} = {v}', '', 'a number above 0', '')
     model_spec(s.model); load_table(s.data, s.categories, 'train'); out = writable_folder(out)
     if task == 'base': about = train_base(s.data, out/'model', recipe or NanoRecipe(seed=s.seed))
-    else: about = finetune(load(s.model, weights=weights or None, precision=s.precision, device=s.device), s.data, s.categories, out/'adapter', seed=s.seed, **options)
-    write_json(out/'config.json', dict(kind='train', task=task, model=s.model, weights=str(weights or ''), precision=s.precision, categories=list(s.categories),
+    else:
+        about = finetune(load(s.model, weights=weights or None, precision=s.precision, device=s.device),
+                         s.data, s.categories, out/'adapter', seed=s.seed, **options)
+    write_json(out/'config.json', dict(kind='train', task=task, model=s.model, weights=str(weights or ''),
+                                       precision=s.precision, categories=list(s.categories),
                                        seed=s.seed, data=str(s.data), seconds=about['seconds']))
     return about

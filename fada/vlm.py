@@ -57,7 +57,8 @@ class Answer:
 class VLM:
     "A loaded model behind the two calls that every room above uses: `answer` and `identity`"
     def __init__(self, spec, model, processor, base, precision, device, max_new_tokens=48, adapter=None):
-        self.spec,self.model,self.processor,self.base = spec,model,processor,base   # base: identity of the weights
+        # base: identity of the weights
+        self.spec,self.model,self.processor,self.base = spec,model,processor,base
         self.precision,self.device,self.max_new_tokens,self.adapter = precision,device,max_new_tokens,adapter
         self._features,self.cache_images = OrderedDict(),64
 
@@ -67,9 +68,12 @@ class VLM:
         return self.model.get_base_model() if hasattr(self.model, 'get_base_model') else self.model
 
     def identity(self)->dict:
-        "What decides an answer besides pixels and question: weights, adapter, precision, processor, prompt, generation"
-        return dict(model=self.spec.name, base=self.base, adapter=self.adapter, precision=self.precision, prompt_version=PROMPT_VERSION,
-                    processor=digest({k: v for k,v in self.processor.image_processor.to_dict().items()}), processor_backend='pil',
+        ("What decides an answer besides pixels and question: weights, adapter, precision, processor, "
+         "prompt, generation")
+        return dict(model=self.spec.name, base=self.base, adapter=self.adapter,
+                    precision=self.precision, prompt_version=PROMPT_VERSION,
+                    processor=digest({k: v for k,v in self.processor.image_processor.to_dict().items()}),
+                    processor_backend='pil',
                     generation=dict(max_new_tokens=self.max_new_tokens, do_sample=False))
 
 # %% ../nbs/07_vlm.ipynb #e5438bb7
@@ -85,7 +89,8 @@ def load(
     use_threads()
     model,processor = load_blip2(spec, weights, s.precision, s.device)
     place = Path(locate(spec, weights))
-    base = weights_digest(place) if place.is_dir() else f'{spec.checkpoint}@{spec.revision or getattr(model.config, "_commit_hash", None)}'
+    base = (weights_digest(place) if place.is_dir() else
+            f'{spec.checkpoint}@{spec.revision or getattr(model.config, "_commit_hash", None)}')
     vlm = VLM(spec, model, processor, base, s.precision, str(model.device), s.max_new_tokens)
     if adapter: attach(vlm, adapter)
     return vlm
@@ -93,7 +98,8 @@ def load(
 # %% ../nbs/07_vlm.ipynb #06ce3249
 def adapter_digest(folder)->str:
     "Identity of an adapter bundle: its weights and its peft configuration"
-    config = {k: v for k,v in read_json(Path(folder)/'adapter_config.json').items() if k != 'base_model_name_or_path'}
+    config = {k: v for k,v in read_json(Path(folder)/'adapter_config.json').items()
+              if k != 'base_model_name_or_path'}
     return digest([weights_digest(folder), config])
 
 # %% ../nbs/07_vlm.ipynb #5c889dad
@@ -105,10 +111,13 @@ def attach(
     from peft import PeftModel
     folder = Path(adapter)
     about = read_json(folder/'fada.json')
-    if not (folder/'adapter_model.safetensors').is_file(): raise FadaError('no adapter weights', str(folder), 'adapter_model.safetensors', 'train it again')
+    if not (folder/'adapter_model.safetensors').is_file():
+        raise FadaError('no adapter weights', str(folder), 'adapter_model.safetensors', 'train it again')
     for key,mine in (('base', vlm.base), ('prompt_version', PROMPT_VERSION)):
         if about.get(key) != mine:
-            raise FadaError(f'the adapter was trained on another {key.replace("_", " ")} ({str(about.get(key))[:12]}…)', str(folder), str(mine)[:12]+'…', 'load the base it names, or train it again')
+            raise FadaError(f'the adapter was trained on another {key.replace("_", " ")} '
+                            f'({str(about.get(key))[:12]}…)', str(folder), str(mine)[:12]+'…',
+                            'load the base it names, or train it again')
     vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), is_trainable=False).eval()
     vlm.adapter = adapter_digest(folder)
     vlm._features.clear()
@@ -118,9 +127,13 @@ def attach(
 def _as_rgb(image):
     from PIL import Image
     if isinstance(image, np.ndarray): image = Image.fromarray(image)
-    if not isinstance(image, Image.Image): raise FadaError(f'{type(image).__name__} is no image', '', 'a PIL image or an array rows × columns [× 3], uint8', '')
+    if not isinstance(image, Image.Image):
+        raise FadaError(f'{type(image).__name__} is no image', '',
+                        'a PIL image or an array rows × columns [× 3], uint8', '')
     w,h = image.size
-    if min(w,h) < 8 or max(w,h) > 20*min(w,h): raise FadaError(f'an image of {w} × {h} pixels', '', 'at least 8 pixels a side, and no side 20 times the other', '')
+    if min(w,h) < 8 or max(w,h) > 20*min(w,h):
+        raise FadaError(f'an image of {w} × {h} pixels', '',
+                        'at least 8 pixels a side, and no side 20 times the other', '')
     return image.convert('RGB')
 
 # %% ../nbs/07_vlm.ipynb #57120efa
@@ -141,8 +154,10 @@ def project(vlm, patches):
     import torch
     core = vlm.core
     q = core.qformer(query_embeds=core.query_tokens.expand(len(patches),-1,-1), encoder_hidden_states=patches,
-                     encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)).last_hidden_state
-    return core.language_projection(q.to(core.language_projection.weight.dtype) if core.language_projection.weight.is_floating_point() else q)
+                     encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long,
+                                                       device=patches.device)).last_hidden_state
+    return core.language_projection(q.to(core.language_projection.weight.dtype)
+                                    if core.language_projection.weight.is_floating_point() else q)
 
 # %% ../nbs/07_vlm.ipynb #38c32d4c
 def encode(vlm, images):
@@ -156,30 +171,37 @@ def encode(vlm, images):
             vlm._features.update(zip(new, out))
         shape = (vlm.core.config.num_query_tokens, vlm.core.config.text_config.hidden_size)
         weight = vlm.core.get_input_embeddings().weight
-        rows = torch.stack([torch.zeros(shape, device=weight.device) if k is None else vlm._features[k] for k in keys])
+        rows = torch.stack([torch.zeros(shape, device=weight.device) if k is None else vlm._features[k]
+                            for k in keys])
     while len(vlm._features) > vlm.cache_images: vlm._features.popitem(last=False)
     return rows.to(weight.dtype)
 
 # %% ../nbs/07_vlm.ipynb #55a922b4
 def generate(vlm, features, prompts)->list:
-    "Greedy answers to `prompts`, row by row with `features` (n × queries × width): list of (text, tokens, confidence)"
+    ("Greedy answers to `prompts`, row by row with `features` (n × queries × width): "
+     "list of (text, tokens, confidence)")
     import torch
     tok,core = vlm.processor.tokenizer,vlm.core
     t = tok(prompts, return_tensors='pt', padding=True).to(core.device)
     longest = features.shape[1]+t['input_ids'].shape[1]+vlm.max_new_tokens
     room = core.config.text_config.max_position_embeddings
-    if longest > room: raise FadaError(f'the question and its answer need {longest} positions', '', f'at most {room}', 'shorten the question or lower max_new_tokens')
+    if longest > room:
+        raise FadaError(f'the question and its answer need {longest} positions', '', f'at most {room}',
+                        'shorten the question or lower max_new_tokens')
     with torch.inference_mode():
         x = torch.cat([features, core.get_input_embeddings()(t['input_ids'])], 1)
-        mask = torch.cat([torch.ones(features.shape[:2], dtype=torch.long, device=x.device), t['attention_mask']], 1)
-        out = core.language_model.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=vlm.max_new_tokens, do_sample=False,
-                                           pad_token_id=tok.pad_token_id, return_dict_in_generate=True, output_logits=True)
+        mask = torch.cat([torch.ones(features.shape[:2], dtype=torch.long, device=x.device),
+                          t['attention_mask']], 1)
+        out = core.language_model.generate(
+            inputs_embeds=x, attention_mask=mask, max_new_tokens=vlm.max_new_tokens, do_sample=False,
+            pad_token_id=tok.pad_token_id, return_dict_in_generate=True, output_logits=True)
         logp = torch.stack(out.logits, 1).float().log_softmax(-1).gather(2, out.sequences[:,:,None])[...,0]
     results = []
     for ids,lp in zip(out.sequences.tolist(), logp):
         n = ids.index(tok.eos_token_id)+1 if tok.eos_token_id in ids else len(ids)
         words = [tok.decode([i]) for i in ids[:n] if i not in tok.all_special_ids]
-        results.append((tok.decode(ids[:n], skip_special_tokens=True).strip(), words, float(lp[:n].mean().exp())))
+        results.append((tok.decode(ids[:n], skip_special_tokens=True).strip(), words,
+                        float(lp[:n].mean().exp())))
     return results
 
 # %% ../nbs/07_vlm.ipynb #f44c6ce5
@@ -213,7 +235,8 @@ def _answer_batch(vlm, batch):
     start,ready,done = time.perf_counter(),[],{}
     for k,r in enumerate(batch):
         try: ready.append((k, _prepare(vlm, r), image_hash(r.image)))
-        except FadaError as e: done[k] = [Answer(str(q), id=r.id, error=str(e), stage='read') for q in (r.questions or [''])]
+        except FadaError as e:
+            done[k] = [Answer(str(q), id=r.id, error=str(e), stage='read') for q in (r.questions or [''])]
     stage = 'encode'
     try:
         if ready:
@@ -229,7 +252,9 @@ def _answer_batch(vlm, batch):
         if len(ready) > 1:  # find out whose fault it is
             for k,_,_ in ready: done[k] = list(_answer_batch(vlm, [batch[k]]))
         else:
-            for k,qs,sha in ready: done[k] = [Answer(t, question_id=i, id=batch[k].id, pixels_sha256=sha, error=f'{type(e).__name__}: {e}', stage=stage) for i,t,_ in qs]
+            for k,qs,sha in ready:
+                done[k] = [Answer(t, question_id=i, id=batch[k].id, pixels_sha256=sha,
+                                  error=f'{type(e).__name__}: {e}', stage=stage) for i,t,_ in qs]
     for k in range(len(batch)): yield from done[k]
 
 # %% ../nbs/07_vlm.ipynb #436db130
@@ -247,7 +272,10 @@ def reference_answers(vlm, image, questions)->list:
     out = []
     for q in questions:
         i = question_id(q)
-        t = vlm.processor(images=_as_rgb(image), text=build_prompt(vlm.spec, QUESTIONS[i].text if i else q), return_tensors='pt').to(vlm.core.device)
-        with torch.inference_mode(): g = vlm.core.generate(**t, max_new_tokens=vlm.max_new_tokens, do_sample=False)
-        out.append(vlm.processor.tokenizer.decode(g[0, t['input_ids'].shape[1]:], skip_special_tokens=True).strip())
+        t = vlm.processor(images=_as_rgb(image), text=build_prompt(vlm.spec, QUESTIONS[i].text if i else q),
+                          return_tensors='pt').to(vlm.core.device)
+        with torch.inference_mode():
+            g = vlm.core.generate(**t, max_new_tokens=vlm.max_new_tokens, do_sample=False)
+        out.append(vlm.processor.tokenizer.decode(g[0, t['input_ids'].shape[1]:],
+                                                  skip_special_tokens=True).strip())
     return out

@@ -1,4 +1,5 @@
-"Shared by all tests: quiet progress, one thread per worker process, a small data set and a small trained run."
+("Shared by all tests: quiet progress, one thread per worker process, "
+ "a small data set and a small trained run.")
 import os
 from pathlib import Path
 

@@ -1,16 +1,19 @@
-"JupyterLab and the report in a real Chromium, as a person would use them. Screenshots go to outputs/screenshots."
+("JupyterLab and the report in a real Chromium, as a person would use them. "
+ "Screenshots go to outputs/screenshots.")
 import os, shutil, socket, subprocess, sys, time, urllib.request
 
 import pytest
 
 pytestmark = pytest.mark.browser
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--no-first-run']
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update',
+         '--no-first-run']
 
 @pytest.fixture(scope='module')
 def browser():
     from playwright.sync_api import sync_playwright
     path = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    assert path, 'no Chromium: install it (Debian: apt-get install chromium) or leave the browser tests out: make test'
+    assert path, ('no Chromium: install it (Debian: apt-get install chromium) '
+                  'or leave the browser tests out: make test')
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=path, headless=True, args=FLAGS)
         yield b
@@ -27,8 +30,13 @@ def lab(root, tmp_path_factory):
     (home/'settings.ini').write_text(f'[data]\nfolder = {home}/none\n[output]\nfolder = {home}/outputs\n')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     log = open(home/'lab.log', 'w')
-    p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=t0ken', f'--ServerApp.root_dir={home}', '--allow-root'],
-                         stdout=log, stderr=log, cwd=home, env=dict(os.environ, JUPYTER_CONFIG_DIR=str(home/'config'), JUPYTERLAB_SETTINGS_DIR=str(home/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(home/'workspaces')), start_new_session=True)
+    p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser',
+                          '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
+                          '--IdentityProvider.token=t0ken', f'--ServerApp.root_dir={home}', '--allow-root'],
+                         stdout=log, stderr=log, cwd=home,
+                         env=dict(os.environ, JUPYTER_CONFIG_DIR=str(home/'config'),
+                                  JUPYTERLAB_SETTINGS_DIR=str(home/'settings'),
+                                  JUPYTERLAB_WORKSPACES_DIR=str(home/'workspaces')), start_new_session=True)
     base = f'http://127.0.0.1:{port}'
     for _ in range(120):
         try: urllib.request.urlopen(f'{base}/api/status?token=t0ken', timeout=2); break
@@ -41,8 +49,10 @@ def _open(browser, lab, notebook):
     page = browser.new_page(viewport=dict(width=1280, height=1000))
     page.goto(f'{lab}/lab/tree/app/{notebook}?token=t0ken&reset')
     page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
-    page.wait_for_selector('.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    page.get_by_role('menuitem', name='Run', exact=True).click(); page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    page.wait_for_selector('.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]',
+                           timeout=60_000)
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     page.wait_for_selector('button:has-text("All eight questions")', timeout=240_000)
     return page
 
@@ -55,7 +65,8 @@ def test_ask_in_jupyterlab(browser, lab, shots):
     page.wait_for_selector('td:has-text("How is the image quality?")', timeout=60_000)
     assert page.locator('.jp-OutputArea table tr').count() == 9
     page.screenshot(path=shots/'ask.png')
-    page.fill('input[placeholder^="a question"]', '<img src=x onerror="document.title=1"> ?'); page.keyboard.press('Tab')
+    page.fill('input[placeholder^="a question"]', '<img src=x onerror="document.title=1"> ?')
+    page.keyboard.press('Tab')
     page.click('button:has-text("Ask")')
     page.wait_for_selector('td:has-text("<img src=x")', timeout=60_000)
     assert page.title() != '1'
@@ -64,9 +75,11 @@ def test_ask_in_jupyterlab(browser, lab, shots):
 def test_attention_in_jupyterlab(browser, lab, shots):
     "The map appears beside the image"
     page = _open(browser, lab, 'attention.ipynb')
-    page.fill('input[placeholder^="a question"]', 'What is the fetal orientation?'); page.keyboard.press('Tab')
+    page.fill('input[placeholder^="a question"]', 'What is the fetal orientation?')
+    page.keyboard.press('Tab')
     page.click('button:has-text("Ask")')
-    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea img')].some(i => i.naturalWidth > 400)", timeout=240_000)
+    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea img')]"
+                           ".some(i => i.naturalWidth > 400)", timeout=240_000)
     page.screenshot(path=shots/'attention.png')
     page.close()
 
@@ -77,15 +90,20 @@ def test_report_opens_offline(browser, shots, small_data, tmp_path):
     from fada.settings import write_json
     from fada.vlm import load
     job = tmp_path/'run'/'evaluate'; evaluate(load('blip2-nano'), small_data, job, control_images=12)
-    write_json(job/'config.json', dict(kind='evaluate', model='blip2-nano', weights='', adapter='', precision='fp32', categories=['all'], seed=0, load_seconds=.5, weights_bytes=1))
+    write_json(job/'config.json',
+               dict(kind='evaluate', model='blip2-nano', weights='', adapter='', precision='fp32',
+                    categories=['all'], seed=0, load_seconds=.5, weights_bytes=1))
     report = write_report(tmp_path/'run', small_data)
     page = browser.new_page(viewport=dict(width=1280, height=900)); asked = []
-    page.on('request', lambda r: asked.append(r.url)); page.goto(report.as_uri()); page.wait_for_load_state('networkidle')
+    page.on('request', lambda r: asked.append(r.url))
+    page.goto(report.as_uri())
+    page.wait_for_load_state('networkidle')
     assert [u for u in asked if not u.startswith(('file:', 'data:'))] == []
     widths = page.locator('img').evaluate_all('es => es.map(e => e.naturalWidth)')
     assert len(widths) >= 8 and min(widths) > 0
     page.screenshot(path=shots/'report.png', full_page=True)
     for width in (800, 400):
         page.set_viewport_size(dict(width=width, height=900))
-        assert page.evaluate('document.documentElement.scrollWidth') <= width   # wide tables scroll inside their own box
+        # wide tables scroll inside their own box
+        assert page.evaluate('document.documentElement.scrollWidth') <= width
     page.close()

@@ -7,7 +7,9 @@ import pytest
 pytestmark = pytest.mark.fault
 FADA = [sys.executable, '-m', 'fada.cli']
 
-def _files(folder): return {p.relative_to(folder): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name != 'manifest.json'}
+def _files(folder):
+    return {p.relative_to(folder): p.read_bytes()
+            for p in sorted(Path(folder).rglob('*')) if p.is_file() and p.name != 'manifest.json'}
 
 def _wait(condition, seconds=120):
     end = time.time()+seconds
@@ -18,7 +20,8 @@ def _wait(condition, seconds=120):
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_phantoms_go_on_with_the_same_bytes(tmp_path, how):
     whole, broken = tmp_path/'whole', tmp_path/'broken'
-    command = lambda out: [*FADA, 'phantom', '--n', '60', '--categories', 'Femur,Thorax', '--out', str(out), '--seed', '3', '--quiet']
+    command = lambda out: [*FADA, 'phantom', '--n', '60', '--categories', 'Femur,Thorax', '--out', str(out),
+                           '--seed', '3', '--quiet']
     subprocess.run(command(whole), check=True)
     p = subprocess.Popen(command(broken), start_new_session=True, stderr=subprocess.PIPE, text=True)
     _wait(lambda: len(list(broken.glob('truth/*/*.json'))) > 10)
@@ -29,24 +32,30 @@ def test_interrupted_phantoms_go_on_with_the_same_bytes(tmp_path, how):
     subprocess.run(command(broken), check=True)
     assert all(f.stat().st_mtime_ns == t for f, t in done.items())        # what was done was not done again
     a, b = _files(whole), _files(broken)
-    assert {k: v for k, v in a.items() if '.part' not in str(k)} == {k: v for k, v in b.items() if '.part' not in str(k)}
+    assert ({k: v for k, v in a.items() if '.part' not in str(k)}
+            == {k: v for k, v in b.items() if '.part' not in str(k)})
 
 def test_killed_evaluation_asks_only_what_is_missing(tmp_path, small_data):
     out = tmp_path/'job'; log = out/'answers.jsonl'
-    command = [*FADA, 'evaluate', '--model', 'blip2-nano', '--data', str(small_data), '--out', str(out), '--categories', 'all', '--control-images', '12', '--json', '--quiet']
+    command = [*FADA, 'evaluate', '--model', 'blip2-nano', '--data', str(small_data), '--out', str(out),
+               '--categories', 'all', '--control-images', '12', '--json', '--quiet']
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     _wait(lambda: log.exists() and log.stat().st_size > 1000)
     os.killpg(p.pid, signal.SIGKILL); p.wait()
     before = log.read_text().splitlines()
     r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     records = [json.loads(l) for l in log.read_text().splitlines()]
-    assert [json.dumps(x) for x in records[:len(before)-1]] == [json.dumps(json.loads(l)) for l in before[:-1]]
+    assert ([json.dumps(x) for x in records[:len(before)-1]]
+            == [json.dumps(json.loads(l)) for l in before[:-1]])
     assert len(records) == len({x['key'] for x in records}) and r['coverage']['failed'] == 0
 
 def test_interrupted_demo_leaves_no_process_and_goes_on(tmp_path, root):
-    command = [*FADA, 'demo', '--small', '--out', str(tmp_path/'run'), '--data', str(tmp_path/'phantoms'), '--json']
-    p = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, FADA_QUIET='0'))
-    _wait(lambda: (tmp_path/'run'/'prepare'/'done.json').exists() and (tmp_path/'run'/'base'/'run.log').exists(), 240)
+    command = [*FADA, 'demo', '--small', '--out', str(tmp_path/'run'),
+               '--data', str(tmp_path/'phantoms'), '--json']
+    p = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env=dict(os.environ, FADA_QUIET='0'))
+    _wait(lambda: (tmp_path/'run'/'prepare'/'done.json').exists()
+          and (tmp_path/'run'/'base'/'run.log').exists(), 240)
     time.sleep(3); children = psutil.Process(p.pid).children(recursive=True); assert children
     p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and out == '' and 'Traceback' not in err
@@ -54,7 +63,8 @@ def test_interrupted_demo_leaves_no_process_and_goes_on(tmp_path, root):
     r = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     result = json.loads(r.stdout)
-    assert result['jobs']['prepare'] == 'reused' and result['jobs']['base'] == 'done' and Path(result['report']).stat().st_size > 100_000
+    assert (result['jobs']['prepare'] == 'reused' and result['jobs']['base'] == 'done'
+            and Path(result['report']).stat().st_size > 100_000)
     again = json.loads(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
     assert set(again['jobs'].values()) == {'reused'}
 
@@ -71,4 +81,5 @@ def test_bad_input_is_one_sentence(words, said, tmp_path, small_data):
     (tmp_path/'file').write_text('')
     words = [w.format(missing=tmp_path/'missing', data=small_data, file=tmp_path/'file') for w in words]
     r = subprocess.run([*FADA, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert (r.returncode, r.stdout) == (1, '') and said in r.stderr and len(r.stderr.strip().splitlines()) == 1
+    assert ((r.returncode, r.stdout) == (1, '') and said in r.stderr
+            and len(r.stderr.strip().splitlines()) == 1)

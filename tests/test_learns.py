@@ -8,7 +8,8 @@ from fada.vlm import load
 
 @pytest.mark.slow
 def test_base_beats_every_control(tmp_path):
-    "Pooled on structures, plane and biometry; within each category on two of structures, orientation and quality; 95 % intervals above zero"
+    ("Pooled on structures, plane and biometry; within each category on two of structures, "
+     "orientation and quality; 95 % intervals above zero")
     prepare(tmp_path/'phantoms', 1000, DEMO_CATEGORIES, seed=4, workers=2)
     m = evaluate(load('blip2-nano'), tmp_path/'phantoms', tmp_path/'job', control_images=1000)
     assert m['coverage']['failed'] == 0 and m['patients'] >= 40
