@@ -82,8 +82,9 @@ def phantom(
     findings:Annotated[float, typer.Option(help='Share of fetuses with an injected finding, 0 to 1.')]=.15,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
-    ("Make phantoms with their eight answers, masks, calipers and question table.\n\n"
-     "Example: fada phantom --n 200 --categories Femur,Abdomen --out data/small")
+    """Make phantoms with their eight answers, masks, calipers and question table.
+
+    Example: fada phantom --n 200 --categories Femur,Abdomen --out data/small"""
     from fada.clinical import PHANTOM_CATEGORIES
     if n is not None and n < 1: raise FadaError(f'--n {n}', '', 'at least 1', '')
     if not 0 <= findings <= 1: raise FadaError(f'--findings {findings}', '', 'a share from 0 to 1', '')
@@ -99,8 +100,9 @@ def phantom(
 @app.command()
 def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, folder or auto.')]='auto',
             seed:Seed=None, json:Json=False, quiet:Quiet=False):
-    ("Read a folder of category folders and workbooks into a question table.\n\n"
-     "Example: fada prepare --data /scans --source folder")
+    """Read a folder of category folders and workbooks into a question table.
+
+    Example: fada prepare --data /scans --source folder"""
     s = _settings(quiet, data=data, seed=seed)
     from fada.data import prepare as work
     from fada.clinical import PHANTOM_CATEGORIES
@@ -119,8 +121,9 @@ def train(
     rank:int=8, lr:float=2e-3, steps:int=120, batch:int=16,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
-    ("Fine-tune a model by LoRA, or train the embedded base from scratch.\n\n"
-     "Example: fada train --categories Femur --output outputs/femur")
+    """Fine-tune a model by LoRA, or train the embedded base from scratch.
+
+    Example: fada train --categories Femur --output outputs/femur"""
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
     from fada.train import train_job
@@ -141,8 +144,9 @@ def evaluate(
     controls:bool=True, out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
-    ("Answer the test questions, log, score, and set the controls beside.\n\n"
-     "Example: fada evaluate --categories Femur --out outputs/run/evaluate-femur")
+    """Answer the test questions, log, score, and set the controls beside.
+
+    Example: fada evaluate --categories Femur --out outputs/run/evaluate-femur"""
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
     from fada.evaluate import evaluate_job

@@ -120,8 +120,8 @@ def gains(jobs)->pd.DataFrame:
 
 # %% ../nbs/11_compare.ipynb #4313a5be
 def resource_table(jobs)->pd.DataFrame:
-    ("Per evaluation job: weights, growth on loading, peak memory, load time, time per question; "
-     "training time from its own job")
+    """Per evaluation job: weights, growth on loading, peak memory, load time, time per question; training
+    time from its own job"""
     trained = {j.name: j.config['seconds'] for j in jobs if j.config['kind'] == 'train'}
     rows = []
     for j in jobs:
@@ -305,8 +305,8 @@ def _table(frame, name='')->dict:
 
 # %% ../nbs/11_compare.ipynb #f5e7a02a
 def real_frame(vlm):
-    ("pydicom's bundled ultrasound frame read from DICOM, and the model's eight answers to it: "
-     "(PIL image, rows, remark on its scale)")
+    """pydicom's bundled ultrasound frame read from DICOM, and the model's eight answers to it: (PIL image,
+    rows, remark on its scale)"""
     from pydicom import examples
     from fada.data import read_dicom
     image,scale = read_dicom(examples.get_path('palette_color'))

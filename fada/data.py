@@ -176,8 +176,8 @@ def read_folder(
     folder,                   # category folders with images, and workbooks
     dataset:str=None,         # name kept in the table; the folder's by default
 )->tuple:                     # (question table without splits, quarantine: file, row, field, reason)
-    ("Read a group's folder. Patients are not known from it: "
-     "each image counts as its own, which the manifest says.")
+    """Read a group's folder. Patients are not known from it: each image counts as its own, which the
+    manifest says."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FadaError('the image folder is missing', str(folder),
@@ -302,8 +302,8 @@ def table_digest(table)->str:
 
 # %% ../nbs/04_data.ipynb #3073bf79
 def save_table(table, folder, reader, seed, quarantine=None)->dict:
-    ("Write questions.parquet, manifest.json and, where there is one, quarantine.csv to `folder`; "
-     "returns the manifest")
+    """Write questions.parquet, manifest.json and, where there is one, quarantine.csv to `folder`; returns
+    the manifest"""
     folder = writable_folder(folder); check_table(table)
     if leaks(table):
         raise FadaError(leaks(table)[0], str(folder), 'whole patients in one split', 'split by patient')

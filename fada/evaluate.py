@@ -244,8 +244,8 @@ def summary(
 KNOWS_FOLDER = 'majority in category'
 
 def knows_folder(scored, adapter)->bool:
-    ("Whether the system was told the folder: asked about one category only, "
-     "or answering with that category's adapter")
+    """Whether the system was told the folder: asked about one category only, or answering with that
+    category's adapter"""
     return bool(adapter) or scored.category.nunique() == 1
 
 def notes(metrics, scored)->list:
@@ -296,8 +296,8 @@ def evaluate_job(
     out,                 # job folder
     weights=None, adapter=None, **options,  # options: split, images, control_images, controls
 )->dict:
-    ("Evaluate by the settings and describe the job; "
-     "`FadaError` before any model is loaded where the data do not fit")
+    """Evaluate by the settings and describe the job; `FadaError` before any model is loaded where the data
+    do not fit"""
     import logging
     model_spec(s.model)
     load_table(s.data, s.categories, options.get('split', 'test'))
@@ -320,8 +320,8 @@ def evaluate_job(
 SHOWN = ('majority in category','majority','blank','shuffled same','shuffled other','no image')
 
 def plot_summary(questions:dict, title:str=''):
-    ("Score of each question with its interval (dot), controls beside it (marks); "
-     "returns the matplotlib figure")
+    """Score of each question with its interval (dot), controls beside it (marks); returns the matplotlib
+    figure"""
     import matplotlib.pyplot as plt
     fig,ax = plt.subplots(figsize=(8.5,4)); marks = dict(zip(SHOWN, 'sDov^x'))
     for i,(q,m) in enumerate(sorted(questions.items(), key=lambda kv: int(kv[0]))):

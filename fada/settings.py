@@ -22,8 +22,8 @@ for _k, _v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='10000', TOKENIZERS
 
 # %% ../nbs/00_settings.ipynb #04b94b95
 class FadaError(Exception):
-    ("Something the user can mend: `what` is wrong, `where` (file, row, field), what was `expected`, "
-     "what to `do`")
+    """Something the user can mend: `what` is wrong, `where` (file, row, field), what was `expected`, what
+    to `do`"""
     def __init__(self,
         what:str,        # what was wrong
         where:str='',    # file, row and field, as far as known

@@ -89,8 +89,8 @@ def _step(loss, parameters, opt, schedule, clip):
 
 # %% ../nbs/09_train.ipynb #d4d9fe92
 def load_pixels(folder, images, processor):
-    ("Model-ready pixels of `images` (paths below `folder`), float16: "
-     "n × 3 × side × side, or n × 1 where the channels are equal")
+    """Model-ready pixels of `images` (paths below `folder`), float16: n × 3 × side × side, or n × 1 where
+    the channels are equal"""
     rows = []
     for p in progress(images, 'pixels', unit='image'):
         rows.append(processor.image_processor(read_image(Path(folder)/p),
@@ -151,8 +151,8 @@ def _shifted(x, rng, most):
 
 # %% ../nbs/09_train.ipynb #fb00f57c
 def rarity(table, images, weight:float)->np.ndarray:
-    ("Drawing probability per image: abnormal ones count `weight` times, "
-     "so that normality is not learned as a constant")
+    """Drawing probability per image: abnormal ones count `weight` times, so that normality is not learned
+    as a constant"""
     abnormal = set(table[(table.question_id == 7) & table.structured.map(parse_flag)].image)
     w = np.array([weight if i in abnormal else 1. for i in images])
     return w/w.sum()
@@ -284,8 +284,8 @@ def _thin(losses, n=60):
 
 # %% ../nbs/09_train.ipynb #5ce98574
 def add_lora(vlm, rank:int, target:str='qformer+language'):
-    ("Attach fresh LoRA layers; returns the trainable parameters by part. "
-     "`FadaError` where a frozen part is hit")
+    """Attach fresh LoRA layers; returns the trainable parameters by part. `FadaError` where a frozen part
+    is hit"""
     from peft import LoraConfig, get_peft_model
     if 'train' not in vlm.spec.capabilities or target not in vlm.spec.lora:
         raise FadaError(f'{vlm.spec.name} has no LoRA targets {target!r}', '',
@@ -373,8 +373,8 @@ def train_job(
     weights=None,         # folder that takes the checkpoint's place
     recipe:NanoRecipe=None, **options, # base: its recipe; lora: rank, lr, steps, batch, images
 )->dict:
-    ("Train by the settings and describe the job; "
-     "`FadaError` before any model is loaded where the data do not fit")
+    """Train by the settings and describe the job; `FadaError` before any model is loaded where the data do
+    not fit"""
     if task not in ('lora','base'): raise FadaError(f'unknown task {task!r}', '', 'lora or base', '')
     for k,v in options.items():
         if v < 0 or (k != 'images' and not v): raise FadaError(f'{k} = {v}', '', 'a number above 0', '')

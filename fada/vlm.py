@@ -68,8 +68,8 @@ class VLM:
         return self.model.get_base_model() if hasattr(self.model, 'get_base_model') else self.model
 
     def identity(self)->dict:
-        ("What decides an answer besides pixels and question: weights, adapter, precision, processor, "
-         "prompt, generation")
+        """What decides an answer besides pixels and question: weights, adapter, precision, processor,
+        prompt, generation"""
         return dict(model=self.spec.name, base=self.base, adapter=self.adapter,
                     precision=self.precision, prompt_version=PROMPT_VERSION,
                     processor=digest({k: v for k,v in self.processor.image_processor.to_dict().items()}),
@@ -178,8 +178,8 @@ def encode(vlm, images):
 
 # %% ../nbs/07_vlm.ipynb #55a922b4
 def generate(vlm, features, prompts)->list:
-    ("Greedy answers to `prompts`, row by row with `features` (n × queries × width): "
-     "list of (text, tokens, confidence)")
+    """Greedy answers to `prompts`, row by row with `features` (n × queries × width): list of (text,
+    tokens, confidence)"""
     import torch
     tok,core = vlm.processor.tokenizer,vlm.core
     t = tok(prompts, return_tensors='pt', padding=True).to(core.device)
