@@ -8,7 +8,7 @@ same answers, which is asserted. Best of several alternating runs, because machi
 import argparse, json, sys, time
 from fada.clinical import QUESTIONS
 from fada.memory import peak_bytes
-from fada.scenes import make_phantom
+from fada.phantoms import make_phantom
 from fada.settings import environment
 from fada.vlm import load, reference_answers
 

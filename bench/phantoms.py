@@ -8,7 +8,7 @@ import argparse, json, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 import numpy as np
-from fada.batch import DEMO_CATEGORIES
+from fada.clinical import DEMO_CATEGORIES
 from fada.memory import peak_bytes
 from fada.phantom import Picture, grey, scan_convert, simulate
 from fada.scenes import DRAW, make_phantom, visible

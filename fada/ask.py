@@ -10,7 +10,7 @@ import html, io
 from pathlib import Path
 from fastcore.basics import patch
 from .settings import FadaError, NOTICE, SYNTHETIC, load_settings, read_json
-from .clinical import PHANTOM_CATEGORIES, QUESTIONS
+from .clinical import DEMO_CATEGORIES, QUESTIONS
 
 # %% ../nbs/15_ask.ipynb #9ab0aba2
 def trained_here(
@@ -38,8 +38,8 @@ def sample_images(data, each:int=4)->list:
                             dict(zip(rows.question_id, rows.answer))))
         return out
     from PIL import Image
-    from fada.scenes import make_phantom
-    made = [(f'{c} {k}', make_phantom(c, (99,k,0))) for c in PHANTOM_CATEGORIES for k in range(1, 3)]
+    from fada.phantoms import make_phantom
+    made = [(f'{c} {k}', make_phantom(c, (99,k,0))) for c in DEMO_CATEGORIES for k in range(1, 3)]
     return [(label, lambda ph=ph: Image.fromarray(ph.image).convert('RGB'), ph.text()) for label,ph in made]
 
 # %% ../nbs/15_ask.ipynb #7ea8ad93

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'main', 'demo',
-           'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask', 'models']
+           'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask', 'biometry', 'models']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -80,6 +80,9 @@ def phantom(
     categories:Categories=None,
     out:Annotated[Optional[str], typer.Option(help='Folder. Default: [data] folder of settings.ini.')]=None,
     findings:Annotated[float, typer.Option(help='Share of fetuses with an injected finding, 0 to 1.')]=.15,
+    overlays:Annotated[float, typer.Option(help='Share of pictures with ruler, settings or age written in, 0 to 1.')]=0.,
+    phrasings:Annotated[bool, typer.Option('--phrasings', help='Several wordings of questions and answers.')]=False,
+    size:Annotated[int, typer.Option(help='Pixels a side.')]=224,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Make phantoms with their eight answers, masks, calipers and question table.
@@ -87,13 +90,12 @@ def phantom(
     Example: fada phantom --n 200 --categories Femur,Abdomen --out data/small"""
     from fada.clinical import PHANTOM_CATEGORIES
     if n is not None and n < 1: raise FadaError(f'--n {n}', '', 'at least 1', '')
-    if not 0 <= findings <= 1: raise FadaError(f'--findings {findings}', '', 'a share from 0 to 1', '')
     s = _settings(quiet, data=out, categories=categories, phantoms=n, seed=seed)
     from fada.data import read_phantoms, save_table, split_by_patient
-    from fada.scenes import write_phantoms
+    from fada.phantoms import write_phantoms
     names = PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories
-    write_phantoms(s.data, s.phantoms, names, s.seed, findings, workers=s.jobs)
-    m = save_table(split_by_patient(read_phantoms(s.data), s.seed), s.data, 'phantoms', s.seed)
+    write_phantoms(s.data, s.phantoms, names, s.seed, findings, size, s.jobs, overlays)
+    m = save_table(split_by_patient(read_phantoms(s.data, phrasings), s.seed), s.data, 'phantoms', s.seed)
     _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions in {s.data}")
 
 # %% ../nbs/16_cli.ipynb #d0542f6b
@@ -197,6 +199,24 @@ def ask(
                         for a in answers], notice=NOTICE), json,
           '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
     if all(a.error for a in answers): raise typer.Exit(1)
+
+# %% ../nbs/16_cli.ipynb #7c8372c0
+@app.command()
+def biometry(
+    parameter:Annotated[str, typer.Argument(help='HC, BPD, OFD, AC, FL, TCD, CRL, NT, or several: HC+FL.')],
+    ga:Annotated[Optional[str], typer.Option(help='Age by dates: 22, 22w3d, 22+3 or 157d.')]=None,
+    mm:Annotated[Optional[str], typer.Option(help='Measurement; several: 196.3,36.7 as named.')]=None,
+    crl:Annotated[Optional[float], typer.Option(help='Crown-rump length in mm, for NT.')]=None,
+    chart:Annotated[str, typer.Option(help='intergrowth or hadlock; robinson for CRL.')]='intergrowth',
+    json:Json=False, quiet:Quiet=False,
+):
+    """Growth charts: P3, P50, P97 for --ga, the age for --mm, centile and z-score for both.
+
+    Example: fada biometry FL --ga 22w3d --mm 36.7"""
+    from fada.biometry import biometry_report, report_text
+    if (ga, mm, crl) == (None, None, None): raise typer.BadParameter('give --ga, --mm or both (NT: --crl)')
+    r = biometry_report(parameter, ga, mm, crl, chart)
+    _show({**r, 'notice': NOTICE}, json, f'{report_text(r)}\n{NOTICE}')
 
 # %% ../nbs/16_cli.ipynb #b93258b7
 @app.command()

@@ -111,8 +111,9 @@ def read_dicom(
 
 # %% ../nbs/04_data.ipynb #3a5ecbd5
 def read_phantoms(
-    folder,          # as written by `scenes.write_phantoms`
-)->pd.DataFrame:     # question table without splits
+    folder,                # as written by `phantoms.write_phantoms`
+    phrasings:bool=False,  # questions and answers in one of their wordings instead of the canonical one
+)->pd.DataFrame:           # question table without splits
     "The question table of a folder of phantoms"
     folder = Path(folder); rows = []
     spec = read_json(folder/'phantoms.json')
@@ -123,10 +124,11 @@ def read_phantoms(
                       category=t['category'], patient=t['patient'], dataset='fada-phantoms',
                       plane_group=CATEGORIES[t['category']].group,
                       mm_per_px=t['mm_per_px'], ga_days=t['ga_days'], ga_source='dates',
-                      truth=side.relative_to(folder).as_posix(), canonical=True)
-        rows += [dict(common, question_id=q, question=QUESTIONS[q].text, answer=t['text'][str(q)],
-                      structured=json.dumps(t['answers'][str(q)], sort_keys=True))
-                 for q in QUESTIONS]
+                      visit=t['visit'], truth=side.relative_to(folder).as_posix())
+        for q in QUESTIONS:
+            said = t['phrased'][str(q)] if phrasings else dict(phrasing=0, question=QUESTIONS[q].text, answer=t['text'][str(q)])
+            rows.append(dict(common, question_id=q, **said, canonical=said['phrasing'] == 0,
+                             structured=json.dumps(t['answers'][str(q)], sort_keys=True)))
     if len(rows) != spec['n']*len(QUESTIONS):
         raise FadaError(f'{len(rows)//len(QUESTIONS)} phantoms',
                         str(folder), f"{spec['n']}, as phantoms.json says",
@@ -350,7 +352,7 @@ def prepare(
 
     `auto` means phantoms where the folder holds some or is called as the default one (phantoms), else the user's own: a
     mistyped folder is an error, never a reason to make up data."""
-    from fada.scenes import write_phantoms
+    from fada.phantoms import write_phantoms
     folder = Path(folder)
     if source not in ('auto','phantoms','folder'):
         raise FadaError(f'unknown source {source!r}', '', 'auto, phantoms or folder', '')

@@ -8,18 +8,18 @@ ASSET = Path(__file__).resolve().parents[1]/'fada'/'assets'/'blip2-nano'
 def probe():
     ("A few phantoms of the recipe's data as answers and coarse grey levels: "
      "what tells whether the drawing code has changed")
-    from fada.clinical import PHANTOM_CATEGORIES
+    from fada.clinical import DEMO_CATEGORIES
     from fada.models import NanoRecipe
-    from fada.scenes import make_phantom
+    from fada.phantoms import make_phantom
     r = NanoRecipe(); out = []
-    for c in PHANTOM_CATEGORIES:
+    for c in DEMO_CATEGORIES:
         ph = make_phantom(c, (r.data_seed, 3, 0), r.findings)
         out.append(dict(category=c, text=list(ph.text().values()),
                         blocks=ph.image.reshape(8, 28, 8, 28).mean((1, 3)).round(2).tolist()))
     return out
 
 def main():
-    from fada.batch import DEMO_CATEGORIES
+    from fada.clinical import DEMO_CATEGORIES
     from fada.data import prepare
     from fada.models import NanoRecipe
     from fada.train import train_base

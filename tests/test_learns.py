@@ -2,7 +2,7 @@
 import pytest
 from fada.compare import beats_controls
 from fada.data import prepare
-from fada.batch import DEMO_CATEGORIES
+from fada.clinical import DEMO_CATEGORIES
 from fada.evaluate import KNOWS_FOLDER, evaluate
 from fada.vlm import load
 
