@@ -189,9 +189,10 @@ def _write_orientation(s):
 def _write_biometry(s):
     names = _list(s['parameters'], PARAMETERS)
     if names == 'none': return 'none in this view'
-    values = dict(s.get('mm') or {}, **(s.get('degrees') or {}))
+    values = {p: v for slot in ('mm','degrees','ratio') for p,v in (s.get(slot) or {}).items()}
     if not values: return f'{names}, size {ND}'
-    return ', '.join(f'{p} {values[p]:.1f} {UNITS.get(p, "mm")}' for p in PARAMETERS if p in values)
+    said = lambda p: f' {values[p]:.2f}' if UNITS.get(p) == '' else f' {values[p]:.1f} {UNITS.get(p, "mm")}'
+    return ', '.join(p+(said(p) if p in values else '') for p in PARAMETERS if p in s['parameters'])
 
 # %% ../nbs/01_clinical.ipynb #1d9e8f88
 def _write_age(s):
@@ -232,8 +233,9 @@ def _parse_biometry(t):
     if not found: return {}
     out = dict(parameters=sorted(found))
     for spelling,canonical in _spellings(PARAMETERS):
-        m = re.search(rf'(?<!\w){re.escape(spelling)}\W+(?:\w+\W+){{0,2}}?(\d+(?:\.\d+)?)\s*(mm|cm|deg|°)', t)
-        slot = 'mm' if m and m[2] in ('mm','cm') else 'degrees'
+        m = re.search(rf'(?<!\w){re.escape(spelling)}\W+(?:\w+\W+){{0,2}}?(\d+(?:\.\d+)?)\s*(mm|cm|deg|°)?', t)
+        slot = 'ratio' if m and not m[2] else 'mm' if m and m[2] in ('mm','cm') else 'degrees'
+        if slot == 'ratio' and UNITS.get(canonical) != '': continue  # a number without its unit is no length
         if m and canonical in found and canonical not in out.get(slot, {}):
             out.setdefault(slot, {})[canonical] = float(m[1]) * (10 if m[2] == 'cm' else 1)
     return out

@@ -153,7 +153,8 @@ def _biometry(sizes, scale):
     if not scale: return out
     mm = {p: round(v,1) for p,v in sizes.items() if p not in ('cardiothoracic ratio','cardiac axis','angle of progression')}
     degrees = {p: round(v,1) for p,v in sizes.items() if p in ('cardiac axis','angle of progression')}
-    return dict(out, **({'mm': mm} if mm else {}), **({'degrees': degrees} if degrees else {}))
+    ratio = {p: round(v,2) for p,v in sizes.items() if p == 'cardiothoracic ratio'}
+    return dict(out, **{slot: v for slot,v in (('mm',mm), ('degrees',degrees), ('ratio',ratio)) if v})
 
 def _growth_findings(scene, sizes, scale, dates):
     "Findings that need a scale, and those that need dates too"
@@ -193,6 +194,8 @@ def finish(
     x,z,width = scene.view; pic = Picture(scene.medium.probe, d.size, (x,z,width/d.zoom))
     image = np.round(scan_convert(grey(simulate(scene.medium, d.machine), d.machine), pic)).astype(np.uint8)
     labels,names = scan_convert(scene.medium.labels, pic, order=0), list(scene.medium.names)
+    frame = max(1, d.size//56); edge = np.ones_like(labels, bool); edge[frame:-frame,frame:-frame] = False
+    image[edge],labels[edge] = 0,0   # the screen's own margin: what lies at the border tells no class
     seen = visible(image, labels, names)
     quality = dict(grade=d.grade, reasons=list(d.reasons)); s = d.overlay.stretch
     return Phantom(d.plan.category, draw_overlay(image, d.overlay, pic.mm_per_px, ga), labels, names, pic.mm_per_px*s,
@@ -374,8 +377,9 @@ def _write_one(job):
     if side.exists(): return 0
     ph = make_phantom(job['category'], (job['seed'], job['number'], job['frame'], job['visit']), job['findings'], job['size'], job['overlays'])
     image = root/'images'/job['category']/f"{job['stem']}.png"
+    # pictures are stored, not compressed: otherwise their size would tell how much is in them
     for path,a in ((image, ph.image), (side.with_name(f"{job['stem']}_labels.png"), ph.labels)):
-        buf = io.BytesIO(); Image.fromarray(a).save(buf, 'PNG'); write_atomic(path, buf.getvalue())
+        buf = io.BytesIO(); Image.fromarray(a).save(buf, 'PNG', compress_level=0 if path is image else 6); write_atomic(path, buf.getvalue())
     write_json(side, sidecar(ph, job))
     return 1
 
