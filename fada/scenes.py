@@ -223,7 +223,7 @@ def thorax(plan)->Scene:
     if ribs: _ribs(m, f, .93, .5, 2.0)
     if plan.shows('spine'): spine_cross(m, f, (0,-.72), .17)
     if plan.shows('descending aorta') and (level != 'low' or shown): vessel(m, f, (.13,-.42), .085, 'descending aorta')
-    width = _heart(m, f, axis, ratio, level == 'right')
+    width = _heart(m, f, axis, ratio, level == 'right' and plan.shows('four chambers'))
     if level == 'low': _stomach(m, f, rng, (.5,-.3), .9)
     scene = Scene(plan, m, orientation, magnified(plan.rng(3), c, R*2), {plan.finding} - {''})
     scene.calipers = {'cardiac axis': [f(0,-.72).tolist(), f(0,.9).tolist()],
@@ -263,7 +263,7 @@ def femur(plan)->Scene:
     if plan.shows('proximal end'): m.paint(f.ellipse((-.61,.01), (.13,.14)), db=-27, impedance=1.66, name='proximal end')
     m.paint(f.tube([(-.78,-.2),(-.84,0),(-.78,.2)], .035), **TISSUE['rib'], name='pelvis')  # it holds the femoral head
     if plan.shows('distal end'): m.paint(f.ellipse((.57,.01), (.08,.1)), db=-27, impedance=1.66, name='distal end')
-    _diaphysis(m, f, L)
+    if plan.shows('femoral diaphysis'): _diaphysis(m, f, L)
     view = magnified(plan.rng(3), c, L)
     if cut != 'none' and not plan.omit:  # slid sideways until one end is out of the picture
         sign = 1 if cut == 'left' else -1
