@@ -1,7 +1,8 @@
-"""Do the stored calipers agree with what the picture shows? Sizes read again from grey levels and scale alone.
+"""Do the stored calipers agree with what the picture shows?
+Sizes read again from grey levels and scale alone.
 
-200 standard pictures of good quality a parameter at 0.15 mm a pixel (40 with --quick); agreement is 2 mm or 5 %, for the
-nuchal translucency 0.3 mm. The baseline is the caliper.
+200 standard pictures of good quality a parameter at 0.15 mm a pixel (40 with --quick); agreement is
+2 mm or 5 %, for the nuchal translucency 0.3 mm. The baseline is the caliper.
 
     python bench/measure.py --quick --json
 """
@@ -16,7 +17,8 @@ from fada.phantoms import make_draft, make_native
 from fada.settings import FadaError, environment, progress
 
 def one(job):
-    "(true, read) in mm; None where the picture is not standard or not good; read is None where nothing was found"
+    """(true, read) in mm; None where the picture is not standard or not good;
+    read is None where nothing was found"""
     parameter, k = job; seed = (31, k, 0)
     if make_draft(MEASURED[parameter], seed, 0.)[0].grade != 'good': return None
     ph = make_native(MEASURED[parameter], seed)
@@ -33,17 +35,21 @@ def main():
         for parameter in progress(list(MEASURED), 'parameters'):
             pairs, k = [], 0
             while len(pairs) < n:
-                pairs += [r for r in pool.map(one, [(parameter, i) for i in range(k, k+n)], chunksize=4) if r]; k += n
+                pairs += [r for r in pool.map(one, [(parameter, i) for i in range(k, k+n)], chunksize=4) if r]
+                k += n
             pairs = pairs[:n]; off = np.array([np.nan if r is None else r-t for t, r in pairs])
             agree = [bool(abs(o) <= allowed(parameter, t)) for o, (t, _) in zip(off, pairs)]
             rows[parameter] = dict(n=n, agree=float(np.mean(agree)), found=float(np.mean(~np.isnan(off))),
-                                   median_mm=float(np.nanmedian(off)), p95_mm=float(np.nanpercentile(np.abs(off), 95)))
-    out = dict(ratios={f'{p} in agreement': r['agree'] for p, r in rows.items()}, baseline='the stored caliper', rows=rows,
+                                   median_mm=float(np.nanmedian(off)),
+                                   p95_mm=float(np.nanpercentile(np.abs(off), 95)))
+    out = dict(ratios={f'{p} in agreement': r['agree'] for p, r in rows.items()},
+               baseline='the stored caliper', rows=rows,
                peak_bytes=peak_bytes(), machine={k: environment()[k] for k in ('system', 'machine', 'cores')},
                versions=environment())
     if a.json: print(json.dumps(out, indent=1))
     else:
         for p, r in rows.items():
-            print(f"{p:16} {100*r['agree']:5.1f} % of {r['n']} agree; median {r['median_mm']:+.2f} mm, 95 % within {r['p95_mm']:.2f} mm")
+            print(f"{p:16} {100*r['agree']:5.1f} % of {r['n']} agree; median {r['median_mm']:+.2f} mm, "
+                  f"95 % within {r['p95_mm']:.2f} mm")
 
 if __name__ == '__main__': sys.exit(main())

@@ -56,30 +56,36 @@ class Category:
 # %% ../nbs/01_clinical.ipynb #ca4d1c43
 _FMF = ('nuchal translucency', 'nasal bone', 'palate', 'thalamus')
 CATEGORIES = {c.name: c for c in (
-    Category('Abdomen', 'abdomen', 'transverse abdominal plane', ('stomach bubble', 'umbilical vein', 'spine'),
-             ('kidneys', 'heart'), ('AC',)),
-    Category('Aorta', 'aorta', 'sagittal aortic plane', ('aorta', 'heart', 'spine'), (), ('aortic diameter',)),
-    Category('CRL-View', 'first trimester sagittal', 'mid-sagittal crown-rump plane', ('crown', 'rump'), (), ('CRL',)),
-    Category('Cervical', 'fetal spine', 'sagittal cervical spine plane', ('cervical vertebrae', 'skull'), (), ()),
-    Category('Cervix', 'maternal cervix', 'transvaginal cervical plane', ('internal os', 'external os', 'cervical canal'),
-             (), ('cervical length',)),
-    Category('Femur', 'femur', 'longitudinal femoral plane', ('femoral diaphysis', 'proximal end', 'distal end'), (), ('FL',)),
+    Category('Abdomen', 'abdomen', 'transverse abdominal plane',
+             ('stomach bubble', 'umbilical vein', 'spine'), ('kidneys', 'heart'), ('AC',)),
+    Category('Aorta', 'aorta', 'sagittal aortic plane',
+             ('aorta', 'heart', 'spine'), (), ('aortic diameter',)),
+    Category('CRL-View', 'first trimester sagittal', 'mid-sagittal crown-rump plane',
+             ('crown', 'rump'), (), ('CRL',)),
+    Category('Cervical', 'fetal spine', 'sagittal cervical spine plane',
+             ('cervical vertebrae', 'skull'), (), ()),
+    Category('Cervix', 'maternal cervix', 'transvaginal cervical plane',
+             ('internal os', 'external os', 'cervical canal'), (), ('cervical length',)),
+    Category('Femur', 'femur', 'longitudinal femoral plane',
+             ('femoral diaphysis', 'proximal end', 'distal end'), (), ('FL',)),
     Category('NT-View', 'first trimester sagittal', 'mid-sagittal nuchal plane', _FMF, (), ('NT',)),
     Category('Non_standard_NT', 'first trimester sagittal', 'mid-sagittal nuchal plane', _FMF, (), ('NT',)),
     Category('Public_Symphysis_fetal_head', 'transperineal', 'transperineal sagittal plane',
              ('pubic symphysis', 'fetal head'), (), ('angle of progression',)),
     Category('Standard_NT', 'first trimester sagittal', 'mid-sagittal nuchal plane', _FMF, (), ('NT',)),
-    Category('Thorax', 'thorax', 'four-chamber plane', ('four chambers', 'spine', 'descending aorta'), ('stomach bubble',),
-             ('cardiothoracic ratio', 'cardiac axis')),
-    Category('Trans-cerebellum', 'brain', 'trans-cerebellar plane', ('cerebellum', 'cisterna magna', 'cavum septi pellucidi'),
-             (), ('TCD', 'HC')),
-    Category('Trans-thalamic', 'brain', 'trans-thalamic plane', ('thalamus', 'cavum septi pellucidi', 'midline'),
-             ('cerebellum',), ('BPD', 'HC')),
+    Category('Thorax', 'thorax', 'four-chamber plane', ('four chambers', 'spine', 'descending aorta'),
+             ('stomach bubble',), ('cardiothoracic ratio', 'cardiac axis')),
+    Category('Trans-cerebellum', 'brain', 'trans-cerebellar plane',
+             ('cerebellum', 'cisterna magna', 'cavum septi pellucidi'), (), ('TCD', 'HC')),
+    Category('Trans-thalamic', 'brain', 'trans-thalamic plane',
+             ('thalamus', 'cavum septi pellucidi', 'midline'), ('cerebellum',), ('BPD', 'HC')),
     Category('Trans-ventricular', 'brain', 'trans-ventricular plane',
-             ('lateral ventricles', 'cavum septi pellucidi', 'midline'), ('cerebellum',), ('lateral ventricle width', 'HC')))}
+             ('lateral ventricles', 'cavum septi pellucidi', 'midline'), ('cerebellum',),
+             ('lateral ventricle width', 'HC')))}
 
 PHANTOM_CATEGORIES = tuple(CATEGORIES)  # `scenes` draws them all
-DEMO_CATEGORIES = ('Abdomen','Femur','Thorax','Standard_NT','Non_standard_NT')  # what the embedded model is trained on
+# what the embedded model is trained on
+DEMO_CATEGORIES = ('Abdomen','Femur','Thorax','Standard_NT','Non_standard_NT')
 
 # %% ../nbs/01_clinical.ipynb #72e3eb86
 def category(
@@ -90,7 +96,8 @@ def category(
     folded = {k.lower(): k for k in CATEGORIES}
     key = str(name).strip().lower().replace(' ', '_')
     key = typos.get(key) or folded.get(key) or folded.get(key.replace('_', '-'))
-    if key is None: raise FadaError(f'unknown category {name!r}', '', nearest(name, CATEGORIES), 'correct the name')
+    if key is None:
+        raise FadaError(f'unknown category {name!r}', '', nearest(name, CATEGORIES), 'correct the name')
     return CATEGORIES[key]
 
 # %% ../nbs/01_clinical.ipynb #74c85f06
@@ -102,7 +109,8 @@ GUIDELINE = {  # plane group: where its list comes from
     'first trimester sagittal': 'Fetal Medicine Foundation, nuchal translucency and CRL criteria',
     'maternal cervix': 'Fetal Medicine Foundation, cervical assessment',
     'transperineal': 'ISUOG Practice Guidelines (2018), intrapartum ultrasound',
-    'aorta': 'no published list: the structures that a diameter needs', 'fetal spine': 'no published list: what the view is for'}
+    'aorta': 'no published list: the structures that a diameter needs',
+    'fetal spine': 'no published list: what the view is for'}
 
 def check_plane(
     name:str,   # category
@@ -110,42 +118,62 @@ def check_plane(
 )->list:        # (criterion, met) pairs; the plane is standard when all are met
     "The checklist of a category against what is seen"
     c = category(name)
-    return [(f'{s} seen', s in seen) for s in c.landmarks] + [(f'{s} not seen', s not in seen) for s in c.intruders]
+    return ([(f'{s} seen', s in seen) for s in c.landmarks]
+            + [(f'{s} not seen', s not in seen) for s in c.intruders])
 
 # %% ../nbs/01_clinical.ipynb #5d0b157b
 ND = 'not determinable'  # what one picture cannot tell
 STRUCTURES = {  # canonical: other spellings
-    'stomach bubble': ('stomach',), 'umbilical vein': ('portal sinus', 'umbilical portion of the left portal vein'),
+    'stomach bubble': ('stomach',),
+    'umbilical vein': ('portal sinus', 'umbilical portion of the left portal vein'),
     'spine': ('vertebral column', 'vertebra', 'vertebrae', 'spinal column'), 'ribs': ('rib',), 'liver': (),
     'aorta': ('abdominal aorta',), 'inferior vena cava': ('ivc',), 'kidneys': ('kidney', 'renal'),
     'femoral diaphysis': ('femur diaphysis', 'femur', 'femoral shaft', 'thigh bone'),
-    'proximal end': ('proximal epiphysis', 'proximal metaphysis'), 'distal end': ('distal epiphysis', 'distal metaphysis'),
+    'proximal end': ('proximal epiphysis', 'proximal metaphysis'),
+    'distal end': ('distal epiphysis', 'distal metaphysis'),
     'heart': ('fetal heart',), 'four chambers': ('4 chambers', 'four cardiac chambers', 'four-chamber view'),
     'descending aorta': ('thoracic aorta',), 'lungs': ('lung',),
-    'nuchal translucency': ('nuchal fluid',), 'nasal bone': ('nose bone',), 'palate': ('hard palate', 'maxilla'),
+    'nuchal translucency': ('nuchal fluid',), 'nasal bone': ('nose bone',),
+    'palate': ('hard palate', 'maxilla'),
     'thalamus': ('thalami', 'diencephalon'), 'skull': ('cranium', 'calvarium'),
     'mandible': ('jaw',), 'limb': ('hand', 'arm', 'limbs'), 'crown': (), 'rump': (),
-    'midline': ('falx', 'midline echo', 'midline falx'), 'cavum septi pellucidi': ('csp', 'cavum septum pellucidum'),
+    'midline': ('falx', 'midline echo', 'midline falx'),
+    'cavum septi pellucidi': ('csp', 'cavum septum pellucidum'),
     'lateral ventricles': ('lateral ventricle', 'ventricles'), 'choroid plexus': ('choroid',),
     'cerebellum': ('cerebellar hemispheres',), 'cisterna magna': (),
     'cervical vertebrae': ('cervical spine', 'neck vertebrae'), 'internal os': (), 'external os': (),
     'cervical canal': ('endocervical canal',), 'bladder': ('maternal bladder',),
     'pubic symphysis': ('symphysis', 'symphysis pubis'), 'fetal head': ()}
-PARAMETERS = {'AC': ('abdominal circumference',), 'FL': ('femur length', 'femoral length'), 'NT': ('nuchal translucency thickness', 'nuchal translucency'),
-    'HC': ('head circumference',), 'BPD': ('biparietal diameter',), 'CRL': ('crown-rump length', 'crown rump length'),
-    'TCD': ('transcerebellar diameter', 'trans-cerebellar diameter'), 'cardiothoracic ratio': ('ctr',), 'cardiac axis': ('heart axis',),
+PARAMETERS = {
+    'AC': ('abdominal circumference',), 'FL': ('femur length', 'femoral length'),
+    'NT': ('nuchal translucency thickness', 'nuchal translucency'),
+    'HC': ('head circumference',), 'BPD': ('biparietal diameter',),
+    'CRL': ('crown-rump length', 'crown rump length'),
+    'TCD': ('transcerebellar diameter', 'trans-cerebellar diameter'), 'cardiothoracic ratio': ('ctr',),
+    'cardiac axis': ('heart axis',),
     'aortic diameter': (), 'lateral ventricle width': ('ventricular width', 'atrial width'),
     'cervical length': ('cl',), 'angle of progression': ('aop',)}
-UNITS = {'cardiac axis': 'degrees', 'angle of progression': 'degrees', 'cardiothoracic ratio': ''}  # every other one: mm
-GRADES = {'poor': ('bad', 'low quality', 'limited', 'suboptimal'), 'moderate': ('fair', 'acceptable', 'average', 'adequate'), 'good': ('excellent', 'high quality', 'clear', 'optimal')}
-REASONS = {'low gain': ('dark', 'undergained'), 'noise': ('noisy',), 'acoustic shadow': ('shadow', 'shadowing')}
-FINDINGS = {'absent stomach bubble': ('stomach not seen', 'stomach bubble not seen'), 'increased nuchal translucency': ('raised nt', 'thickened nuchal translucency'),
-    'deviated cardiac axis': ('abnormal cardiac axis',), 'ventriculomegaly': ('dilated ventricles', 'enlarged lateral ventricles'),
-    'short femur': ('femur short for dates',), 'small abdomen': ('abdomen small for dates',), 'short cervix': ('cervical shortening',)}
-RECOMMENDATIONS = {'routine': ('prenatal routine monitoring', 'routine follow-up', 'routine monitoring', 'routine'),
+# every other one: mm
+UNITS = {'cardiac axis': 'degrees', 'angle of progression': 'degrees', 'cardiothoracic ratio': ''}
+GRADES = {'poor': ('bad', 'low quality', 'limited', 'suboptimal'),
+          'moderate': ('fair', 'acceptable', 'average', 'adequate'),
+          'good': ('excellent', 'high quality', 'clear', 'optimal')}
+REASONS = {'low gain': ('dark', 'undergained'), 'noise': ('noisy',),
+           'acoustic shadow': ('shadow', 'shadowing')}
+FINDINGS = {
+    'absent stomach bubble': ('stomach not seen', 'stomach bubble not seen'),
+    'increased nuchal translucency': ('raised nt', 'thickened nuchal translucency'),
+    'deviated cardiac axis': ('abnormal cardiac axis',),
+    'ventriculomegaly': ('dilated ventricles', 'enlarged lateral ventricles'),
+    'short femur': ('femur short for dates',), 'small abdomen': ('abdomen small for dates',),
+    'short cervix': ('cervical shortening',)}
+RECOMMENDATIONS = {
+    'routine': ('prenatal routine monitoring', 'routine follow-up', 'routine monitoring', 'routine'),
     'repeat': ('repeat the scan for a standard plane', 'repeat', 'rescan'),
-    'refer': ('referral for detailed examination', 'refer', 'referral', 'detailed examination', 'further evaluation')}
-ORIENTATIONS = {'axis': {'axial': ('transverse',), 'longitudinal': (), 'sagittal': ('mid-sagittal', 'midsagittal'),
+    'refer': ('referral for detailed examination', 'refer', 'referral', 'detailed examination',
+              'further evaluation')}
+ORIENTATIONS = {
+    'axis': {'axial': ('transverse',), 'longitudinal': (), 'sagittal': ('mid-sagittal', 'midsagittal'),
              ND: ('cannot be determined',)},
     'spine': {'left': (), 'right': (), 'up': ('anterior', 'top'), 'down': ('posterior', 'bottom')},
     'bone': {'horizontal': (), 'right end lower': (), 'left end lower': ()},
@@ -159,7 +187,8 @@ def _spellings(table):
 
 # %% ../nbs/01_clinical.ipynb #a4e9a71d
 _DENIED_BEFORE = re.compile(r'\b(no|not|without|absent|missing|lacks?)\b[\w\s-]{0,12}$')
-_DENIED_AFTER = re.compile(r'^\s*(is|are|was|were)?\s*(not\s+(seen|visible|visuali[sz]ed|shown|identified)|absent|missing)\b')
+_DENIED_AFTER = re.compile(r'^\s*(is|are|was|were)?\s*'
+                           r'(not\s+(seen|visible|visuali[sz]ed|shown|identified)|absent|missing)\b')
 
 def find_terms(
     text:str,     # free text
@@ -172,7 +201,8 @@ def find_terms(
             clause_before = re.split(r'[.;,]', left[:m.start()])[-1]
             denied = _DENIED_BEFORE.search(clause_before) or _DENIED_AFTER.match(left[m.end():])
             (no if denied else yes).add(canonical)
-            left = left[:m.start()] + '#'*(m.end()-m.start()) + left[m.end():]  # a longer spelling hides a shorter one
+            # a longer spelling hides a shorter one
+            left = left[:m.start()] + '#'*(m.end()-m.start()) + left[m.end():]
     return yes, no - yes
 
 # %% ../nbs/01_clinical.ipynb #e8c05ed9
@@ -183,7 +213,8 @@ def _list(items, table):
 # %% ../nbs/01_clinical.ipynb #46c3e3c5
 def _write_orientation(s):
     "Axis first; the lie of a bone is a phrase of its own, every other slot reads `part side`"
-    return ', '.join([s['axis'], *(s[k] if k == 'bone' else f'{k} {s[k]}' for k in ORIENTATIONS if k != 'axis' and k in s)])
+    return ', '.join([s['axis'], *(s[k] if k == 'bone' else f'{k} {s[k]}'
+                                   for k in ORIENTATIONS if k != 'axis' and k in s)])
 
 # %% ../nbs/01_clinical.ipynb #657394b3
 def _write_biometry(s):
@@ -210,7 +241,8 @@ def write_answer(
     if question_id == 4: return _write_biometry(s)
     if question_id == 5: return _write_age(s)
     if question_id == 6: return s['grade'] + (': ' + _list(s['reasons'], REASONS) if s['reasons'] else '')
-    if question_id == 7: return 'abnormal: ' + _list(s['findings'], FINDINGS) if s['findings'] else 'no abnormality seen'
+    if question_id == 7:
+        return 'abnormal: ' + _list(s['findings'], FINDINGS) if s['findings'] else 'no abnormality seen'
     return RECOMMENDATIONS[s['class']][0]
 
 # %% ../nbs/01_clinical.ipynb #bb2e5975
@@ -218,7 +250,8 @@ def _parse_orientation(t):
     out = {}
     axis,_ = find_terms(t, ORIENTATIONS['axis'])
     if len(axis) == 1: out['axis'] = axis.pop()
-    for part,label in (('spine', r'(?:spine|vertebral column)'), ('head', 'head'), ('face', 'face'), ('forehead', 'forehead')):
+    for part,label in (('spine', r'(?:spine|vertebral column)'), ('head', 'head'), ('face', 'face'),
+                       ('forehead', 'forehead')):
         m = re.search(r'\b' + label + r'\s*(?:is|to|towards?|facing|on|the|at)?\s*(?:the)?\s*(\w+)', t)
         found,_ = find_terms(m[1], ORIENTATIONS[part]) if m else (set(), set())
         if len(found) == 1: out[part] = found.pop()
@@ -233,7 +266,8 @@ def _parse_biometry(t):
     if not found: return {}
     out = dict(parameters=sorted(found))
     for spelling,canonical in _spellings(PARAMETERS):
-        m = re.search(rf'(?<!\w){re.escape(spelling)}\W+(?:\w+\W+){{0,2}}?(\d+(?:\.\d+)?)\s*(mm|cm|deg|°)?', t)
+        m = re.search(rf'(?<!\w){re.escape(spelling)}\W+(?:\w+\W+){{0,2}}?'
+                      r'(\d+(?:\.\d+)?)\s*(mm|cm|deg|°)?', t)
         slot = 'ratio' if m and not m[2] else 'mm' if m and m[2] in ('mm','cm') else 'degrees'
         if slot == 'ratio' and UNITS.get(canonical) != '': continue  # a number without its unit is no length
         if m and canonical in found and canonical not in out.get(slot, {}):
@@ -242,7 +276,8 @@ def _parse_biometry(t):
 
 # %% ../nbs/01_clinical.ipynb #b432434f
 def _parse_age(t):
-    if ND in t or re.search(r'cannot be (determined|assessed)|not (possible|determinable)', t): return dict(weeks=None)
+    if ND in t or re.search(r'cannot be (determined|assessed)|not (possible|determinable)', t):
+        return dict(weeks=None)
     m = re.search(r'(\d{1,2})\s*(?:-|–|to|and)\s*(\d{1,2})\s*w', t)
     if m: return dict(weeks=[int(m[1]), int(m[2])])
     m = re.search(r'(\d{1,2})\s*(?:w|week)', t)
@@ -251,7 +286,8 @@ def _parse_age(t):
 # %% ../nbs/01_clinical.ipynb #13dab875
 def _parse_plane(t):
     planes = {c.plane: () for c in CATEGORIES.values()}
-    planes['transverse abdominal plane'] = ('transverse trans-abdominal plane', 'abdominal circumference plane')
+    planes['transverse abdominal plane'] = ('transverse trans-abdominal plane',
+                                            'abdominal circumference plane')
     planes['four-chamber plane'] = ('four-chamber view', 'four chamber view', 'four chamber plane')
     found,_ = find_terms(t, planes)
     out = dict(plane=found.pop()) if len(found) == 1 else {}
@@ -263,7 +299,8 @@ def _parse_plane(t):
 def _parse_normality(t):
     found,_ = find_terms(t, FINDINGS)
     if found: return dict(normal=False, findings=sorted(found))
-    if re.search(r'\bno (\w+ )?abnormalit', t) or re.search(r'(?<!ab)(?<!not )\bnormal\b', t): return dict(normal=True, findings=[])
+    if re.search(r'\bno (\w+ )?abnormalit', t) or re.search(r'(?<!ab)(?<!not )\bnormal\b', t):
+        return dict(normal=True, findings=[])
     return dict(normal=False, findings=[]) if 'abnormal' in t or 'not normal' in t else {}
 
 # %% ../nbs/01_clinical.ipynb #a92acf8f
@@ -284,9 +321,11 @@ def parse_answer(
 )->dict:             # structured answer; {} where nothing could be read
     """Read free text into the structured answer of question `question_id`.
 
-    1 `structures`; 2 `axis` and `spine`, `bone`, or `head` and `face`; 3 `plane`, `standard`; 4 `parameters`, `mm`;
-    5 `weeks` ([low, high], None for not determinable); 6 `grade`, `reasons`; 7 `normal`, `findings`; 8 `class`."""
-    if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', 'a number from 1 to 8', '')
+    1 `structures`; 2 `axis` and `spine`, `bone`, or `head` and `face`; 3 `plane`, `standard`;
+    4 `parameters`, `mm`; 5 `weeks` ([low, high], None for not determinable); 6 `grade`, `reasons`;
+    7 `normal`, `findings`; 8 `class`."""
+    if question_id not in QUESTIONS:
+        raise FadaError(f'unknown question {question_id}', '', 'a number from 1 to 8', '')
     t = ' '.join(str(text or '').lower().split())
     if not t: return {}
     if question_id == 1:
@@ -317,7 +356,8 @@ def phrase_question(
 # %% ../nbs/01_clinical.ipynb #7e13c790
 def _phrase_orientation(s, loose):
     side = lambda v: f'to the {v}' if loose and v in ('left','right') else v
-    slots = [s['bone'] if k == 'bone' else f'{k} {side(s[k])}' for k in ORIENTATIONS if k in s and k != 'axis']
+    slots = [s['bone'] if k == 'bone' else f'{k} {side(s[k])}'
+             for k in ORIENTATIONS if k in s and k != 'axis']
     return f"{s['axis'].capitalize()} view, " + ' and '.join(slots) if slots else f"Orientation {s['axis']}"
 
 def _phrase_plane(s, loose):
@@ -330,7 +370,8 @@ def _phrase_findings(s, loose):
     return ('Abnormal finding: ' if loose else 'There is an abnormality, ') + ' and '.join(s['findings'])
 
 def _phrase_age(s, loose):
-    if s.get('weeks') is None: return f'The age is {ND} from this picture' if loose else f'Gestational age {ND}'
+    if s.get('weeks') is None:
+        return f'The age is {ND} from this picture' if loose else f'Gestational age {ND}'
     low,high = s['weeks']
     return f'Between {low} and {high} weeks' if loose else f'About {low} to {high} weeks'
 
@@ -344,14 +385,16 @@ def phrase_answer(
     canonical,loose = write_answer(question_id, s),phrasing == 2
     if phrasing == 0: return canonical
     if question_id == 1:
-        return (f'Visible: {canonical}' if loose else f'The image shows {canonical}') if s['structures'] else 'None of them'
+        return ((f'Visible: {canonical}' if loose else f'The image shows {canonical}')
+                if s['structures'] else 'None of them')
     if question_id == 2: return _phrase_orientation(s, loose)
     if question_id == 3: return _phrase_plane(s, loose)
     if question_id == 4: return f'Measurable: {canonical}' if loose else f'Biometry: {canonical}'
     if question_id == 5: return _phrase_age(s, loose)
     if question_id == 6:
         why = ' because of ' + ' and '.join(s['reasons']) if s['reasons'] else ''
-        return f"The quality is {s['grade']}{why}" if loose else f"{s['grade'].capitalize()} image quality{why}"
+        return (f"The quality is {s['grade']}{why}" if loose
+                else f"{s['grade'].capitalize()} image quality{why}")
     if question_id == 7: return _phrase_findings(s, loose)
     words = RECOMMENDATIONS[s['class']]
     return (f'Advice: {words[0]}' if loose else f'{words[-1].capitalize()}').strip()

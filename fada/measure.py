@@ -26,14 +26,17 @@ def _at_scale(image, mm_per_px, target):
     "`image` smoothed and resampled to `target` mm per pixel"
     from scipy import ndimage as ndi
     k = target/mm_per_px
-    smooth = ndi.gaussian_filter(image.astype(np.float32), max(0, k/2.5)) if k > 1 else image.astype(np.float32)
+    smooth = (ndi.gaussian_filter(image.astype(np.float32), max(0, k/2.5)) if k > 1
+              else image.astype(np.float32))
     return ndi.zoom(smooth, 1/k, order=1, grid_mode=True, mode='nearest')
 
-def _nothing(parameter): return FadaError(f'no {parameter} found in the picture', '', 'a standard plane of good quality', '')
+def _nothing(parameter):
+    return FadaError(f'no {parameter} found in the picture', '', 'a standard plane of good quality', '')
 
 # %% ../nbs/03b_measure.ipynb #c3257126
 def _ring(a, b, degrees, px):
-    "A kernel that likes a bright wall along an ellipse (half axes in mm) and less outside it; `px` mm per pixel"
+    """A kernel that likes a bright wall along an ellipse (half axes in mm) and less outside it;
+    `px` mm per pixel"""
     n = int(math.ceil((max(a,b)+5)/px)); y,x = np.mgrid[-n:n+1,-n:n+1]*px
     t = math.radians(degrees); u,v = x*math.cos(t)+y*math.sin(t), -x*math.sin(t)+y*math.cos(t)
     k = np.sqrt((u/a)**2+(v/b)**2); d = k*(k-1)/(np.sqrt((u/a**2)**2+(v/b**2)**2)+1e-9)
@@ -66,7 +69,8 @@ def _edge_points(image, px, centre, a, b, degrees, reach=6.):
     p = ndi.gaussian_filter1d(ndi.gaussian_filter1d(p, .35/(px/2), axis=1), 1.2, axis=0, mode='wrap')
     out = []
     for i,row in enumerate(p):
-        k = int(np.argmax(row-.6*np.abs(s)*row.std()/reach)); low = row[k:k+int(1.6/(px/2))].min() if k < len(row)-2 else row[k]
+        k = int(np.argmax(row-.6*np.abs(s)*row.std()/reach))
+        low = row[k:k+int(1.6/(px/2))].min() if k < len(row)-2 else row[k]
         half = (row[k]+low)/2; j = k
         while j < len(row)-1 and row[j] > half: j += 1
         out.append((row[k]-low, xy[i,j]))
@@ -118,7 +122,8 @@ def measure_bpd(image, mm_per_px)->Measurement:
     "Biparietal diameter along the short axis, from the outer edge of one wall to the inner edge of the other"
     from scipy import ndimage as ndi
     _,(centre,a,b,t) = measure_outline(image, mm_per_px, 'HC')
-    fine = _at_scale(image, mm_per_px, .2); short = np.array([-math.sin(math.radians(t)), math.cos(math.radians(t))])
+    fine = _at_scale(image, mm_per_px, .2)
+    short = np.array([-math.sin(math.radians(t)), math.cos(math.radians(t))])
     if short[1] < 0: short = -short
     long = np.array([short[1], -short[0]]); s = np.arange(-5, 3, .1)
     xy = (centre+short*b)+short*s[None,:,None]+long*np.linspace(-4,4,17)[:,None,None]   # across the far wall
@@ -149,7 +154,8 @@ def measure_femur(image, mm_per_px)->Measurement:
     px = .3; im = _at_scale(image, mm_per_px, px); soft = ndi.gaussian_filter(im, .4/px); rods = []
     for share in (.9,.82,.74,.66):
         bright = np.pad(soft > share*np.percentile(soft, 99.5), 8)
-        solid = ndi.binary_opening(ndi.binary_closing(bright, _disk(1.2, px)), _disk(1.05, px))[8:-8,8:-8]  # lines go, rods stay
+        # lines go, rods stay
+        solid = ndi.binary_opening(ndi.binary_closing(bright, _disk(1.2, px)), _disk(1.05, px))[8:-8,8:-8]
         labels,n = ndi.label(solid)
         for k,w in enumerate(ndi.find_objects(labels), 1):
             if (labels[w] == k).sum()*px*px < 20: continue
@@ -163,13 +169,15 @@ def measure_femur(image, mm_per_px)->Measurement:
     raise _nothing('FL')
 
 def _rod_length(soft, mask, px, mm_per_px):
-    "From a part of the rod to its ends: along its own bow, to where it is halfway between its level and the tissue's"
+    """From a part of the rod to its ends: along its own bow,
+    to where it is halfway between its level and the tissue's"""
     from scipy import ndimage as ndi
     c,axis,u,_ = _elongation(mask, px); normal = np.array([-axis[1], axis[0]])
     q = (np.argwhere(mask)[:,::-1]*px-c); bow = np.polyfit(q@axis, q@normal, 2)
     s = np.arange(u.min()-20, u.max()+20, .1); middle = np.clip(s, u.min()-4, u.max()+4)
     xy = c+axis*s[None,:,None]+normal*(np.polyval(bow, middle)[None]+np.linspace(-.6,.6,7)[:,None])[...,None]
-    p = ndi.gaussian_filter1d(ndi.map_coordinates(soft, [xy[...,1]/px, xy[...,0]/px], order=1, mode='constant').mean(0), 4)
+    p = ndi.gaussian_filter1d(
+        ndi.map_coordinates(soft, [xy[...,1]/px, xy[...,0]/px], order=1, mode='constant').mean(0), 4)
     half = (np.median(p[(s > u.min()+1)&(s < u.max()-1)])+np.median(soft[soft > 20]))/2
     i = j = len(s)//2
     while i > 0 and p[i-1] > half: i -= 1
@@ -181,7 +189,8 @@ def _rod_length(soft, mask, px, mm_per_px):
 def _first_peak(values, rise, wall=140):
     "Index of the first local maximum of at least `wall` that stands `rise` above the first value, or None"
     for k in range(1, len(values)-1):
-        if values[k] >= max(values[0]+rise, wall) and values[k] >= values[k-1] and values[k] > values[k+1]: return k
+        if values[k] >= max(values[0]+rise, wall) and values[k] >= values[k-1] and values[k] > values[k+1]:
+            return k
 
 def _reach(column, k, step, level):
     "Where `column` first climbs to `level` on the way from `k`, between samples"
@@ -189,21 +198,24 @@ def _reach(column, k, step, level):
     return k+step*(level-column[k])/(column[k+step]-column[k])
 
 def _gaps(column, px, low, high, rise=28):
-    "(middle, width, contrast) of the dark gaps of `low` to `high` mm in one column, between the inner borders of both walls"
+    """(middle, width, contrast) of the dark gaps of `low` to `high` mm in one column,
+    between the inner borders of both walls"""
     from scipy.signal import find_peaks
     out = []; reach = int(high/px)+2
     for k in find_peaks(-column, distance=max(1, int(.3/px)))[0]:
         up,down = _first_peak(column[max(0,k-reach):k+1][::-1], rise), _first_peak(column[k:k+reach+1], rise)
         if up is None or down is None or not low <= (up+down)*px <= high: continue
         walls = column[k-up], column[k+down]
-        a,b = (_reach(column, k, step, column[k]+.75*(w-column[k])) for step,w in ((-1,walls[0]), (1,walls[1])))
+        a,b = (_reach(column, k, step, column[k]+.75*(w-column[k]))
+               for step,w in ((-1,walls[0]), (1,walls[1])))
         a,b = (a+k-up)/2, (b+k+down)/2   # the middle of each wall's inner flank
         out.append(((a+b)/2*px, (b-a)*px, min(walls)-column[k]))
     return out
 
 # %% ../nbs/03b_measure.ipynb #700fa2b6
 def _find_head(image, mm_per_px):
-    "Middle and radius (mm) of the first-trimester skull: a bright wall, dark brain in it, the thalamus in the middle"
+    """Middle and radius (mm) of the first-trimester skull: a bright wall, dark brain in it,
+    the thalamus in the middle"""
     from scipy.signal import fftconvolve
     px = .6; coarse = _at_scale(image, mm_per_px, px); best = (-1e9,)
     for r in np.arange(6.5, 13.5, .7):
@@ -219,14 +231,16 @@ def _bands(im, px, step):
     bands = []
     for c in range(0, im.shape[1], step):
         for z,w,k in _gaps(im[:,c], px, .4, 6.6):
-            near = [b for b in bands if 0 < c*px-b[-1][0] <= 1. and abs(z-b[-1][1]) < .5 and abs(w-b[-1][2]) < .6+.2*w]
+            near = [b for b in bands
+                    if 0 < c*px-b[-1][0] <= 1. and abs(z-b[-1][1]) < .5 and abs(w-b[-1][2]) < .6+.2*w]
             if near: max(near, key=len).append((c*px, z, w, k))
             else: bands.append([(c*px, z, w, k)])
     return [np.array(b) for b in bands if len(b) >= 10]
 
 # %% ../nbs/03b_measure.ipynb #3673b26c
 def _quarters(im, px, hx, hz, r):
-    "How likely vertebrae and the neck's skin lie in each quarter (x, z) around the head: by its share of very bright echoes"
+    """How likely vertebrae and the neck's skin lie in each quarter (x, z) around the head:
+    by its share of very bright echoes"""
     bright = im > .88*np.percentile(im, 99); share = {}
     for sx in (-1,1):
         for sz in (-1,1):
@@ -243,12 +257,14 @@ def measure_nuchal(image, mm_per_px)->Measurement:
     px = mm_per_px; im = ndi.gaussian_filter(image.astype(np.float32), (.1/px, .8/px)); best = None
     (hx,hz),r = _find_head(image, mm_per_px); shares = _quarters(im, px, hx, hz, r)
     for band,side in ((b,s) for b in _bands(im, px, max(1, int(.3/px))) for s in (-1,1)):
-        out = side*(band[:,0]-hx)/r; beside = (out > .7)&(out < 2.3)&(band[:,3] > .6*np.percentile(band[:,3], 80))
+        out = side*(band[:,0]-hx)/r
+        beside = (out > .7)&(out < 2.3)&(band[:,3] > .6*np.percentile(band[:,3], 80))
         if beside.sum() < 8: continue
         x,z,w,k = band[beside].T; w = ndi.median_filter(w, 5, mode='nearest'); at = int(np.argmax(w))
         out,off = abs(x[at]-hx)/r, abs(z[at]-hz)/r
         if np.ptp(x) < 3 or w.max() < 1.25 or not .3 < off < 1.2: continue  # vertebrae leave thinner gaps
-        near = math.exp(-((off-.82)/.27)**2-((out-1.5)/.4)**2)*shares[int(np.sign(x[at]-hx)),int(np.sign(z[at]-hz))]
+        near = (math.exp(-((off-.82)/.27)**2-((out-1.5)/.4)**2)
+                *shares[int(np.sign(x[at]-hx)),int(np.sign(z[at]-hz))])
         score = np.median(k)*min(np.ptp(x)/r, 1.3)*near
         if best is None or score > best[0]: best = (score, x, z, w)
     if best is None: raise _nothing('NT')
@@ -267,7 +283,8 @@ def _line_response(im, degrees, px, half=.55, wall=.45, length=4.):
         m = (np.abs(u) < length/2)&(v >= low)&(v < high)
         return fftconvolve(im, (m/m.sum())[::-1,::-1], mode='same')
     rim = np.minimum(mean(half-.1, half+wall), mean(-half-wall, -half+.1))
-    return rim - np.maximum(mean(half+wall+.5, half+wall+2), mean(-half-wall-2, -half-wall-.5)) - .3*np.maximum(mean(-.3, .3)-rim, 0)
+    return (rim - np.maximum(mean(half+wall+.5, half+wall+2), mean(-half-wall-2, -half-wall-.5))
+            - .3*np.maximum(mean(-.3, .3)-rim, 0))
 
 def measure_cervix(image, mm_per_px)->Measurement:
     "Length of the cervical canal"
@@ -287,8 +304,8 @@ def measure_cervix(image, mm_per_px)->Measurement:
     return Measurement('cervical length', float(np.ptp(u)), ends/mm_per_px)
 
 # %% ../nbs/03b_measure.ipynb #34febad8
-MEASURED = {'FL': 'Femur', 'HC': 'Trans-thalamic', 'BPD': 'Trans-thalamic', 'AC': 'Abdomen', 'NT': 'Standard_NT',
-            'cervical length': 'Cervix'}   # parameter: category it is tried on
+MEASURED = {'FL': 'Femur', 'HC': 'Trans-thalamic', 'BPD': 'Trans-thalamic', 'AC': 'Abdomen',
+            'NT': 'Standard_NT', 'cervical length': 'Cervix'}   # parameter: category it is tried on
 
 def measure(
     image:np.ndarray,  # size × size grey levels, 0.15 mm a pixel or finer for NT
@@ -296,10 +313,12 @@ def measure(
     parameter:str,     # one of MEASURED
 )->Measurement:
     "Read a size from a picture; `FadaError` where nothing like it is found"
-    if parameter not in MEASURED: raise FadaError(f'no measurement of {parameter!r}', '', ', '.join(MEASURED), '')
+    if parameter not in MEASURED:
+        raise FadaError(f'no measurement of {parameter!r}', '', ', '.join(MEASURED), '')
     if not mm_per_px > 0: raise FadaError(f'{mm_per_px} mm per pixel', 'mm_per_px', 'a scale above 0', '')
     if parameter in ('HC','AC'): return measure_outline(image, mm_per_px, parameter)[0]
-    return {'FL': measure_femur, 'BPD': measure_bpd, 'NT': measure_nuchal, 'cervical length': measure_cervix}[parameter](image, mm_per_px)
+    return {'FL': measure_femur, 'BPD': measure_bpd, 'NT': measure_nuchal,
+            'cervical length': measure_cervix}[parameter](image, mm_per_px)
 
 def allowed(parameter, mm)->float:
     "Difference in mm up to which two readings count as equal: 0.3 mm for NT, else 2 mm or 5 %"

@@ -32,7 +32,8 @@ class Probe:
 
     def __post_init__(self):
         if self.depth <= 0 or self.samples < 16 or self.lines < 16:
-            raise FadaError('impossible probe', repr(self), 'a depth above 0 mm and at least 16 samples and lines', '')
+            raise FadaError('impossible probe', repr(self),
+                            'a depth above 0 mm and at least 16 samples and lines', '')
     @cached_property
     def r(self): return np.linspace(0, self.depth, self.samples, dtype=np.float32)
     @cached_property
@@ -54,15 +55,20 @@ class Shape:
     distance: object  # f(x, z) -> mm, negative inside
     box: tuple
     def __call__(self, x, z): return self.distance(x, z)
-    def grown(self, mm): return Shape(lambda x,z: self.distance(x,z) - mm, tuple(b + s*mm for b,s in zip(self.box, (-1,1,-1,1))))
+    def grown(self, mm):
+        return Shape(lambda x,z: self.distance(x,z) - mm,
+                     tuple(b + s*mm for b,s in zip(self.box, (-1,1,-1,1))))
     def rim(self, mm):
         "The outline as a band of half width `mm`"
-        return Shape(lambda x,z: np.abs(self.distance(x,z)) - mm, tuple(b + s*mm for b,s in zip(self.box, (-1,1,-1,1))))
-    def within(self, other): return Shape(lambda x,z: np.maximum(self.distance(x,z), other.distance(x,z)), self.box)
+        return Shape(lambda x,z: np.abs(self.distance(x,z)) - mm,
+                     tuple(b + s*mm for b,s in zip(self.box, (-1,1,-1,1))))
+    def within(self, other):
+        return Shape(lambda x,z: np.maximum(self.distance(x,z), other.distance(x,z)), self.box)
 
 # %% ../nbs/02_phantom.ipynb #27d24c6c
 def ellipse(centre, axes, degrees=0.)->Shape:
-    "Ellipse with half `axes` in mm, turned by `degrees`; distance approximated to first order (exact on the outline)"
+    """Ellipse with half `axes` in mm, turned by `degrees`;
+    distance approximated to first order (exact on the outline)"""
     (cx,cz),(a,b),t = centre,axes,math.radians(degrees)
     def distance(x, z):
         dx,dz = x-cx, z-cz
@@ -131,7 +137,8 @@ class Medium:
         if len(rows): return np.s_[rows[0]:rows[-1]+1, cols[0]:cols[-1]+1]
 
     def paint(self, shape, db=None, attenuation=None, impedance=None, name=None, soft=.35, texture=None):
-        "Fill `shape` with new properties over an edge of `soft` mm; `texture` = (dB, mm) adds slow unevenness"
+        """Fill `shape` with new properties over an edge of `soft` mm;
+        `texture` = (dB, mm) adds slow unevenness"""
         w = self._window(shape)
         if w is None: return
         x,z = self.probe.grid
@@ -147,7 +154,8 @@ class Medium:
     def unevenness(self, mm, shape):
         "Unit-variance noise with a correlation length of about `mm`"
         from scipy import ndimage as ndi
-        step = max(1, int(mm/self.probe.dr/2))  # coarse noise stretched: as good as a wide filter, far cheaper
+        # coarse noise stretched: as good as a wide filter, far cheaper
+        step = max(1, int(mm/self.probe.dr/2))
         small = self.rng.standard_normal((shape[0]//step+3, shape[1]//step+3)).astype(np.float32)
         return ndi.zoom(small, step, order=1)[:shape[0], :shape[1]]
 
@@ -168,7 +176,8 @@ def _amplification(medium, machine):
     p = medium.probe
     met = 2*np.cumsum(medium.attenuation, axis=0)*p.dr/10*p.frequency
     db = (2*.5*p.frequency*p.r/10)[:,None] - met
-    for line,width,drop in machine.shadows: db = db - drop*np.exp(-.5*((np.arange(p.lines)-line)/width)**2)[None]
+    for line,width,drop in machine.shadows:
+        db = db - drop*np.exp(-.5*((np.arange(p.lines)-line)/width)**2)[None]
     return 10**(np.minimum(db, 7)/20)
 
 # %% ../nbs/02_phantom.ipynb #41b9aba3
@@ -204,16 +213,20 @@ def simulate(
     lateral = p.wavelength*p.f_number*(.75+.9*np.abs(p.r-p.focus)/p.focus)/2.355/pitch   # sigma, in lines
     axial = p.cycles*p.wavelength/2/2.355/p.dr                                            # sigma, in samples
     noise = 10**(machine.noise/20)*10**(np.minimum(2*.5*p.frequency*p.r/10, 45)/40)[:,None]
-    def cgauss(): return rng.standard_normal(scatter.shape, dtype=np.float32)+1j*rng.standard_normal(scatter.shape, dtype=np.float32)
+    def cgauss():
+        return (rng.standard_normal(scatter.shape, dtype=np.float32)
+                +1j*rng.standard_normal(scatter.shape, dtype=np.float32))
     power = 0
     for k in range(machine.looks):
         echo = cgauss()*scatter + mirror*np.exp(2j*math.pi*k/machine.looks)
         axially = ndi.gaussian_filter1d(echo, axial, axis=0, mode='nearest')*math.sqrt(axial)*1.9
         tail = ndi.gaussian_filter1d(axially[::4,::2], lateral.max()*4, axis=1, mode='nearest')
-        tail = np.repeat(np.repeat(tail, 4, 0)[:p.samples], 2, 1)[:,:p.lines]*machine.clutter*math.sqrt(lateral.max())*8
+        tail = (np.repeat(np.repeat(tail, 4, 0)[:p.samples], 2, 1)[:,:p.lines]
+                *machine.clutter*math.sqrt(lateral.max())*8)
         power = power + np.abs(_blur_lateral(axially, lateral) + tail + cgauss()*noise)**2
     envelope = np.sqrt(power/machine.looks)
-    envelope += .35*np.exp(-p.r/1.6)[:,None]*(1+.3*np.cos(2*math.pi*p.r/1.1))[:,None]      # ringing of the probe's face
+    # ringing of the probe's face
+    envelope += .35*np.exp(-p.r/1.6)[:,None]*(1+.3*np.cos(2*math.pi*p.r/1.1))[:,None]
     return 20*np.log10(envelope+1e-6) + machine.gain
 
 # %% ../nbs/02_phantom.ipynb #34dd19fe
@@ -227,7 +240,8 @@ class Picture:
     def window(self):
         "(x, z of the middle, width) in mm"
         p = self.probe; half = math.radians(p.fov/2)
-        return self.view or (0., p.depth/2, 1.02*max(2*(p.radius+p.depth)*math.sin(half), p.depth+p.radius*(1-math.cos(half))))
+        return self.view or (0., p.depth/2, 1.02*max(2*(p.radius+p.depth)*math.sin(half),
+                                                     p.depth+p.radius*(1-math.cos(half))))
     @property
     def mm_per_px(self): return self.window[2]/self.size
     def to_px(self, xz):
@@ -239,7 +253,8 @@ class Picture:
         "Fractional (sample, line) of every pixel, and whether it lies in the sector"
         p = self.probe
         col,row = np.meshgrid(np.arange(self.size), np.arange(self.size))
-        x,z = (col-self.size/2)*self.mm_per_px + self.window[0], (row-self.size/2)*self.mm_per_px + self.window[1]
+        x,z = ((col-self.size/2)*self.mm_per_px + self.window[0],
+               (row-self.size/2)*self.mm_per_px + self.window[1])
         i = (np.hypot(x, z+p.radius)-p.radius)/p.dr
         j = (np.arctan2(x, z+p.radius)-p.theta[0])/(p.theta[1]-p.theta[0])
         return i, j, (i >= 0)&(i <= p.samples-1)&(j >= 0)&(j <= p.lines-1)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from .settings import FadaError
 from .biometry import age_from_size
-from .clinical import CATEGORIES, PHANTOM_CATEGORIES, STRUCTURES, category, check_plane, phrase_answer, phrase_question, write_answer
+from .clinical import (CATEGORIES, PHANTOM_CATEGORIES, STRUCTURES, category, check_plane, phrase_answer,
+                       phrase_question, write_answer)
 from .phantom import Machine, Picture, grey, scan_convert, simulate
 from .scenes import INJECTED, Plan, Scene, draw
 
@@ -58,7 +59,8 @@ def draw_overlay(
     if not (overlay.ruler or overlay.dates or overlay.settings): return image
     im = Image.fromarray(image); pen,size = ImageDraw.Draw(im), image.shape[0]
     font = ImageFont.load_default(max(9, size//25))
-    text = '  '.join(t for t in (overlay.settings, f'GA {ga_days//7}w{ga_days%7}d' if overlay.dates else '') if t)
+    text = '  '.join(
+        t for t in (overlay.settings, f'GA {ga_days//7}w{ga_days%7}d' if overlay.dates else '') if t)
     if text: pen.text((size//28, size//28), text, fill=220, font=font)
     if overlay.ruler:
         step = 10/(mm_per_px*overlay.stretch); unit = max(1, size//224)
@@ -102,7 +104,8 @@ class Phantom:
     def text(self): return {q: write_answer(q, s) for q,s in self.answers.items()}
     def mask(self, name):
         "Where structure `name` is in the picture: size × size, bool"
-        return self.labels == self.names.index(name)+1 if name in self.names else np.zeros(self.labels.shape, bool)
+        return (self.labels == self.names.index(name)+1 if name in self.names
+                else np.zeros(self.labels.shape, bool))
 
 # %% ../nbs/03a_phantoms.ipynb #cc0d07ab
 MIN_AREA,MIN_CONTRAST = 14,9.  # pixels of a 224-pixel picture, grey levels
@@ -120,7 +123,8 @@ def visible(
     labels:np.ndarray,  # size × size label map
     names,              # label names
 )->list:                # canonical structures that can be seen
-    "Structures that are large enough and stand out from what surrounds them, read from the finished intensities"
+    """Structures that are large enough and stand out from what surrounds them,
+    read from the finished intensities"""
     from scipy import ndimage as ndi
     image,labels = _at_224(image, labels); seen = []
     for k,name in enumerate(names, 1):
@@ -130,7 +134,8 @@ def visible(
         r,c = np.where(m); w = np.s_[max(0,r.min()-8):r.max()+9, max(0,c.min()-8):c.max()+9]
         m,im = m[w],image[w].astype(float)
         ring = ndi.binary_dilation(m, iterations=7) & ~ndi.binary_dilation(m, iterations=3)  # beyond the blur
-        if name in ('liver','lungs') or (ring.any() and abs(im[m].mean()-im[ring].mean()) >= MIN_CONTRAST): seen.append(name)
+        if name in ('liver','lungs') or (ring.any() and abs(im[m].mean()-im[ring].mean()) >= MIN_CONTRAST):
+            seen.append(name)
     return seen
 
 # %% ../nbs/03a_phantoms.ipynb #43b0981a
@@ -151,7 +156,8 @@ def _biometry(sizes, scale):
     "What can be measured, with values where there is a scale"
     out = dict(parameters=sorted(sizes))
     if not scale: return out
-    mm = {p: round(v,1) for p,v in sizes.items() if p not in ('cardiothoracic ratio','cardiac axis','angle of progression')}
+    mm = {p: round(v,1) for p,v in sizes.items()
+          if p not in ('cardiothoracic ratio','cardiac axis','angle of progression')}
     degrees = {p: round(v,1) for p,v in sizes.items() if p in ('cardiac axis','angle of progression')}
     ratio = {p: round(v,2) for p,v in sizes.items() if p == 'cardiothoracic ratio'}
     return dict(out, **{slot: v for slot,v in (('mm',mm), ('degrees',degrees), ('ratio',ratio)) if v})
@@ -159,7 +165,8 @@ def _biometry(sizes, scale):
 def _growth_findings(scene, sizes, scale, dates):
     "Findings that need a scale, and those that need dates too"
     small = scale and dates and scene.plan.z < P3
-    return ({'short femur'} if small and 'FL' in sizes else set()) | ({'small abdomen'} if small and 'AC' in sizes else set()) \
+    return ({'short femur'} if small and 'FL' in sizes else set()) \
+        | ({'small abdomen'} if small and 'AC' in sizes else set()) \
         | ({'short cervix'} if scale and sizes.get('cervical length', SHORT_CERVIX) < SHORT_CERVIX else set())
 
 # %% ../nbs/03a_phantoms.ipynb #966d749b
@@ -171,12 +178,13 @@ def answers_for(
     dates:bool=False,   # … and the age by dates
     stretch:float=1.,   # of the scale told, see `Overlay`
 )->dict:                # question id: structured answer
-    """The eight structured answers of a picture. A missing stomach is a finding only where the level is proved by the other
-    landmarks; growth is a finding only with scale and dates."""
+    """The eight structured answers of a picture. A missing stomach is a finding only where the level is
+    proved by the other landmarks; growth is a finding only with scale and dates."""
     c = CATEGORIES[scene.plan.category]; seen = set(seen)
     looked_for = seen | ({'stomach bubble'} if 'absent stomach bubble' in scene.truth else set())
     standard = all(met for _,met in check_plane(c.name, looked_for))
-    sizes = {p: scene.sizes[p]*(1 if p in ('cardiac axis','cardiothoracic ratio','angle of progression') else stretch)
+    sizes = {p: scene.sizes[p]*(1 if p in ('cardiac axis','cardiothoracic ratio','angle of progression')
+                                else stretch)
              for p in c.biometry if standard and p in scene.sizes}
     findings = sorted(scene.truth | _growth_findings(scene, sizes, scale, dates)) if standard else []
     act = 'refer' if findings else 'routine' if standard and quality['grade'] != 'poor' else 'repeat'
@@ -198,11 +206,12 @@ def finish(
     image[edge],labels[edge] = 0,0   # the screen's own margin: what lies at the border tells no class
     seen = visible(image, labels, names)
     quality = dict(grade=d.grade, reasons=list(d.reasons)); s = d.overlay.stretch
-    return Phantom(d.plan.category, draw_overlay(image, d.overlay, pic.mm_per_px, ga), labels, names, pic.mm_per_px*s,
-                   {k: pic.to_px(v).round(2).tolist() for k,v in scene.calipers.items()}, dict(scene.sizes), ga, d.plan.z,
+    return Phantom(d.plan.category, draw_overlay(image, d.overlay, pic.mm_per_px, ga), labels, names,
+                   pic.mm_per_px*s, {k: pic.to_px(v).round(2).tolist() for k,v in scene.calipers.items()},
+                   dict(scene.sizes), ga, d.plan.z,
                    answers_for(scene, seen, quality, d.overlay.ruler, d.overlay.dates, s),
-                   answers_for(scene, seen, quality, True, True, s), check_plane(d.plan.category, seen), d.plan.finding, quality,
-                   d.overlay.ruler, d.overlay.dates)
+                   answers_for(scene, seen, quality, True, True, s), check_plane(d.plan.category, seen),
+                   d.plan.finding, quality, d.overlay.ruler, d.overlay.dates)
 
 # %% ../nbs/03a_phantoms.ipynb #df8b1ae8
 FIRST = 'first trimester sagittal'
@@ -215,13 +224,16 @@ def fetus(
 )->tuple:               # (weeks by dates, growth z, finding)
     "What a patient's fetus is like at a visit"
     rng = np.random.default_rng([seed, patient, 77]); group = CATEGORIES[name].group
-    first,second,later,term = rng.uniform(11.2,13.), rng.uniform(18,30), rng.uniform(3,6), rng.uniform(36.5,39)
+    first,second,later,term = (
+        rng.uniform(11.2,13.), rng.uniform(18,30), rng.uniform(3,6), rng.uniform(36.5,39))
     z = float(np.clip(rng.normal(0,.8), -1.5, 1.5))
-    own = np.random.default_rng([seed, patient, *group.encode()])  # one plane may show a finding, another none
+    # one plane may show a finding, another none
+    own = np.random.default_rng([seed, patient, *group.encode()])
     has,which,small = own.random() < findings, own.random(), own.uniform(-3.6,-2.4)
     choices = INJECTED.get(name, ()); finding = choices[int(which*len(choices))] if has and choices else ''
     if finding in ('short femur','small abdomen'): z = float(small)
-    weeks = first+.6*visit if group == FIRST else term+visit if group == 'transperineal' else second+later*visit
+    weeks = (first+.6*visit if group == FIRST else term+visit if group == 'transperineal'
+             else second+later*visit)
     return float(weeks), z, finding
 
 # %% ../nbs/03a_phantoms.ipynb #c53a14fd
@@ -250,7 +262,8 @@ def make_phantom(
     findings:float=.15,     # share of fetuses with an injected finding
     size:int=224,
     overlays:float=0.,      # share of pictures with a ruler, settings or dates
-    fine:float=1.,          # samples and lines of the probe, times the usual: for a picture finer than 0.3 mm a pixel
+    # samples and lines of the probe, times the usual: for a picture finer than 0.3 mm a pixel
+    fine:float=1.,
 )->Phantom:
     "One phantom, the same for the same arguments; redrawn until the picture belongs to its NT folder"
     name = category(category_name).name
@@ -258,7 +271,9 @@ def make_phantom(
     if size < 32: raise FadaError(f'{size} pixels', 'size', 'at least 32', '')
     for attempt in range(60):
         ph = finish(*make_draft(name, seed, findings, size, overlays, attempt, fine))
-        if name not in ('Standard_NT','Non_standard_NT') or ph.answers[3]['standard'] == (name == 'Standard_NT'): return ph
+        if (name not in ('Standard_NT','Non_standard_NT')
+            or ph.answers[3]['standard'] == (name == 'Standard_NT')):
+            return ph
     raise FadaError(f'no {name} picture after 60 draws', f'seed {seed}', '', 'try another seed')
 
 # %% ../nbs/03a_phantoms.ipynb #9d3a5452
@@ -270,13 +285,15 @@ def make_native(
     findings:float=0.,
     attempt:int=0,
 )->Phantom:
-    "The same fetus and view rendered at `NATIVE`: a finer probe grid, as many pixels as that takes, no overlay"
+    """The same fetus and view rendered at `NATIVE`: a finer probe grid, as many pixels as that takes,
+    no overlay"""
     draft,scene = make_draft(category_name, seed, findings, attempt=attempt, fine=2.5)
     return finish(replace(draft, size=int(np.ceil(scene.view[2]/NATIVE))), scene)
 
 # %% ../nbs/03a_phantoms.ipynb #da0a75f1
 TWINS = {  # what differs: (answers that must change, answers that may)
-    'speckle': ((), ()), 'gain': ((6,), (1,3,4,5,7,8)), 'rotation': ((2,), ()), 'structure': ((1,), (3,4,5,7,8)),
+    'speckle': ((), ()), 'gain': ((6,), (1,3,4,5,7,8)), 'rotation': ((2,), ()),
+    'structure': ((1,), (3,4,5,7,8)),
     'finding': ((7,8), (1,4,5)), 'size': ((4,), (5,)), 'scale': ((4,), (5,))}
 FIXED = ('Cervix','Public_Symphysis_fetal_head')  # views that have one lie only
 GROWS = {'AC','FL','HC','BPD','TCD','CRL','aortic diameter'}  # parameters that follow the fetus's growth
@@ -298,12 +315,15 @@ def _pair(draft, differ):
     "The two drafts of a pair, or None where this draft gives none"
     plan = draft.plan; ruled = replace(draft, overlay=replace(draft.overlay, ruler=True, dates=True))
     if differ == 'speckle': return draft, replace(draft, plan=replace(plan, speckle=plan.speckle+1))
-    if differ == 'gain': return draft, replace(draft, machine=replace(draft.machine, gain=-38.), grade='poor', reasons=('low gain',))
+    if differ == 'gain':
+        return draft, replace(draft, machine=replace(draft.machine, gain=-38.), grade='poor',
+                              reasons=('low gain',))
     if differ == 'rotation': return draft, replace(draft, plan=replace(plan, turned=True))
     if differ == 'size': return ruled, _grown(ruled)
     if differ == 'scale': return ruled, replace(ruled, overlay=replace(ruled.overlay, stretch=1.15))
     if differ == 'structure':
-        parts = REMOVABLE.get(plan.category, CATEGORIES[plan.category].landmarks); gone = parts[plan.seed[1] % len(parts)]
+        parts = REMOVABLE.get(plan.category, CATEGORIES[plan.category].landmarks)
+        gone = parts[plan.seed[1] % len(parts)]
         return replace(draft, plan=replace(plan, omit='-')), replace(draft, plan=replace(plan, omit=gone))
     normal = replace(ruled, plan=replace(plan, finding='', omit='-', z=float(np.clip(plan.z, -1., 1.))))
     found = INJECTED[plan.category][0]; z = -3. if found in ('short femur','small abdomen') else normal.plan.z
@@ -318,22 +338,28 @@ def make_twins(
 )->Twins:
     "A pair that differs in one thing; `FadaError` where the plane cannot differ in it"
     name = category(category_name).name
-    if differ not in TWINS: raise FadaError(f'unknown difference {differ!r}', '', ', '.join(TWINS), 'correct the name')
-    biometry = set(CATEGORIES[name].biometry) if name != 'Non_standard_NT' else set()   # never standard: nothing is measured
-    if {'rotation': name in FIXED, 'finding': name not in INJECTED or not biometry, 'size': not biometry & GROWS,
-        'scale': not biometry & IN_MM}.get(differ, False):
-        raise FadaError(f'{name} pictures cannot differ in {differ}', '', 'another category or difference', '')
+    if differ not in TWINS:
+        raise FadaError(f'unknown difference {differ!r}', '', ', '.join(TWINS), 'correct the name')
+    # never standard: nothing is measured
+    biometry = set(CATEGORIES[name].biometry) if name != 'Non_standard_NT' else set()
+    if {'rotation': name in FIXED, 'finding': name not in INJECTED or not biometry,
+        'size': not biometry & GROWS, 'scale': not biometry & IN_MM}.get(differ, False):
+        raise FadaError(f'{name} pictures cannot differ in {differ}', '',
+                        'another category or difference', '')
     must,may = TWINS[differ]; keep = tuple(q for q in range(1,9) if q not in must+may)
     for k in range(80):
         draft,_ = make_draft(name, (*seed, k), 0., size)
         good = draft.grade == 'good'; first,second = _pair(draft, differ)
         if not good: continue
-        a,b = finish(first), finish(second); differs = tuple(q for q in range(1,9) if a.answers[q] != b.answers[q])
-        if set(must) <= set(differs) and not set(keep) & set(differs): return Twins(differ, a, b, differs, keep)
+        a,b = finish(first), finish(second)
+        differs = tuple(q for q in range(1,9) if a.answers[q] != b.answers[q])
+        if set(must) <= set(differs) and not set(keep) & set(differs):
+            return Twins(differ, a, b, differs, keep)
     raise FadaError(f'no {differ} twins of {name}', f'seed {seed}', '', 'try another seed')
 
 # %% ../nbs/03a_phantoms.ipynb #68b0d72d
-VISITS = ((0,0,0),(0,0,1),(0,1,0),(0,1,1),(1,0,0),(1,0,1),(2,0,0),(2,0,1))  # (patient, visit, frame) of three patients
+# (patient, visit, frame) of three patients
+VISITS = ((0,0,0),(0,0,1),(0,1,0),(0,1,1),(1,0,0),(1,0,1),(2,0,0),(2,0,1))
 PLANES = 3   # categories that one patient is seen in
 DRAWING = 2 # raised whenever the same seed draws another picture, so that old and new never mix in a folder
 
@@ -348,9 +374,13 @@ def phantom_jobs(
     if n < 1: raise FadaError(f'{n} phantoms', 'option n', 'at least 1', '')
     names = [category(c).name for c in categories]; groups = -(-len(names)//PLANES); jobs = []
     for i in range(n):
-        at = i % len(names); name = names[at]; block,turn = divmod(i//len(names), len(VISITS)); p,visit,fr = VISITS[turn]
+        at = i % len(names)
+        name = names[at]
+        block,turn = divmod(i//len(names), len(VISITS))
+        p,visit,fr = VISITS[turn]
         k = (3*block+p)*groups + at//PLANES
-        jobs.append(dict(category=name, number=k, visit=visit, frame=fr, patient=f'P{_short(seed,k)}', stem=_short(seed,k,name,visit,fr)))
+        jobs.append(dict(category=name, number=k, visit=visit, frame=fr, patient=f'P{_short(seed,k)}',
+                         stem=_short(seed,k,name,visit,fr)))
     return jobs
 
 # %% ../nbs/03a_phantoms.ipynb #abf93ad9
@@ -365,11 +395,13 @@ def sidecar(ph:Phantom, job)->dict:
     visit = job['visit']+(1 if CATEGORIES[ph.category].group == FIRST else 2)
     rng = np.random.default_rng([job['seed'], job['number'], visit, job['frame'], 5])
     phrased = {q: int(rng.integers(3)) for q in ph.answers}
-    return dict(category=ph.category, patient=job['patient'], visit=visit, frame=job['frame'], names=ph.names, mm_per_px=ph.mm_per_px,
-                ga_days=ph.ga_days, ga_source='dates', z=round(ph.z,3), finding=ph.finding, calipers=ph.calipers, sizes=ph.sizes,
-                answers=ph.answers, text=ph.text(), informed=ph.informed, checklist=ph.checklist, scale_shown=ph.scale_shown,
+    return dict(category=ph.category, patient=job['patient'], visit=visit, frame=job['frame'], names=ph.names,
+                mm_per_px=ph.mm_per_px, ga_days=ph.ga_days, ga_source='dates', z=round(ph.z,3),
+                finding=ph.finding, calipers=ph.calipers, sizes=ph.sizes, answers=ph.answers, text=ph.text(),
+                informed=ph.informed, checklist=ph.checklist, scale_shown=ph.scale_shown,
                 dates_shown=ph.dates_shown,
-                phrased={q: dict(phrasing=k, question=phrase_question(q, k), answer=phrase_answer(q, ph.answers[q], k)) for q,k in phrased.items()})
+                phrased={q: dict(phrasing=k, question=phrase_question(q, k),
+                                 answer=phrase_answer(q, ph.answers[q], k)) for q,k in phrased.items()})
 
 # %% ../nbs/03a_phantoms.ipynb #31a1fcb9
 def _write_one(job):
@@ -379,11 +411,14 @@ def _write_one(job):
     from fada.settings import write_atomic, write_json
     root = Path(job['root']); side = root/'truth'/job['category']/f"{job['stem']}.json"
     if side.exists(): return 0
-    ph = make_phantom(job['category'], (job['seed'], job['number'], job['frame'], job['visit']), job['findings'], job['size'], job['overlays'])
+    ph = make_phantom(job['category'], (job['seed'], job['number'], job['frame'], job['visit']),
+                      job['findings'], job['size'], job['overlays'])
     image = root/'images'/job['category']/f"{job['stem']}.png"
     # pictures are stored, not compressed: otherwise their size would tell how much is in them
     for path,a in ((image, ph.image), (side.with_name(f"{job['stem']}_labels.png"), ph.labels)):
-        buf = io.BytesIO(); Image.fromarray(a).save(buf, 'PNG', compress_level=0 if path is image else 6); write_atomic(path, buf.getvalue())
+        buf = io.BytesIO()
+        Image.fromarray(a).save(buf, 'PNG', compress_level=0 if path is image else 6)
+        write_atomic(path, buf.getvalue())
     write_json(side, sidecar(ph, job))
     return 1
 
@@ -403,18 +438,21 @@ def write_phantoms(
     jobs = phantom_jobs(n, categories, seed)
     for what,share in (('findings',findings), ('overlays',overlays)):
         if not 0 <= share <= 1: raise FadaError(f'{what} {share}', '', 'a share from 0 to 1', '')
-    spec = dict(kind='fada phantoms', drawing=DRAWING, n=n, categories=[category(c).name for c in categories], seed=seed,
-                findings=findings, size=size, overlays=overlays)
+    spec = dict(kind='fada phantoms', drawing=DRAWING, n=n, categories=[category(c).name for c in categories],
+                seed=seed, findings=findings, size=size, overlays=overlays)
     out = writable_folder(out); described = out/'phantoms.json'
     if described.exists() and read_json(described) != spec:
-        raise FadaError('the folder holds another set of phantoms', str(described), f'{spec}', 'choose another folder, or delete this one')
+        raise FadaError('the folder holds another set of phantoms', str(described), f'{spec}',
+                        'choose another folder, or delete this one')
     if not described.exists() and any(p for p in out.iterdir() if not p.name.startswith('.')):
-        raise FadaError('the folder is not empty and holds no phantoms', str(out), 'a new or an empty folder', 'choose another folder')
+        raise FadaError('the folder is not empty and holds no phantoms', str(out), 'a new or an empty folder',
+                        'choose another folder')
     for c in spec['categories']:
         for kind in ('images','truth'): (out/kind/c).mkdir(parents=True, exist_ok=True)
     write_json(described, spec)
     common = dict(root=str(out), seed=seed, findings=findings, size=size, overlays=overlays)
-    _write_all([dict(j, **common) for j in jobs if not (out/'truth'/j['category']/f"{j['stem']}.json").exists()], workers)
+    _write_all([dict(j, **common) for j in jobs
+                if not (out/'truth'/j['category']/f"{j['stem']}.json").exists()], workers)
     return spec
 
 # %% ../nbs/03a_phantoms.ipynb #3c1942af
@@ -424,9 +462,11 @@ def _write_all(todo, workers):
     from multiprocessing import get_context
     from fada.settings import progress
     if workers > 1 and len(todo) > 20:
-        with ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_ignore_interrupt) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context('spawn'),
+                                 initializer=_ignore_interrupt) as pool:
             try:
-                for _ in progress(pool.map(_write_one, todo, chunksize=8), 'phantoms', len(todo), 'image'): pass
+                for _ in progress(pool.map(_write_one, todo, chunksize=8), 'phantoms', len(todo), 'image'):
+                    pass
             except BaseException: pool.shutdown(cancel_futures=True); raise
     else:
         for j in progress(todo, 'phantoms', unit='image'): _write_one(j)

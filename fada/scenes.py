@@ -19,11 +19,16 @@ from .phantom import Medium, Probe, Shape, blob, ellipse, tube
 
 # %% ../nbs/03_scenes.ipynb #5f56e411
 TISSUE = {
-    'fluid': dict(db=-60, attenuation=.02, impedance=1.50), 'blood': dict(db=-50, attenuation=.15, impedance=1.61),
-    'wall':  dict(db=-8,  attenuation=.5,  impedance=1.62), 'soft':  dict(db=-15, attenuation=.5,  impedance=1.61),
-    'bone':  dict(db=3,   attenuation=6.5, impedance=3.0),  'rib':   dict(db=0,   attenuation=2.5, impedance=2.1),
-    'brain': dict(db=-25, attenuation=.3,  impedance=1.56), 'placenta': dict(db=-11, attenuation=.5, impedance=1.60),
-    'muscle': dict(db=-10, attenuation=.5, impedance=1.64), 'bright': dict(db=-4, attenuation=.8, impedance=1.70)}
+    'fluid': dict(db=-60, attenuation=.02, impedance=1.50),
+    'blood': dict(db=-50, attenuation=.15, impedance=1.61),
+    'wall':  dict(db=-8,  attenuation=.5,  impedance=1.62),
+    'soft':  dict(db=-15, attenuation=.5,  impedance=1.61),
+    'bone':  dict(db=3,   attenuation=6.5, impedance=3.0),
+    'rib':   dict(db=0,   attenuation=2.5, impedance=2.1),
+    'brain': dict(db=-25, attenuation=.3,  impedance=1.56),
+    'placenta': dict(db=-11, attenuation=.5, impedance=1.60),
+    'muscle': dict(db=-10, attenuation=.5, impedance=1.64),
+    'bright': dict(db=-4, attenuation=.8, impedance=1.70)}
 
 # %% ../nbs/03_scenes.ipynb #c1198a15
 CHART = {'TCD': 'intergrowth', 'CRL': 'intergrowth'}  # every other parameter: hadlock
@@ -47,10 +52,12 @@ class Plan:
     def medium(self, **probe):
         "An empty medium under a probe with these settings"
         p = Probe(samples=round(384*self.fine), lines=round(192*self.fine), **probe)
-        return Medium(p, np.random.default_rng([*self.seed, zlib.crc32(self.category.encode()), 9, self.speckle]))
+        return Medium(p, np.random.default_rng(
+            [*self.seed, zlib.crc32(self.category.encode()), 9, self.speckle]))
     def shows(self, name): return name != self.omit
     def mm(self, parameter):
-        "Size of `parameter` in this fetus, mm: by Hadlock 1984, TCD and CRL, which it lacks, by INTERGROWTH-21st"
+        """Size of `parameter` in this fetus, mm: by Hadlock 1984, TCD and CRL, which it lacks,
+        by INTERGROWTH-21st"""
         return size_from_age(parameter, self.weeks, z=self.z, chart=CHART.get(parameter, 'hadlock'))
 
 # %% ../nbs/03_scenes.ipynb #df638a3b
@@ -63,7 +70,8 @@ class Scene:
     view: tuple                                   # what the picture shows: x, z of its middle and its width
     truth: set = field(default_factory=set)       # findings that can be seen in the picture
     calipers: dict = field(default_factory=dict)  # parameter: list of end points, or an outline
-    sizes: dict = field(default_factory=dict)     # parameter: true size in mm, degrees or as a ratio (clinical.UNITS)
+    # parameter: true size in mm, degrees or as a ratio (clinical.UNITS)
+    sizes: dict = field(default_factory=dict)
 
 # %% ../nbs/03_scenes.ipynb #0d240d34
 @dataclass(frozen=True)
@@ -81,7 +89,9 @@ class Frame:
 # %% ../nbs/03_scenes.ipynb #0453a0ec
 def frame(centre, degrees, scale, mirror=False)->Frame:
     "A frame turned by `degrees` (clockwise in the picture); `mirror` flips its first axis"
-    t = math.radians(degrees); ex = np.array([math.cos(t), math.sin(t)]); ez = np.array([-math.sin(t), math.cos(t)])
+    t = math.radians(degrees)
+    ex = np.array([math.cos(t), math.sin(t)])
+    ez = np.array([-math.sin(t), math.cos(t)])
     return Frame(tuple(centre), -ex if mirror else ex, ez, scale)
 
 # %% ../nbs/03_scenes.ipynb #87b739c3
@@ -95,13 +105,15 @@ def wavy(shape, rng, mm)->Shape:
     "`shape` with an outline uneven by about `mm`: nothing in a body is a perfect ellipse"
     a = rng.uniform(0, 2*math.pi, 5); k = rng.uniform(.1, .8, 5)/max(1,mm)
     def distance(x, z):
-        return shape(x, z) + mm*sum(np.sin(k[i]*(x*math.cos(a[i])+z*math.sin(a[i]))+a[i])*(.3/k[i])**.5 for i in range(5))/2.5
+        return shape(x, z) + mm*sum(np.sin(k[i]*(x*math.cos(a[i])+z*math.sin(a[i]))+a[i])*(.3/k[i])**.5
+                                    for i in range(5))/2.5
     return Shape(distance, shape.grown(1.5*mm).box)
 
 def _layer(depth, half, wave, probe):
     "A band across the beam at `depth`, following the probe's face"
-    return Shape(lambda x,z: np.abs(np.hypot(x, z+probe.radius)-probe.radius+1.2*np.sin(x/15+wave)-depth)-half,
-                 (-200,200,-60,depth+4))
+    return Shape(
+        lambda x,z: np.abs(np.hypot(x, z+probe.radius)-probe.radius+1.2*np.sin(x/15+wave)-depth)-half,
+        (-200,200,-60,depth+4))
 
 # %% ../nbs/03_scenes.ipynb #709f794c
 def maternal(m, rng, thickness):
@@ -136,7 +148,8 @@ def spine_cross(m, f, at, size):
     "A vertebra in cross-section: three ossification centres around the canal, the body towards +v"
     m.paint(f.ellipse(at, (size*.5,size*.5)), db=-26)
     for du,dv,a,b in ((0,.6,.45,.38), (-.75,-.35,.5,.26), (.75,-.35,.5,.26)):
-        m.paint(f.ellipse((at[0]+du*size, at[1]+dv*size), (a*size,b*size)), **TISSUE['bone'], name='spine', soft=.25)
+        m.paint(f.ellipse((at[0]+du*size, at[1]+dv*size), (a*size,b*size)), **TISSUE['bone'], name='spine',
+                soft=.25)
 
 def _ribs(m, f, radius, start, stop):
     for side in (-1,1):
@@ -146,11 +159,13 @@ def _ribs(m, f, radius, start, stop):
 
 # %% ../nbs/03_scenes.ipynb #75e579a6
 def _trunk(plan, rng, R):
-    "Probe, maternal tissue and cavity around a trunk of radius `R`; returns medium, frame, orientation, centre"
+    """Probe, maternal tissue and cavity around a trunk of radius `R`;
+    returns medium, frame, orientation, centre"""
     skin = rng.uniform(12,20); c = (rng.uniform(-6,6), skin+R*1.15+rng.uniform(2,7))
     m = plan.medium(depth=c[1]+R*1.15+rng.uniform(4,14))
     f,orientation = _axial_frame(plan, rng, c, R)
-    surroundings(m, rng, skin, ellipse((rng.uniform(-3,3),c[1]), (R*rng.uniform(1.25,1.6),R*rng.uniform(1.05,1.2)+2)))
+    surroundings(m, rng, skin,
+                 ellipse((rng.uniform(-3,3),c[1]), (R*rng.uniform(1.25,1.6),R*rng.uniform(1.05,1.2)+2)))
     return m, f, orientation, c
 
 def vessel(m, f, at, radius, name):
@@ -166,7 +181,8 @@ def abdomen(plan)->Scene:
     body = wavy(ellipse(c, (R,R)), rng, R*.02)
     m.paint(body, **TISSUE['wall'], name='abdominal wall'); m.paint(body.rim(.5), db=-1, soft=.3)
     m.paint(body.grown(-R*.09), **TISSUE['soft'], name='liver', texture=(1.5,1.5))
-    level = rng.choice(['right','low','high'], p=[.6,.22,.18]); ribs,vein,stomach = rng.random(3) < (.7,.75,.95)
+    level = rng.choice(['right','low','high'], p=[.6,.22,.18])
+    ribs,vein,stomach = rng.random(3) < (.7,.75,.95)
     if plan.finding or plan.omit: level = 'right'
     if ribs: _ribs(m, f, .88, .6, 1.3)
     if plan.shows('spine'): spine_cross(m, f, (0,-.72), .17)
@@ -178,7 +194,8 @@ def abdomen(plan)->Scene:
     empty = plan.finding == 'absent stomach bubble' or not plan.shows('stomach bubble')
     if not empty and (stomach if level == 'right' else rng.random() < .4): _stomach(m, f, rng)
     t = np.linspace(0, 2*math.pi, 61)
-    scene = Scene(plan, m, orientation, magnified(plan.rng(3), c, R*2), {plan.finding} & {'absent stomach bubble'})
+    scene = Scene(plan, m, orientation, magnified(plan.rng(3), c, R*2),
+                  {plan.finding} & {'absent stomach bubble'})
     scene.calipers['AC'],scene.sizes['AC'] = np.stack([c[0]+R*np.cos(t), c[1]+R*np.sin(t)], 1).tolist(), ac
     return scene
 
@@ -222,7 +239,8 @@ def thorax(plan)->Scene:
     axis = 78+17*turn if plan.finding else 32+26*turn
     if ribs: _ribs(m, f, .93, .5, 2.0)
     if plan.shows('spine'): spine_cross(m, f, (0,-.72), .17)
-    if plan.shows('descending aorta') and (level != 'low' or shown): vessel(m, f, (.13,-.42), .085, 'descending aorta')
+    if plan.shows('descending aorta') and (level != 'low' or shown):
+        vessel(m, f, (.13,-.42), .085, 'descending aorta')
     width = _heart(m, f, axis, ratio, level == 'right' and plan.shows('four chambers'))
     if level == 'low': _stomach(m, f, rng, (.5,-.3), .9)
     scene = Scene(plan, m, orientation, magnified(plan.rng(3), c, R*2), {plan.finding} - {''})
@@ -235,12 +253,14 @@ def thorax(plan)->Scene:
 HEART = [(0,.54),(.25,.36),(.34,.05),(.31,-.27),(.12,-.4),(-.14,-.4),(-.33,-.26),(-.37,.05),(-.26,.36)]
 
 def _heart(m, f, axis, ratio, four):
-    "The heart with its apex `axis` degrees left of anterior, all chambers or one lumen; returns heart : thorax width"
+    """The heart with its apex `axis` degrees left of anterior, all chambers or one lumen;
+    returns heart : thorax width"""
     b = math.radians(axis); apex = f.ex*math.sin(b)+f.ez*math.cos(b); side = f.ex*math.cos(b)-f.ez*math.sin(b)
     h = Frame(tuple(f(.1,.1)), side, apex, f.scale*ratio)
     m.paint(h.outline(HEART), **TISSUE['muscle'], name='heart')
     if four:
-        for q in CHAMBERS.values(): m.paint(h.outline(q, 24), **TISSUE['blood'], name='four chambers', soft=.3)
+        for q in CHAMBERS.values():
+            m.paint(h.outline(q, 24), **TISSUE['blood'], name='four chambers', soft=.3)
     else: m.paint(h.ellipse((.02,.1), (.12,.3)), **TISSUE['blood'], name='heart')
     return .71*ratio/2
 
@@ -260,9 +280,12 @@ def femur(plan)->Scene:
     surroundings(m, rng, skin, ellipse((0,c[1]+3), (L*rng.uniform(.85,1.05)+10,L*.6+8), angle*.4))
     thigh = wavy(f.tube([(-1.15,.08),(-.5,.05),(.55,0),(.95,-.02)], [.42,.33,.27,.2]), rng, L*.025)
     m.paint(thigh, **TISSUE['soft'], name='thigh', texture=(2,1.4)); m.paint(thigh.rim(.45), db=-4, soft=.3)
-    if plan.shows('proximal end'): m.paint(f.ellipse((-.61,.01), (.13,.14)), db=-27, impedance=1.66, name='proximal end')
-    m.paint(f.tube([(-.78,-.2),(-.84,0),(-.78,.2)], .035), **TISSUE['rib'], name='pelvis')  # it holds the femoral head
-    if plan.shows('distal end'): m.paint(f.ellipse((.57,.01), (.08,.1)), db=-27, impedance=1.66, name='distal end')
+    if plan.shows('proximal end'):
+        m.paint(f.ellipse((-.61,.01), (.13,.14)), db=-27, impedance=1.66, name='proximal end')
+    # it holds the femoral head
+    m.paint(f.tube([(-.78,-.2),(-.84,0),(-.78,.2)], .035), **TISSUE['rib'], name='pelvis')
+    if plan.shows('distal end'):
+        m.paint(f.ellipse((.57,.01), (.08,.1)), db=-27, impedance=1.66, name='distal end')
     if plan.shows('femoral diaphysis'): _diaphysis(m, f, L)
     view = magnified(plan.rng(3), c, L)
     if cut != 'none' and not plan.omit:  # slid sideways until one end is out of the picture
@@ -280,9 +303,10 @@ def _diaphysis(m, f, L):
     m.paint(bone, **TISSUE['bone'], name='femoral diaphysis', soft=.2)
 
 # %% ../nbs/03_scenes.ipynb #94f6fd1b
-PROFILE = [(-1.25,0),(-1.1,-.6),(-.65,-1),(-.15,-1.08),(.18,-1),(.32,-.98),(.46,-1.16),(.56,-1.13),(.62,-.98),(.72,-1.02),
-           (.8,-.94),(.88,-1),(1,-.92),(1.08,-.72),(1.22,-.55),(1.6,-.75),(2.2,-1.05),(3,-1.15),(3.9,-1),(4.3,-.2),(3.9,.75),
-           (3,.98),(2.2,.95),(1.6,.86),(1.2,.84),(.7,.93),(.2,1.05),(-.45,1),(-1,.62)]
+PROFILE = [(-1.25,0),(-1.1,-.6),(-.65,-1),(-.15,-1.08),(.18,-1),(.32,-.98),(.46,-1.16),(.56,-1.13),(.62,-.98),
+           (.72,-1.02),(.8,-.94),(.88,-1),(1,-.92),(1.08,-.72),(1.22,-.55),(1.6,-.75),(2.2,-1.05),(3,-1.15),
+           (3.9,-1),(4.3,-.2),(3.9,.75),(3,.98),(2.2,.95),(1.6,.86),(1.2,.84),(.7,.93),(.2,1.05),(-.45,1),
+           (-1,.62)]
 SKULL = [(.1,-.86),(-.2,-.92),(-.62,-.86),(-1,-.5),(-1.1,0),(-.92,.52),(-.45,.82),(.1,.84),(.45,.72)]
 BRAIN = [(.1,-.8),(-.6,-.8),(-1.02,-.1),(-.85,.5),(-.4,.76),(.25,.74),(.5,.45),(.45,-.1),(.35,-.45)]
 FMF_LANDMARKS = ('nasal bone','palate','thalamus','nuchal translucency')
@@ -292,9 +316,11 @@ def nuchal(plan)->Scene:
     rng = plan.rng(); crl = plan.mm('CRL'); S = crl/5.55  # crown to rump in units of the head's radius
     head,face = ('left','right')[int(rng.integers(2))^plan.turned], str(rng.choice(['up','down'], p=[.7,.3]))
     lost = set(rng.choice(FMF_LANDMARKS, rng.integers(1,4), replace=False)); off = rng.random()
-    if off > {'Non_standard_NT': 1., 'Standard_NT': 0., 'NT-View': .45, 'CRL-View': .4}[plan.category]: lost = set()
+    if off > {'Non_standard_NT': 1., 'Standard_NT': 0., 'NT-View': .45, 'CRL-View': .4}[plan.category]:
+        lost = set()
     shown = set(FMF_LANDMARKS)-lost-{plan.omit}
-    skin = rng.uniform(8,14); c = ((-1 if head == 'left' else 1)*S*rng.uniform(.9,1.4), skin+S*1.3+rng.uniform(2,6))
+    skin = rng.uniform(8,14)
+    c = ((-1 if head == 'left' else 1)*S*rng.uniform(.9,1.4), skin+S*1.3+rng.uniform(2,6))
     if plan.category == 'CRL-View': c = ((-1 if head == 'left' else 1)*S*1.5, c[1])
     m = plan.medium(depth=c[1]+S*1.4+rng.uniform(3,10), frequency=6.5, radius=45., fov=66., focus=38.)
     f = frame(c, rng.uniform(-9,9), S, head == 'right')
@@ -315,19 +341,22 @@ def nuchal(plan)->Scene:
 def _first_trimester_body(m, f, rng, shown):
     "Outline, brain, skull, the landmarks in `shown`, vertebrae, sometimes jaw and heart"
     body = wavy(f.outline(PROFILE, 64), rng, f.scale*.02)
-    m.paint(body, **TISSUE['soft'], name='fetal body', texture=(2,1.1)); m.paint(body.rim(.32), db=0, soft=.25)
+    m.paint(body, **TISSUE['soft'], name='fetal body', texture=(2,1.1))
+    m.paint(body.rim(.32), db=0, soft=.25)
     m.paint(f.outline(BRAIN), **TISSUE['brain'], name='brain', texture=(2,.9))
     m.paint(f.tube(SKULL, .042), **TISSUE['rib'], name='skull', soft=.2)
     jaw,heart = rng.random(2) < .6
     if 'thalamus' in shown: m.paint(f.ellipse((-.2,-.02), (.36,.25), 20), db=-8, name='thalamus')
     if 'nasal bone' in shown:
         m.paint(f.tube([(.2,-.84),(.44,-1.02)], .065), **TISSUE['bone'], name='nasal bone', soft=.2)
-    if 'palate' in shown: m.paint(f.tube([(.38,-.55),(.76,-.68)], .07), **TISSUE['rib'], name='palate', soft=.25)
+    if 'palate' in shown:
+        m.paint(f.tube([(.38,-.55),(.76,-.68)], .07), **TISSUE['rib'], name='palate', soft=.25)
     if jaw: m.paint(f.tube([(.66,-.3),(1.02,-.62)], .07), **TISSUE['rib'], name='mandible', soft=.25)
     for u in np.linspace(1, 4, 20):
         m.paint(f.ellipse((u,.46+.06*math.sin(u)), (.045,.075)), **TISSUE['rib'], name='spine', soft=.2)
     if heart:
-        for r in ((.42,.36),(.2,.16)): m.paint(f.ellipse((1.9,-.22), r, 20), db=-24 if r[0] > .3 else -50, name='heart')
+        for r in ((.42,.36),(.2,.16)):
+            m.paint(f.ellipse((1.9,-.22), r, 20), db=-24 if r[0] > .3 else -50, name='heart')
 
 # %% ../nbs/03_scenes.ipynb #9349d4b9
 def _nuchal_fluid(scene, f, mm):
@@ -343,7 +372,8 @@ def _nuchal_fluid(scene, f, mm):
 def _crown_and_rump(plan, m, f, S):
     "Label both ends of the fetus; a view of all of it, slid off one end in three of ten"
     body = f.outline(PROFILE, 64); rng = plan.rng(3)
-    for at,name in ((-1.1,'crown'), (4.1,'rump')): m.paint(f.ellipse((at,-.1), (.28,.7)).within(body), name=name)
+    for at,name in ((-1.1,'crown'), (4.1,'rump')):
+        m.paint(f.ellipse((at,-.1), (.28,.7)).within(body), name=name)
     view = magnified(rng, f(1.5,0), 5.55*S, 1.08, 1.4)
     slid,end = rng.random() < .3, rng.choice([-1,1])
     return (view[0]+slid*end*(view[2]/2-1.9*S), *view[1:])
@@ -374,7 +404,8 @@ def brain(plan)->Scene:
     surroundings(m, rng, skin, ellipse((0,c[1]), (a*rng.uniform(1.15,1.35)+3,rise*1.12+3)))
     _skull(m, f, a, b, wall, rng)
     cavum = level != 'no cavum' and plan.shows('cavum septi pellucidi')
-    scene = Scene(plan, m, dict(axis='axial', forehead=side), magnified(plan.rng(3), c, 2*a, 1.2, 1.6), {plan.finding} - {''})
+    scene = Scene(plan, m, dict(axis='axial', forehead=side), magnified(plan.rng(3), c, 2*a, 1.2, 1.6),
+                  {plan.finding} - {''})
     kind = {'Trans-thalamic': _thalamic, 'Trans-ventricular': _ventricular, 'Trans-cerebellum': _cerebellar}
     kind[plan.category](scene, f, a, b, rng, level, off)
     if cavum: _cavum(m, f, a, b)
@@ -402,7 +433,8 @@ def _midline(m, f, a, spans, name='midline'):
 
 def _cavum(m, f, a, b):
     box = f.outline([(.56*a,.10*b),(.36*a,.10*b),(.36*a,-.10*b),(.56*a,-.10*b)], 24)
-    m.paint(box.rim(.4), db=-3, impedance=1.68); m.paint(box, **TISSUE['fluid'], name='cavum septi pellucidi', soft=.2)
+    m.paint(box.rim(.4), db=-3, impedance=1.68)
+    m.paint(box, **TISSUE['fluid'], name='cavum septi pellucidi', soft=.2)
 
 # %% ../nbs/03_scenes.ipynb #51fc8cb7
 def _thalamic(scene, f, a, b, rng, level, off):
@@ -432,7 +464,8 @@ def _cerebellum(m, f, a, b, tcd):
     "Two hemispheres and the vermis between them, `tcd` mm across"
     for s in (-1,1):
         lobe = f.ellipse((-.54*a,s*tcd*.26), (tcd*.2,tcd*.24))
-        m.paint(lobe, db=-15, name='cerebellum', texture=(2.5,.8)); m.paint(lobe.rim(.35), db=-6, impedance=1.66)
+        m.paint(lobe, db=-15, name='cerebellum', texture=(2.5,.8))
+        m.paint(lobe.rim(.35), db=-6, impedance=1.66)
     m.paint(f.ellipse((-.54*a,0), (tcd*.14,tcd*.08)), db=-6)
 
 # %% ../nbs/03_scenes.ipynb #daff1b7b
@@ -444,7 +477,8 @@ def _ventricular(scene, f, a, b, rng, level, off):
     for s in (-1,1):
         if not plan.shows('lateral ventricles'): continue
         horn = f.tube([(u*a,s*v*b) for u,v in q], [1.2,wide*.34,wide*.45,wide*.5,wide*.36])
-        m.paint(horn.rim(.4), db=-5, impedance=1.68); m.paint(horn, **TISSUE['fluid'], name='lateral ventricles', soft=.25)
+        m.paint(horn.rim(.4), db=-5, impedance=1.68)
+        m.paint(horn, **TISSUE['fluid'], name='lateral ventricles', soft=.25)
         plexus = f.tube([(.05*a,s*.26*b),(-.14*a,s*.32*b),(-.3*a,s*.37*b)], [1.,wide*.26,wide*.24])
         m.paint(plexus, db=-3, name='choroid plexus', soft=.3)
     far = 1 if f.ez[1] > 0 else -1
@@ -465,7 +499,8 @@ def _sagittal(plan, rng, R, reach):
 def _vertebrae(m, f, start, stop, step, v, name='spine', db=3):
     for u in np.arange(start, stop, step):
         for dv in (-.085,.085):
-            m.paint(f.ellipse((u, v(u)+dv), (step*.32,.05)), db=db, attenuation=2.5, impedance=2.1, name=name, soft=.2)
+            m.paint(f.ellipse((u, v(u)+dv), (step*.32,.05)), db=db, attenuation=2.5, impedance=2.1, name=name,
+                    soft=.2)
 
 # %% ../nbs/03_scenes.ipynb #74364f7a
 def aorta(plan)->Scene:
@@ -490,7 +525,8 @@ def aorta(plan)->Scene:
 
 def _heart_from_the_side(m, f):
     m.paint(f.ellipse((-.36,-.22), (.36,.3), 25), **TISSUE['muscle'], name='heart')
-    for at in ((-.46,-.22), (-.24,-.24)): m.paint(f.ellipse(at, (.09,.17), 20), **TISSUE['blood'], name='heart')
+    for at in ((-.46,-.22), (-.24,-.24)):
+        m.paint(f.ellipse(at, (.09,.17), 20), **TISSUE['blood'], name='heart')
 
 # %% ../nbs/03_scenes.ipynb #dced6dc1
 def neck(plan)->Scene:
@@ -501,7 +537,8 @@ def neck(plan)->Scene:
     m,f,orientation = _sagittal(plan, rng, R, rng.uniform(2.2,2.6))
     body = wavy(f.tube([(-.4,.2),(.2,.3),(.9,.15),(2.4,.1)], [.6,.55,.85,.95]), rng, R*.03)
     m.paint(body, **TISSUE['soft'], name='trunk', texture=(2,1.4)); m.paint(body.rim(.4), db=-2, soft=.3)
-    m.paint(f.ellipse((-1.25,-.05), (1.12,.98)), db=-1, attenuation=1.6, impedance=2.4, name='skull', soft=.25)
+    m.paint(f.ellipse((-1.25,-.05), (1.12,.98)), db=-1, attenuation=1.6, impedance=2.4, name='skull',
+            soft=.25)
     m.paint(f.ellipse((-1.25,-.05), (1.12-2/R,.98-2/R)), **TISSUE['brain'], name='brain', texture=(2.5,1.2))
     line = lambda u: .38+bend*math.sin((u+.2)*2)
     if level == 'right' and plan.shows('cervical vertebrae'):
@@ -521,11 +558,13 @@ def cervix(plan)->Scene:
     m = plan.medium(depth=rng.uniform(58,72), fov=118., radius=11., frequency=6.5, focus=28.)
     maternal(m, rng, 7.)
     m.db += 1.5*m.unevenness(5., m.db.shape)
-    f = frame((rng.uniform(-3,5), rng.uniform(25,31)), rng.uniform(-14,14), 1., bool(rng.integers(2)))  # u: internal to external
+    # u: internal to external
+    f = frame((rng.uniform(-3,5), rng.uniform(25,31)), rng.uniform(-14,14), 1., bool(rng.integers(2)))
     bend = rng.uniform(-2.,2.); inner,outer = (-L/2,0.), (L/2,0.)
     m.paint(f.ellipse((-L/2-19,3), (20,21)), **TISSUE['fluid'], name='amniotic fluid')
     head = f.ellipse((-L/2-37,7), (26,24))
-    m.paint(head, db=0, attenuation=1.6, impedance=2.4, name='skull', soft=.25); m.paint(head.grown(-2), **TISSUE['brain'], name='brain')
+    m.paint(head, db=0, attenuation=1.6, impedance=2.4, name='skull', soft=.25)
+    m.paint(head.grown(-2), **TISSUE['brain'], name='brain')
     if full: m.paint(f.ellipse((-L/2+2,-19), (13,5)), **TISSUE['fluid'], name='bladder')
     body = wavy(f.tube([(-L/2+3,0),(0,bend*.5),(L/2-2,0)], [10.5,12,10]), rng, .8)
     m.paint(body, db=-12.5, name='cervix', texture=(2,1.6)); m.paint(body.rim(.4), db=-6, soft=.3)
@@ -533,7 +572,8 @@ def cervix(plan)->Scene:
     view = magnified(plan.rng(3), f(-1,0), rng.uniform(48,56), 1.05, 1.35)
     if level == 'no external os': view = (view[0]+f.ex[0]*(L/2-3-view[2]/2-(f(-1,0)[0]-f(0,0)[0])), *view[1:])
     scene = Scene(plan, m, dict(axis='not determinable'), view)
-    scene.calipers['cervical length'],scene.sizes['cervical length'] = [f(*inner).tolist(), f(*outer).tolist()], L
+    scene.calipers['cervical length'],scene.sizes['cervical length'] = (
+        [f(*inner).tolist(), f(*outer).tolist()], L)
     return scene
 
 def _cervical_canal(plan, m, f, inner, outer, bend, level):
@@ -542,23 +582,27 @@ def _cervical_canal(plan, m, f, inner, outer, bend, level):
     m.paint(f.tube(q, 3.), db=-21, soft=.8)
     canal = f.tube([(u*.97,v) for u,v in q], .55)
     if plan.shows('cervical canal'):
-        m.paint(canal.rim(.4), db=-3, soft=.25); m.paint(canal, **TISSUE['fluid'], name='cervical canal', soft=.2)
+        m.paint(canal.rim(.4), db=-3, soft=.25)
+        m.paint(canal, **TISSUE['fluid'], name='cervical canal', soft=.2)
     if plan.shows('internal os') and level != 'no internal os':
-        m.paint(f.tube([(inner[0]-2.5,0),(inner[0],0)], [2.2,.8]), **TISSUE['fluid'], name='internal os', soft=.2)
+        m.paint(f.tube([(inner[0]-2.5,0),(inner[0],0)], [2.2,.8]), **TISSUE['fluid'], name='internal os',
+                soft=.2)
     else: m.paint(f.ellipse((inner[0]-1,0), (4.5,6)), db=-12, soft=1.)
     if plan.shows('external os'):
         m.paint(f.tube([outer,(outer[0]+2.2,0)], [.9,2.]), db=-1, name='external os', soft=.3)
 
 # %% ../nbs/03_scenes.ipynb #75b5d7fe
 def perineum(plan)->Scene:
-    "Pubic symphysis and leading head from the perineum; orientation: a head that leads is a cephalic presentation"
+    """Pubic symphysis and leading head from the perineum;
+    orientation: a head that leads is a cephalic presentation"""
     rng = plan.rng(); angle,progression = rng.uniform(10,45), rng.uniform(85,150)
     half,r = rng.uniform(14,18), plan.mm('BPD')/2*1.08
     level = rng.choice(['right','no symphysis'], p=[.7,.3])
     if plan.omit: level = 'right'
     m = plan.medium(depth=rng.uniform(105,125), fov=84., radius=38., frequency=3.5, focus=60.)
     maternal(m, rng, 9.); m.db += 2*m.unevenness(6., m.db.shape)
-    f = frame((-8+rng.uniform(-4,4), 22+rng.uniform(-3,3)), angle, 1.)  # u along the symphysis, its lower end at +half
+    # u along the symphysis, its lower end at +half
+    f = frame((-8+rng.uniform(-4,4), 22+rng.uniform(-3,3)), angle, 1.)
     low = f(half,0); t = math.radians(angle+180-progression)   # where the tangent points, in the picture
     way = np.array([math.cos(t), math.sin(t)]); normal = np.array([-way[1], way[0]])
     touch = low+way*rng.uniform(38,58); centre = touch+normal*r
@@ -574,14 +618,17 @@ def perineum(plan)->Scene:
 
 def _symphysis(m, f, half):
     oval = f.ellipse((0,0), (half,half*.42))
-    m.paint(oval, db=-17, attenuation=1.2, name='pubic symphysis', texture=(2,1.5)); m.paint(oval.rim(.7), db=2, impedance=1.9, soft=.3)
+    m.paint(oval, db=-17, attenuation=1.2, name='pubic symphysis', texture=(2,1.5))
+    m.paint(oval.rim(.7), db=2, impedance=1.9, soft=.3)
 
 # %% ../nbs/03_scenes.ipynb #e6f8f02c
-DRAW = {'Abdomen': abdomen, 'Aorta': aorta, 'CRL-View': nuchal, 'Cervical': neck, 'Cervix': cervix, 'Femur': femur,
-        'NT-View': nuchal, 'Non_standard_NT': nuchal, 'Public_Symphysis_fetal_head': perineum, 'Standard_NT': nuchal,
+DRAW = {'Abdomen': abdomen, 'Aorta': aorta, 'CRL-View': nuchal, 'Cervical': neck, 'Cervix': cervix,
+        'Femur': femur, 'NT-View': nuchal, 'Non_standard_NT': nuchal,
+        'Public_Symphysis_fetal_head': perineum, 'Standard_NT': nuchal,
         'Thorax': thorax, 'Trans-cerebellum': brain, 'Trans-thalamic': brain, 'Trans-ventricular': brain}
 INJECTED = {  # findings that can be put into a plane
-    'Abdomen': ('absent stomach bubble','absent stomach bubble','small abdomen'), 'Thorax': ('deviated cardiac axis',),
+    'Abdomen': ('absent stomach bubble','absent stomach bubble','small abdomen'),
+    'Thorax': ('deviated cardiac axis',),
     'Femur': ('short femur',), 'Cervix': ('short cervix',), 'Trans-ventricular': ('ventriculomegaly',),
     **{c: ('increased nuchal translucency',) for c in ('Standard_NT','Non_standard_NT','NT-View')}}
 
@@ -589,5 +636,6 @@ def draw(plan:Plan)->Scene:
     "The scene of a plan; `FadaError` where a category is not drawn or the finding does not belong to it"
     name = category(plan.category).name
     if plan.finding and plan.finding not in INJECTED.get(name, ()):
-        raise FadaError(f'{plan.finding!r} in {name}', 'finding', ' or '.join(dict.fromkeys(INJECTED.get(name, ('none',)))), '')
+        raise FadaError(f'{plan.finding!r} in {name}', 'finding',
+                        ' or '.join(dict.fromkeys(INJECTED.get(name, ('none',)))), '')
     return DRAW[name](plan)

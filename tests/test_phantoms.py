@@ -10,7 +10,8 @@ from fada.measure import MEASURED, allowed, measure
 from fada.phantoms import FIXED, INJECTED, TWINS, make_draft, make_native, make_phantom, make_twins
 from fada.settings import FadaError
 
-ONE_PROBE = ('Abdomen', 'Aorta', 'Cervical', 'Femur', 'Thorax', 'Trans-thalamic')  # the same probe, six plane groups
+# the same probe, six plane groups
+ONE_PROBE = ('Abdomen', 'Aorta', 'Cervical', 'Femur', 'Thorax', 'Trans-thalamic')
 
 def _small(job):
     "What the probes look at: 56 × 56 pixels, the border, the size of the file, and the truth"
@@ -18,19 +19,23 @@ def _small(job):
     a, buf = ph.image, io.BytesIO(); Image.fromarray(a).save(buf, 'PNG', compress_level=0)
     border = np.concatenate([a[0], a[-1], a[:, 0], a[:, -1], a[1], a[-2], a[:, 1], a[:, -2]]).reshape(64, -1)
     border = np.r_[border.mean(1), border.std(1), len(buf.getvalue()), *a.shape]
-    return name, k, a.reshape(56, 4, 56, 4).mean((1, 3)), border, ph.answers[3]['standard'], ph.answers[7]['normal']
+    return (name, k, a.reshape(56, 4, 56, 4).mean((1, 3)), border,
+            ph.answers[3]['standard'], ph.answers[7]['normal'])
 
 def _many(jobs):
     os.environ['OMP_NUM_THREADS'] = '1'
-    with ProcessPoolExecutor(2, mp_context=get_context('spawn')) as pool: return list(pool.map(_small, jobs, chunksize=16))
+    with ProcessPoolExecutor(2, mp_context=get_context('spawn')) as pool:
+        return list(pool.map(_small, jobs, chunksize=16))
 
 def _cnn(x, y, train, classes, epochs=30, seed=0):
     "Accuracy per class of a four-layer CNN on the rows that are not in `train`"
     import torch
     from torch import nn
     torch.manual_seed(seed); torch.set_num_threads(2)
-    net = nn.Sequential(nn.Conv2d(1, 24, 5, 2, 2), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48),
-                        nn.ReLU(), nn.Conv2d(48, 96, 3, 2, 1), nn.BatchNorm2d(96), nn.ReLU(), nn.Conv2d(96, 96, 3, 1, 1), nn.ReLU(),
+    net = nn.Sequential(nn.Conv2d(1, 24, 5, 2, 2), nn.BatchNorm2d(24), nn.ReLU(),
+                        nn.Conv2d(24, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.ReLU(),
+                        nn.Conv2d(48, 96, 3, 2, 1), nn.BatchNorm2d(96), nn.ReLU(),
+                        nn.Conv2d(96, 96, 3, 1, 1), nn.ReLU(),
                         nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(.2), nn.Linear(864, classes))
     x = torch.tensor((x-x.mean())/x.std(), dtype=torch.float32)[:, None]; y = torch.tensor(y)
     rows = np.flatnonzero(train); opt = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=.05)
@@ -47,13 +52,15 @@ def _cnn(x, y, train, classes, epochs=30, seed=0):
 
 @pytest.mark.slow
 def test_the_picture_tells_plane_standard_and_finding():
-    "A small CNN: plane groups at least 95 %; standard and normal well above chance (balanced accuracy), other patients"
+    """A small CNN: plane groups at least 95 %; standard and normal well above chance (balanced accuracy),
+    other patients"""
     rows = _many([(c, k, 0.) for k in range(110) for c in PHANTOM_CATEGORIES])
     x, train = np.array([r[2] for r in rows]), np.array([r[1] < 80 for r in rows])
     groups = sorted({c.group for c in CATEGORIES.values()})
     by = _cnn(x, np.array([groups.index(CATEGORIES[r[0]].group) for r in rows]), train, len(groups))
     assert np.mean(by) >= .95, dict(zip(groups, by))
-    pick = np.array([r[0] in ('Femur', 'CRL-View', 'Cervical', 'Aorta', 'Public_Symphysis_fetal_head') for r in rows])
+    pick = np.array([r[0] in ('Femur', 'CRL-View', 'Cervical', 'Aorta', 'Public_Symphysis_fetal_head')
+                     for r in rows])
     standard = _cnn(x[pick], np.array([int(r[4]) for r in rows])[pick], train[pick], 2)
     assert np.mean(standard) > .65, standard
     rows = _many([(c, k, .5) for k in range(200) for c in ('Trans-ventricular', 'Standard_NT')])
@@ -63,18 +70,20 @@ def test_the_picture_tells_plane_standard_and_finding():
 
 @pytest.mark.slow
 def test_nothing_but_the_picture_tells_the_plane():
-    "Border pixels and what the file itself says stay near chance among planes of one probe; names are digests"
+    """Border pixels and what the file itself says stay near chance among planes of one probe;
+    names are digests"""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import GroupKFold, cross_val_score
     rows = _many([(c, k, .15) for k in range(60) for c in ONE_PROBE])
-    score = cross_val_score(RandomForestClassifier(200, random_state=0), np.array([r[3] for r in rows]), [r[0] for r in rows],
-                            groups=[r[1] for r in rows], cv=GroupKFold(4)).mean()
+    score = cross_val_score(RandomForestClassifier(200, random_state=0), np.array([r[3] for r in rows]),
+                            [r[0] for r in rows], groups=[r[1] for r in rows], cv=GroupKFold(4)).mean()
     assert score < 1/len(ONE_PROBE)+.06
 
 @pytest.mark.slow
 @pytest.mark.parametrize('parameter', MEASURED)
 def test_measured_again(parameter):
-    "Read from grey levels and scale alone, 30 pictures: nine in ten within 2 mm or 5 %, NT 0.3 mm (200 in bench/measure.py)"
+    """Read from grey levels and scale alone, 30 pictures: nine in ten within 2 mm or 5 %,
+    NT 0.3 mm (200 in bench/measure.py)"""
     off, k = [], 0
     while len(off) < 30:
         k += 1
@@ -82,16 +91,19 @@ def test_measured_again(parameter):
         ph = make_native(MEASURED[parameter], (51, k, 0))
         if not ph.answers[3]['standard']: continue
         assert ph.mm_per_px <= .15
-        try: off.append(abs(measure(ph.image, ph.mm_per_px, parameter).mm-ph.sizes[parameter]) <= allowed(parameter, ph.sizes[parameter]))
+        try:
+            off.append(abs(measure(ph.image, ph.mm_per_px, parameter).mm-ph.sizes[parameter])
+                       <= allowed(parameter, ph.sizes[parameter]))
         except FadaError: off.append(False)
     assert np.mean(off) >= .9
 
-NO_SCALE = {'Thorax', 'Cervical', 'Public_Symphysis_fetal_head'}                  # nothing in mm is measured there
-NO_GROWTH = NO_SCALE | {'Standard_NT', 'Non_standard_NT', 'NT-View', 'Cervix'}    # nothing that follows growth
-NEVER = {'Non_standard_NT'}                                                       # never standard, so never measured
+NO_SCALE = {'Thorax', 'Cervical', 'Public_Symphysis_fetal_head'}  # nothing in mm is measured there
+NO_GROWTH = NO_SCALE | {'Standard_NT', 'Non_standard_NT', 'NT-View', 'Cervix'}  # nothing that follows growth
+NEVER = {'Non_standard_NT'}  # never standard, so never measured
 
 def _can(name, differ):
-    return not (differ == 'rotation' and name in FIXED or differ == 'finding' and name not in set(INJECTED)-NEVER
+    return not (differ == 'rotation' and name in FIXED
+                or differ == 'finding' and name not in set(INJECTED)-NEVER
                 or differ == 'scale' and name in NO_SCALE | NEVER or differ == 'size' and name in NO_GROWTH)
 
 @pytest.mark.slow
@@ -109,7 +121,8 @@ def test_twins_of_every_plane(name):
 
 @pytest.mark.parametrize('name', PHANTOM_CATEGORIES)
 def test_answers_of_every_plane(name):
-    "Text and structure agree, with and without scale; calipers lie in the picture of a standard plane; the flag follows the list"
+    """Text and structure agree, with and without scale; calipers lie in the picture of a standard plane;
+    the flag follows the list"""
     for k in range(4):
         ph = make_phantom(name, (6, k, 0), .5, overlays=1.)
         for answers in (ph.answers, ph.informed):
