@@ -524,7 +524,8 @@ def aorta(plan)->Scene:
     return scene
 
 def _heart_from_the_side(m, f):
-    m.paint(f.ellipse((-.36,-.22), (.36,.3), 25), **TISSUE['muscle'], name='heart')
+    m.paint(f.ellipse((-.4,-.15), (.62,.55), 20), db=-20, soft=2.)   # lung around it
+    m.paint(f.ellipse((-.36,-.22), (.36,.3), 25), **dict(TISSUE['muscle'], db=-7), name='heart')
     for at in ((-.46,-.22), (-.24,-.24)):
         m.paint(f.ellipse(at, (.09,.17), 20), **TISSUE['blood'], name='heart')
 
