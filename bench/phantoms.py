@@ -4,14 +4,15 @@ The baseline is one process. Images are made, not written, so that the disk play
 
     python bench/phantoms.py --quick --json
 """
-import argparse, json, sys, time
+import argparse, json, os, sys, time
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # two processes, two cores
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-import numpy as np
-from fada.clinical import DEMO_CATEGORIES
+from fada.clinical import PHANTOM_CATEGORIES
 from fada.memory import peak_bytes
 from fada.phantom import Picture, grey, scan_convert, simulate
-from fada.scenes import DRAW, make_phantom, visible
+from fada.phantoms import make_draft, make_phantom, visible
+from fada.scenes import draw
 from fada.settings import environment
 
 def one(job): return make_phantom(*job).image.shape[0]
@@ -20,11 +21,9 @@ def stages(n):
     "Seconds a picture by stage, drawn, imaged and converted separately"
     t = dict(scene=0., echo=0., picture=0., answers=0.)
     for i in range(n):
-        c = DEMO_CATEGORIES[i % len(DEMO_CATEGORIES)]
-        rng = np.random.default_rng([1, i])
-        week = 12.5 if 'NT' in c else 24.
+        plan = make_draft(PHANTOM_CATEGORIES[i % 14], (1, i, 0))[0].plan
         a = time.perf_counter()
-        s = DRAW[c](rng, week, 1., False, c)
+        s = draw(plan)
         b = time.perf_counter()
         db = simulate(s.medium)
         d = time.perf_counter()
@@ -32,23 +31,23 @@ def stages(n):
         im = scan_convert(grey(db), pic)
         lab = scan_convert(s.medium.labels, pic, 0)
         e = time.perf_counter()
-        visible(im, lab, s.medium.names)
+        visible(im.astype('uint8'), lab, s.medium.names)
         for k, v in zip(t, (b-a, d-b, e-d, time.perf_counter()-e)): t[k] += v/n
     return t
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--quick', action='store_true', help='40 images instead of 300')
+    p.add_argument('--quick', action='store_true', help='56 images instead of 420')
     p.add_argument('--json', action='store_true', help='one JSON document on standard output')
-    a = p.parse_args(); n = 40 if a.quick else 300
-    jobs = [(DEMO_CATEGORIES[i % 5], (1, i//10, i//5 % 2)) for i in range(n)]; rate = {}
+    a = p.parse_args(); n = 56 if a.quick else 420
+    jobs = [(PHANTOM_CATEGORIES[i % 14], (1, i//28, i//14 % 2)) for i in range(n)]; rate = {}
     for w in (1, 2):
         with ProcessPoolExecutor(w, mp_context=get_context('spawn')) as pool:
             list(pool.map(one, jobs[:w*5]))
             t = time.perf_counter()
             list(pool.map(one, jobs, chunksize=5))
             rate[w] = n/(time.perf_counter()-t)
-    share = stages(20 if a.quick else 60)
+    share = stages(28 if a.quick else 84)
     out = dict(ratios={'two processes to one': rate[2]/rate[1]}, baseline='one process',
                images_per_second=rate, seconds_by_stage=share, peak_bytes=peak_bytes(),
                machine={k: environment()[k] for k in ('system', 'machine', 'cores')}, versions=environment())
