@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shards', 'wants_remote_code', 'check_checkpoint',
            'weights_digest', 'locate', 'base_identity', 'resolve_device', 'estimate_bytes', 'free_bytes', 'fitting',
-           'check_memory', 'load_options', 'keep_fp32', 'load_processor', 'load_model', 'prove_processor', 'load_blip2',
-           'weights_bytes', 'wanted_files', 'hub_error', 'hub_files', 'download', 'access']
+           'check_memory', 'too_large', 'load_options', 'unpack_odd_shapes', 'keep_fp32', 'load_processor',
+           'load_model', 'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files',
+           'download', 'access']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
-import json, os, re, shutil, struct, sys
+import json, math, os, re, shutil, struct, sys
 from pathlib import Path
 from .settings import FadaError, PRECISIONS, digest, now, read_json, sha256_file, write_json
 from .registry import ARCHITECTURES, ASSETS, ModelSpec, model_class, registry
@@ -173,9 +174,12 @@ def resolve_device(device:str='auto')->str:
 _BYTES = dict(fp32=4., bf16=2., fp16=2., int8=1.16,
               nf4=.76)   # a parameter, upper figures of the registry's models
 
-def estimate_bytes(spec:ModelSpec, precision:str)->int:
+def estimate_bytes(
+    spec:ModelSpec, precision:str,
+    parameters:int=None,   # counted from a checkpoint; None: the row's
+)->int:
     "Upper estimate of the bytes that the weights take in `precision`"
-    return round(spec.parameters*_BYTES[precision])
+    return round((parameters or spec.parameters)*_BYTES[precision])
 
 def free_bytes(device:str)->int:
     "Memory that can be had on `device` now, bytes"
@@ -186,22 +190,25 @@ def free_bytes(device:str)->int:
     return psutil.virtual_memory().available
 
 # %% ../nbs/05b_checkpoints.ipynb #7b63e43f
-def fitting(spec:ModelSpec, free:int)->list:
+def fitting(spec:ModelSpec, free:int, parameters:int=None)->list:
     "Precisions of `spec` whose weights fit into `free` bytes with a tenth to spare"
-    return [p for p in spec.precisions if estimate_bytes(spec, p)*1.1 <= free]
+    return [p for p in spec.precisions if estimate_bytes(spec, p, parameters)*1.1 <= free]
 
-def check_memory(spec:ModelSpec, precision:str, device:str):
+def check_memory(spec:ModelSpec, precision:str, device:str, parameters:int=None):
     "`FadaError` that names what would fit where `spec` does not"
-    free = free_bytes(device); fits = fitting(spec, free)
-    if precision not in fits: raise _too_large(spec, precision, device, free, fits)
+    free = free_bytes(device)
+    if precision not in fitting(spec, free, parameters):
+        raise too_large(spec, precision, device, free, parameters)
 
-def _too_large(spec, precision, device, free, fits):
-    "The error for a model that does not fit"
+def too_large(spec, precision, device, free, parameters=None)->FadaError:
+    "The error for a model that does not fit into `free` bytes of `device`"
+    fits = [p for p in fitting(spec, free, parameters) if p != precision]
     others = sorted((m for m in registry().values() if 0 < m.parameters < spec.parameters
-                     and fitting(m, free)), key=lambda m: -m.parameters)
+                     and fitting(m, free)),
+                    key=lambda m: -m.parameters)
     smaller = ', '.join(f'{m.name} in {fitting(m, free)[-1]}' for m in others[:3])
     what = f'{spec.name} in {", ".join(fits)}' if fits else smaller or 'nothing of the registry'
-    needs,has = (f'{n/2**30:,.1f} GiB' for n in (estimate_bytes(spec, precision), free))
+    needs,has = (f'{n/2**30:,.1f} GiB' for n in (estimate_bytes(spec, precision, parameters), free))
     return FadaError(f'{spec.name} in {precision} needs about {needs} and {device} has {has} free',
                      '', f'a model that fits: {what}', 'choose one of these, or free memory')
 
@@ -234,6 +241,13 @@ def _quiet():
     logging.disable_progress_bar(); logging.set_verbosity_error()
     log.getLogger('bitsandbytes').setLevel(log.CRITICAL)  # it remarks on an optional CPU kernel
 
+def unpack_odd_shapes(model):
+    """On CPUs with AVX512-BF16 bitsandbytes packs nf4 weights into blocks, and fails at widths that are no
+    multiples of them, such as the 4304 of SigLIP: those layers take its general path"""
+    for m in model.modules():
+        if type(m).__name__ == 'Linear4bit' and (m.out_features % 32 or m.in_features % 64):
+            m.support_avx512bf16_for_cpu = False
+
 def keep_fp32(model, names):
     "Cast the parts called `names` to fp32 where they are in a half type"
     import torch
@@ -246,7 +260,10 @@ def _image_only(cls):
     "A processor class without the video processor that its constructor asks for"
     import inspect
     if 'video_processor' not in inspect.signature(cls.__init__).parameters: return cls
-    def init(self, image_processor=None, tokenizer=None, chat_template=None, **kw):
+    # transformers reads from the names written here what to load and which values of the configuration
+    # to hand over
+    def init(self, image_processor=None, tokenizer=None, chat_template=None, image_seq_length=None, **kw):
+        if image_seq_length is not None: kw['image_seq_length'] = image_seq_length
         cls.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **kw)
     return type(cls.__name__, (cls,), {'__init__': init})
 
@@ -273,7 +290,8 @@ def load_model(
                                                          if spec.precisions
                                                          else 'a model with weights at hand', '')
     place,device = locate(spec, weights),resolve_device(device)
-    check_checkpoint(place, spec); check_memory(spec, precision, device); _quiet()
+    tensors = check_checkpoint(place, spec); _quiet()
+    check_memory(spec, precision, device, _count(spec, tensors))
     model,report = _pretrained(spec, place, precision, device)
     broken = {k: _relevant(spec, report.get(k) or ()) for k in ('missing_keys','unexpected_keys',
                                                                 'mismatched_keys')}
@@ -284,9 +302,14 @@ def load_model(
     if spilled: raise FadaError(f'{spec.name} was spread over {", ".join(spilled)}', place, f'{device} alone',
                                 'choose a precision that fits')
     if precision != 'bf16': keep_fp32(model, spec.fp32_parts)
+    if precision == 'nf4' and device == 'cpu': unpack_odd_shapes(model)
     return model.eval(), prove_processor(spec, load_processor(spec, place), model, place)
 
 # %% ../nbs/05b_checkpoints.ipynb #2884e2a9
+def _count(spec, tensors)->int:
+    "Parameters of the tensors that `spec` takes from a checkpoint"
+    return sum(math.prod(shape) for name,shape in tensors.items() if _relevant(spec, [name]))
+
 def _relevant(spec, keys):
     "Keys of a load report that matter: a text model leaves the vision half of its checkpoint alone"
     return sorted(str(k) for k in keys if not (spec.architecture == 'gemma3-text'
@@ -304,9 +327,7 @@ def _pretrained(spec, place, precision, device):
                                                  output_loading_info=True, local_files_only=True,
                                                  **extra, **load_options(precision, device, spec.fp32_parts))
     except (torch.OutOfMemoryError, MemoryError):
-        free = free_bytes(device)
-        raise _too_large(spec, precision, device, free, [p for p in fitting(spec, free)
-                                                         if p != precision]) from None
+        raise too_large(spec, precision, device, free_bytes(device)) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise FadaError(f'{spec.name} cannot be loaded', place,
                         'a whole safetensors checkpoint, downloaded or on disk',
@@ -323,7 +344,8 @@ def prove_processor(spec, processor, model, place):
                             f'{want}, as the model', 'repair the processor config')
     tokenizer = getattr(processor, 'tokenizer', processor)
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = 'left'
+    encodes = getattr(model.config.get_text_config(), 'is_encoder_decoder', False)
+    tokenizer.padding_side = 'right' if encodes else 'left'  # an encoder counts positions from the left
     return processor
 
 # %% ../nbs/05b_checkpoints.ipynb #162abaab

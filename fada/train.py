@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'LORA', 'collate', 'show_mask', 'answer_loss', 'optimiser', 'load_pixels', 'as_batch', 'vision_features',
-           'vision_targets', 'rarity', 'parse_flag', 'train_vision', 'train_answers', 'question_rows', 'train_base',
-           'add_lora', 'validation_score', 'finetune', 'train_job']
+           'vision_targets', 'rarity', 'parse_flag', 'train_vision', 'train_answers', 'decoder_loss', 'question_rows',
+           'train_base', 'add_lora', 'LazyImages', 'NoImages', 'training_inputs', 'training_inputs_of',
+           'validation_score', 'finetune', 'train_job']
 
 # %% ../nbs/09_train.ipynb #a2aa8eaf
 import json, math, time
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -18,7 +20,8 @@ from .clinical import STRUCTURES
 from .data import load_table, read_image, subset, table_digest
 from .models import (NanoRecipe, build_nano, model_spec, nano_processor, nano_tokenizer, recipe_digest,
                      save_model)
-from .vlm import PROMPT_VERSION, adapter_digest, build_prompt, generate, load, project
+from .registry import part_of, require
+from .vlm import PROMPT_VERSION, adapter_digest, bridge, build_prompt, load, pixel_values
 from .memory import peak_bytes
 from .metrics import score_table
 
@@ -196,19 +199,16 @@ def train_answers(
     check=None,                # called as check(step) every `every` steps
     every:int=0,
     p=None,                    # probability of drawing each image; None: all alike
+    loss=None,                 # a family's own: loss(features, rows); None: a BLIP-2 decoder's
 )->list:                       # losses
-    "Train on questions and answers over cached vision features"
+    "Train on questions and answers over cached vision features, or images where a family reads those"
     opt,schedule = optimiser(parameters, lr, steps, recipe.warmup, recipe.weight_decay, recipe.betas)
     rng,losses = np.random.default_rng(seed),[]
     core.train()
     for s in progress(range(steps), desc, unit='step'):
         at = rng.choice(len(rows), min(batch, len(rows)), replace=False, p=p)
-        prompt = _project(core, features[at].to(core.query_tokens.device))
-        repeat = np.repeat(np.arange(len(at)), [len(rows[i]) for i in at])
-        ids,mask,labels = (t.to(prompt.device)
-                           for t in collate(tokenizer, *zip(*(qa for i in at for qa in rows[i]))))
-        losses.append(_step(answer_loss(core, prompt[repeat], ids, mask, labels), parameters, opt, schedule,
-                            recipe.clip))
+        one = (loss or partial(decoder_loss, core, tokenizer))(features[at], [rows[i] for i in at])
+        losses.append(_step(one, parameters, opt, schedule, recipe.clip))
         if check and every and (s+1) % every == 0: core.eval(); check(s+1); core.train()
     core.eval()
     return losses
@@ -216,9 +216,17 @@ def train_answers(
 # %% ../nbs/09_train.ipynb #f370bc44
 def _project(core, patches):
     "Q-Former and projection with gradients"
+    patches = patches.to(core.qformer.layernorm.weight.dtype)  # the Q-Former may stay in fp32
     q = core.qformer(query_embeds=core.query_tokens.expand(len(patches),-1,-1),
                      encoder_hidden_states=patches).last_hidden_state
-    return core.language_projection(q)
+    return bridge(core, q)
+
+def decoder_loss(core, tokenizer, features, rows):
+    "Loss of a BLIP-2 with a decoder: features n × patches × width, and per image its (prompt, answer) pairs"
+    prompt = _project(core, features.to(core.query_tokens.device))
+    repeat = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    ids,mask,labels = (t.to(prompt.device) for t in collate(tokenizer, *zip(*(qa for r in rows for qa in r))))
+    return answer_loss(core, prompt[repeat], ids, mask, labels)
 
 # %% ../nbs/09_train.ipynb #74feefcc
 def question_rows(table, images, spec)->list:
@@ -273,7 +281,8 @@ def train_base(
 def _code()->str:
     "Digest of the code that trains the base, so that a change of it makes an old base stale"
     import inspect
-    return digest([inspect.getsource(f) for f in (train_vision, vision_targets, train_answers, answer_loss,
+    return digest([inspect.getsource(f) for f in (train_vision, vision_targets, train_answers, decoder_loss,
+                                                  answer_loss,
                                                   collate, optimiser, build_nano)])
 
 def _thin(losses, n=60):
@@ -283,34 +292,64 @@ def _thin(losses, n=60):
     return [[int(p[-1])+1, round(float(np.mean([losses[i] for i in p])), 4)] for p in parts]
 
 # %% ../nbs/09_train.ipynb #5ce98574
-def add_lora(vlm, rank:int, target:str='qformer+language'):
-    """Attach fresh LoRA layers; returns the trainable parameters by part. `FadaError` where a frozen part
-    is hit"""
+def add_lora(
+    vlm, rank:int,
+    target:str=None,  # part named in the registry row; None: its last
+)->dict:              # trainable parameters by part
+    """Attach fresh LoRA layers, and train whole what has no pretrained weights; `FadaError` where a frozen
+    part is hit"""
     from peft import LoraConfig, get_peft_model
-    if 'train' not in vlm.spec.capabilities or target not in vlm.spec.lora:
-        raise FadaError(f'{vlm.spec.name} has no LoRA targets {target!r}', '',
-                        ', '.join(vlm.spec.lora) or 'a trainable model', '')
-    vlm.model = get_peft_model(vlm.model, LoraConfig(r=rank, lora_alpha=2*rank, lora_dropout=0.,
-                                                     target_modules=vlm.spec.lora[target]))
-    parts = {}
+    require(vlm.spec, 'train'); target = target or list(vlm.spec.lora)[-1]
+    if target not in vlm.spec.lora:
+        raise FadaError(f'{vlm.spec.name} has no LoRA targets {target!r}', '', ', '.join(vlm.spec.lora), '')
+    lora = LoraConfig(r=rank, lora_alpha=2*rank, lora_dropout=0., target_modules=_outside(vlm.spec, target),
+                      modules_to_save=list(vlm.spec.trained_parts) or None)
+    vlm.model = get_peft_model(vlm.model, lora); parts = {}
     for name,p in vlm.model.named_parameters():
-        if p.requires_grad:
-            part = next((k for k in ('vision_model','qformer','language_model') if k in name), name)
-            parts[part] = parts.get(part, 0)+p.numel()
-    if set(parts) - {'qformer','language_model'}:
-        raise FadaError(f'LoRA landed in {sorted(parts)}', '', 'Q-Former and language model only',
+        if p.requires_grad: part = part_of(name); parts[part] = parts.get(part, 0)+p.numel()
+    allowed = {'qformer','language_model', *map(part_of, vlm.spec.trained_parts)}
+    if set(parts)-allowed:
+        raise FadaError(f'LoRA landed in {sorted(set(parts)-allowed)}', '',
+                        ', '.join(sorted(allowed))+' only',
                         'correct the registry row')
     return parts
 
+def _outside(spec, target):
+    "The pattern of `target`; parts that are trained whole carry no LoRA besides"
+    return spec.lora['language'] if 'qformer' in spec.trained_parts else spec.lora[target]
+
 # %% ../nbs/09_train.ipynb #1d91aa7f
-def validation_score(vlm, features, table, images)->float:
-    "Mean main score of generated answers on the rows of `images`, given their vision features"
+class LazyImages:
+    "Images of a folder, read when they are needed: `[numbers]` gives a list of pictures"
+    def __init__(self, folder, names): self.folder,self.names = Path(folder),list(names)
+    def __len__(self): return len(self.names)
+    def __getitem__(self, at):
+        names = self.names[at] if isinstance(at, slice) else [self.names[i] for i in at]
+        return [read_image(self.folder/n) for n in names]
+
+class NoImages(LazyImages):
+    "What a text model trains on in the place of images: none"
+    def __getitem__(self, at): return [None]*len(self.names[at] if isinstance(at, slice) else at)
+
+def training_inputs(vlm, folder, names):
+    "What training keeps of each image: features of a frozen vision tower, else the way to the picture"
+    if vlm.trains_on == 'features':
+        return vision_features(vlm.core, load_pixels(folder, names, vlm.processor))
+    return (LazyImages if vlm.trains_on == 'images' else NoImages)(folder, names)
+
+def training_inputs_of(vlm, images):
+    "The same for pictures at hand"
+    if vlm.trains_on != 'features': return list(images)
+    return vlm.core.vision_model(pixel_values(vlm, images)).last_hidden_state
+
+def validation_score(vlm, inputs, table, images)->float:
+    "Mean main score of generated answers on the rows of `images`, given their `training_inputs`"
     import torch
     by = {k: g for k,g in table.groupby('image')}; rows = []
     for i in range(0, len(images), 16):
         part = pd.concat([by[k].assign(n=j) for j,k in enumerate(images[i:i+16])])
-        with torch.inference_mode(): prompts = project(vlm, features[i:i+16].to(vlm.core.device))
-        out = generate(vlm, prompts[part.n.to_numpy()], [build_prompt(vlm.spec, q) for q in part.question])
+        with torch.inference_mode(): seen = vlm.from_inputs(inputs[i:i+16])
+        out = vlm.reply(seen, part.n.tolist(), [build_prompt(vlm.spec, q) for q in part.question])
         rows.append(part.assign(prediction=[o[0] for o in out], error=''))
     return float(score_table(pd.concat(rows)).score.mean())
 
@@ -335,21 +374,24 @@ def finetune(
     val = subset(val, LORA['validation_images'], seed)
     start = time.perf_counter(); seed_all(seed); out = writable_folder(out)
     names,vnames = train.image.drop_duplicates().tolist(),val.image.drop_duplicates().tolist()
-    features,vfeatures = (vision_features(vlm.core, load_pixels(data, n, vlm.processor))
-                          for n in (names, vnames))
+    inputs,vinputs = (training_inputs(vlm, data, n) for n in (names, vnames))
     parts = add_lora(vlm, rank)
     best = dict(score=-1.); curve = []
     def check(step):
-        s = validation_score(vlm, vfeatures, val, vnames); curve.append([step, round(s, 4)])
+        s = validation_score(vlm, vinputs, val, vnames); curve.append([step, round(s, 4)])
         if s > best['score']:
             best.update(score=s, step=step,
                         state={k: v.detach().clone() for k,v in get_peft_model_state_dict(vlm.model).items()})
     check(0)
-    losses = train_answers(vlm.core, [p for p in vlm.model.parameters() if p.requires_grad],
-                           vlm.processor.tokenizer, features, question_rows(train, names, vlm.spec),
-                           steps, batch, lr, NanoRecipe(warmup=10, weight_decay=0.), seed,
-                           f'LoRA {", ".join(categories)}', check, max(1, steps//LORA['checks']),
-                           rarity(train, names, LORA['abnormal_weight']))
+    def fit(parameters, steps, desc, check=None):
+        return train_answers(vlm.core, parameters, getattr(vlm.processor, 'tokenizer', vlm.processor), inputs,
+                             question_rows(train, names, vlm.spec), steps, batch, lr,
+                             NanoRecipe(warmup=10, weight_decay=0.), seed, f'{desc} {", ".join(categories)}',
+                             check, max(1, steps//LORA['checks']),
+                             rarity(train, names, LORA['abnormal_weight']), vlm.loss)
+    new = [p for n,p in vlm.model.named_parameters() if p.requires_grad and 'lora_' not in n]
+    losses = fit(new, max(1, steps//2), 'new parts of') if new else []  # a random bridge first, LoRA after it
+    losses += fit([p for p in vlm.model.parameters() if p.requires_grad], steps, 'LoRA', check)
     set_peft_model_state_dict(vlm.model, best['state'])
     vlm.model.save_pretrained(out)
     about = dict(kind='fada adapter', base=vlm.base, model=vlm.spec.name,

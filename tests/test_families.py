@@ -1,0 +1,144 @@
+"""Every architecture of the registry with random weights, through the loader, the engine and the training of the real ones:
+it answers, learns a step, keeps its adapter bit for bit, merges, and runs quantised. The table of ticks is read from here."""
+import sys
+from pathlib import Path
+import numpy as np
+import pytest
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import BUILD, tiny
+from fada.canary import probe_picture
+from fada.settings import FadaError
+from fada.vlm import Request, load, merge
+
+ARCHITECTURES = list(BUILD)
+SEES = [a for a in ARCHITECTURES if a != 'gemma3-text']
+PLAIN, LONG = 'Which plane is it?', 'Which structures are seen, and how good is the quality of this image, in a few words?'
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('tiny')
+
+def open_tiny(architecture, folder, **kw):
+    "The real loader on a tiny checkpoint"
+    name, _, weights = tiny(architecture, folder)
+    return load(name, weights=weights, device='cpu', max_new_tokens=5, **{'precision': 'fp32', **kw})
+
+def picture(architecture, seed=0):
+    if architecture == 'gemma3-text': return None
+    return probe_picture() if not seed else np.random.default_rng(seed).integers(0, 255, (120, 160, 3),
+            dtype=np.uint8)
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_answer(architecture, folder):
+    "Answers do not depend on what else is asked beside them; a question without an image is answered, identity is complete"
+    vlm = open_tiny(architecture, folder)
+    images = [picture(architecture), picture(architecture, 1)]
+    together = list(vlm.answer([Request(i, [PLAIN, LONG], k) for k, i in enumerate(images)]))
+    alone = [vlm.ask(i, q) for i in images for q in (PLAIN, LONG)]
+    assert [a.error for a in together+alone] == ['']*8
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert np.allclose([a.confidence for a in together], [a.confidence for a in alone], atol=1e-5)
+    assert all(0 < a.confidence <= 1 for a in together) and [a.id for a in together] == [0, 0, 1, 1]
+    assert not vlm.ask(None, PLAIN).error
+    identity = vlm.identity()
+    assert identity['model'] == vlm.spec.name and identity['base'] and identity['prompt'] == vlm.spec.prompt
+    assert identity == open_tiny(architecture, folder).identity()
+
+@pytest.mark.parametrize('architecture', SEES)
+def test_answer_looks_at_the_image(architecture, folder):
+    "Another image, or none, moves the probability of the answer"
+    vlm = open_tiny(architecture, folder)
+    c = [vlm.ask(i, PLAIN).confidence for i in (picture(architecture), picture(architecture, 1), None)]
+    assert len(set(c)) == 3
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_train_save_merge(architecture, folder, small_data, tmp_path, monkeypatch):
+    "A LoRA step through fada.train lowers the loss; the adapter comes back bit for bit, answers with it are equal, merging too"
+    from safetensors.torch import load_file
+    import torch
+    from fada import train
+    monkeypatch.setitem(train.LORA, 'validation_images', 1); monkeypatch.setitem(train.LORA, 'checks', 1)
+    vlm = open_tiny(architecture, folder); out = tmp_path/'adapter'
+    frozen = {n: p.clone() for n, p in vlm.core.named_parameters()}
+    about = train.finetune(vlm, small_data, ['Femur'], out, rank=2, lr=5e-3, steps=3, batch=2, images=4)
+    assert np.isfinite([l for _,
+                        l in about['losses']]).all() and about['trainable'] and sum(about['trainable'].values()) > 0
+    assert set(about['trainable']) <= {'qformer', 'language_model'} | ({'projection'}
+            if vlm.spec.trained_parts else set())
+    for n, p in vlm.core.named_parameters():   # nothing but adapter layers and declared parts has moved
+        plain = n.replace('.base_layer', '').replace('.original_module', '')
+        if plain in frozen and p.shape == frozen[plain].shape and not any(t in n
+                for t in vlm.spec.trained_parts):
+            assert torch.equal(p, frozen[plain]), n
+    again = open_tiny(architecture, folder, adapter=out); kept = load_file(out/'adapter_model.safetensors')
+    now = {n.replace('.default', ''): p for n, p in again.model.named_parameters()}
+    assert kept and all(torch.equal(p, now[n]) for n,
+                        p in kept.items() if n in now) and any(n in now for n in kept)
+    a, b = (v.ask(picture(architecture), [PLAIN, LONG]) for v in (vlm, again))
+    assert [x.text for x in a] == [x.text for x in b] and [x.confidence for x in a] == [x.confidence
+            for x in b]
+    assert again.identity()['adapter'] == vlm.identity()['adapter']
+    merge(again, tmp_path/'merged')
+    c = again.ask(picture(architecture), [PLAIN, LONG])
+    assert not any(x.error for x in c) and np.allclose([x.confidence for x in b], [x.confidence for x in c],
+                                                       atol=1e-5)
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_a_step_learns(architecture, folder):
+    "Six steps on two questions lower its loss by a tenth at least: the labels are on the answer and the gradient arrives"
+    import torch
+    from functools import partial
+    from fada import train
+    vlm = open_tiny(architecture, folder)
+    with torch.no_grad(): features = train.training_inputs_of(vlm, [picture(architecture)])
+    train.add_lora(vlm, 4)
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+    loss = vlm.loss or partial(train.decoder_loss, vlm.core, vlm.processor.tokenizer)
+    opt = torch.optim.AdamW(parameters, lr=3e-2); seen = []
+    for _ in range(6):
+        l = loss(features, [[(PLAIN, 'axial plane'), (LONG,
+                                                      'femur')]]); opt.zero_grad(); l.backward(); opt.step(); seen.append(float(l.detach()))
+    assert seen[-1] < .9*seen[0], seen
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_half_precision(architecture, precision, folder):
+    "Answers in a half type; parts that the row keeps in fp32 are in fp32 under fp16"
+    import re, torch
+    vlm = open_tiny(architecture, folder, precision=precision)
+    assert not vlm.ask(picture(architecture), PLAIN).error
+    want = dict(bf16=torch.bfloat16, fp16=torch.float16)[precision]; kinds = {n: p.dtype for n,
+            p in vlm.core.named_parameters()}
+    assert want in kinds.values()
+    if precision == 'fp16':
+        for part in vlm.spec.fp32_parts:
+            assert {d for n, d in kinds.items() if re.search(rf'(^|\.){part}(\.|$)', n)} == {torch.float32}
+
+@pytest.mark.parametrize('precision', ['int8', 'nf4'])
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_quantised(architecture, precision, folder):
+    "Quantised on the CPU: the canary finds it close to fp32, it answers, and a LoRA step learns on top"
+    import torch
+    from functools import partial
+    from fada import train
+    vlm = open_tiny(architecture, folder, precision=precision)
+    assert vlm.canary['reference'] == 'fp32' and vlm.canary['cosine'] > (.98 if precision == 'int8' else .8)
+    assert any(type(m).__name__ in ('Linear8bitLt', 'Linear4bit') for m in vlm.core.modules())
+    assert not vlm.ask(picture(architecture), PLAIN).error
+    with torch.no_grad(): features = train.training_inputs_of(vlm, [picture(architecture)])
+    train.add_lora(vlm, 2); vlm.model.train()
+    loss = vlm.loss or partial(train.decoder_loss, vlm.core, vlm.processor.tokenizer)
+    l = loss(features, [[(PLAIN, 'axial')]]); l.backward()
+    assert torch.isfinite(l) and any(p.grad is not None and p.grad.abs().sum() > 0
+                                     for p in vlm.model.parameters() if p.requires_grad)
+
+def test_what_a_model_lacks_names_one_that_has_it(folder):
+    "An image for the text model, a merge without an adapter or into quantised weights, a remote row: an error each, with a way out"
+    text = open_tiny('gemma3-text', folder)
+    said = text.ask(picture('llava'), PLAIN)
+    assert 'sees no image' in said.error and said.stage == 'encode'
+    with pytest.raises(FadaError, match='no adapter to merge'): merge(text)
+    for name in ('openai', 'anthropic', 'ensemble', 'plane-classifier'):
+        with pytest.raises(FadaError, match='no engine here yet'): load(name)
+
+def test_dispatch_of_unknown_names():
+    with pytest.raises(FadaError, match='did you mean .*qwen3-vl-2b'): load('qwen3vl-2b')
