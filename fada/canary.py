@@ -68,7 +68,7 @@ def reference(vlm, weights=None):
     return *probe(higher), fits[0]
 
 # %% ../nbs/07b_canary.ipynb #03445c4f
-LEAST_COSINE,SURE_COSINE = .8,.95
+LEAST_COSINE,SURE_COSINE = .8,.9
 
 def closeness(a, b)->np.ndarray:
     "Cosine of centred logits, row by row"

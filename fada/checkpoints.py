@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shards', 'wants_remote_code', 'check_checkpoint',
            'weights_digest', 'locate', 'base_identity', 'resolve_device', 'estimate_bytes', 'free_bytes', 'fitting',
-           'check_memory', 'too_large', 'load_options', 'unpack_odd_shapes', 'keep_fp32', 'load_processor',
-           'load_model', 'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files',
-           'download', 'access']
+           'check_memory', 'too_large', 'load_options', 'general_nf4', 'keep_fp32', 'load_processor', 'load_model',
+           'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files', 'download',
+           'access']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
 import json, math, os, re, shutil, struct, sys
@@ -241,12 +241,11 @@ def _quiet():
     logging.disable_progress_bar(); logging.set_verbosity_error()
     log.getLogger('bitsandbytes').setLevel(log.CRITICAL)  # it remarks on an optional CPU kernel
 
-def unpack_odd_shapes(model):
-    """On CPUs with AVX512-BF16 bitsandbytes packs nf4 weights into blocks, and fails at widths that are no
-    multiples of them, such as the 4304 of SigLIP: those layers take its general path"""
+def general_nf4(model):
+    """Keep bitsandbytes' general nf4 path on CPUs. Its packed one (AVX512-BF16) fails at widths such as the 4304
+    of SigLIP, and once an answer has packed the weights, training on them gets no gradient and no error"""
     for m in model.modules():
-        if type(m).__name__ == 'Linear4bit' and (m.out_features % 32 or m.in_features % 64):
-            m.support_avx512bf16_for_cpu = False
+        if type(m).__name__ == 'Linear4bit': m.support_avx512bf16_for_cpu = False
 
 def keep_fp32(model, names):
     "Cast the parts called `names` to fp32 where they are in a half type"
@@ -302,7 +301,7 @@ def load_model(
     if spilled: raise FadaError(f'{spec.name} was spread over {", ".join(spilled)}', place, f'{device} alone',
                                 'choose a precision that fits')
     if precision != 'bf16': keep_fp32(model, spec.fp32_parts)
-    if precision == 'nf4' and device == 'cpu': unpack_odd_shapes(model)
+    if precision == 'nf4' and device == 'cpu': general_nf4(model)
     return model.eval(), prove_processor(spec, load_processor(spec, place), model, place)
 
 # %% ../nbs/05b_checkpoints.ipynb #2884e2a9
@@ -325,7 +324,8 @@ def _pretrained(spec, place, precision, device):
     try:
         return model_class(spec).from_pretrained(place, use_safetensors=True, trust_remote_code=False,
                                                  output_loading_info=True, local_files_only=True,
-                                                 **extra, **load_options(precision, device, spec.fp32_parts))
+                                                 **extra, **load_options(precision, device,
+                                                         (*spec.fp32_parts, *spec.trained_parts)))
     except (torch.OutOfMemoryError, MemoryError):
         raise too_large(spec, precision, device, free_bytes(device)) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
