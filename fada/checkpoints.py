@@ -6,13 +6,13 @@
 __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shards', 'wants_remote_code', 'check_checkpoint',
            'weights_digest', 'locate', 'base_identity', 'resolve_device', 'estimate_bytes', 'free_bytes', 'fitting',
            'check_memory', 'too_large', 'load_options', 'general_nf4', 'keep_fp32', 'load_processor', 'load_model',
-           'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files', 'download',
-           'access']
+           'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files', 'fetch',
+           'download', 'access']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
 import json, math, os, re, shutil, struct, sys
 from pathlib import Path
-from .settings import FadaError, PRECISIONS, digest, now, read_json, sha256_file, write_json
+from .settings import FadaError, PRECISIONS, digest, now, progress, read_json, sha256_file, write_json
 from .registry import ARCHITECTURES, ASSETS, ModelSpec, model_class, registry
 
 # %% ../nbs/05b_checkpoints.ipynb #d65ddc64
@@ -242,8 +242,8 @@ def _quiet():
     log.getLogger('bitsandbytes').setLevel(log.CRITICAL)  # it remarks on an optional CPU kernel
 
 def general_nf4(model):
-    """Keep bitsandbytes' general nf4 path on CPUs. Its packed one (AVX512-BF16) fails at widths such as the 4304
-    of SigLIP, and once an answer has packed the weights, training on them gets no gradient and no error"""
+    """Keep bitsandbytes' general nf4 path on CPUs: its packed one (AVX512-BF16) fails at widths such as SigLIP's
+    4304, and once an answer has packed the weights, training on them gets no gradient and no error"""
     for m in model.modules():
         if type(m).__name__ == 'Linear4bit': m.support_avx512bf16_for_cpu = False
 
@@ -393,9 +393,12 @@ def hub_error(e, spec)->FadaError:
 
 def _hub_errors():
     "Exceptions that a download can end in"
-    import httpx
+    import importlib
     from huggingface_hub import errors as h
-    return (h.HfHubHTTPError, h.LocalEntryNotFoundError, h.OfflineModeIsEnabled, httpx.HTTPError, OSError)
+    clients = [importlib.import_module(m) for m in ('httpx','httpx2')
+               if importlib.util.find_spec(m)]  # by hub version
+    return (h.HfHubHTTPError, h.LocalEntryNotFoundError, h.OfflineModeIsEnabled,
+            *(c.HTTPError for c in clients), OSError)
 
 # %% ../nbs/05b_checkpoints.ipynb #59082aa7
 def hub_files(spec:ModelSpec)->dict:
@@ -409,37 +412,55 @@ def hub_files(spec:ModelSpec)->dict:
     return dict(commit=info.sha, files={k: files[k] for k in names})
 
 # %% ../nbs/05b_checkpoints.ipynb #a5ad1141
+def fetch(
+    url:str, path,
+    size:int, sha256:str=None,  # as the hub publishes them
+    update=lambda n: None,      # called with the bytes that arrived
+):
+    """Download `url` to `path`, going on from `path.part` where an earlier run stopped; `FadaError` where it
+    arrives damaged"""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    path = Path(path); part = path.with_name(path.name+'.part'); path.parent.mkdir(parents=True,
+            exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0; update(have)
+    headers = {**build_hf_headers(), **({'Range': f'bytes={have}-'} if have else {})}
+    if have < size or not size:
+        with get_session().stream('GET', url, headers=headers, follow_redirects=True, timeout=30) as r:
+            hf_raise_for_status(r)
+            with open(part, 'ab' if r.status_code == 206 else 'wb') as f:
+                for chunk in r.iter_bytes(1 << 20): f.write(chunk); update(len(chunk))
+    if part.stat().st_size == size and (not sha256 or sha256_file(part) == sha256): part.replace(path); return
+    part.unlink()  # so that the next run gets it anew
+    raise FadaError('a damaged download', str(path), 'the size and hash that the hub publishes',
+                    'run the same command again')
+
+# %% ../nbs/05b_checkpoints.ipynb #63d228ba
 def download(
     spec:ModelSpec,
     say=lambda line: print(line, file=sys.stderr, flush=True),
 )->dict:               # the ledger's entry
     "Download safetensors and configurations of a row, size said first; goes on where it stopped"
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, hf_hub_url
     remote = hub_files(spec); total = sum(f['size'] for f in remote['files'].values())
     say(f"{spec.name}: {total/1e9:,.2f} GB in {len(remote['files'])} files from "
         f"{spec.checkpoint}@{remote['commit'][:12]}")
-    cache = Path(constants.HF_HUB_CACHE); cache.mkdir(parents=True,
-                                                      exist_ok=True); free = shutil.disk_usage(cache).free
-    if total > free: raise FadaError(f'{total/1e9:,.1f} GB do not fit on the disk', str(cache),
-                                     f'{free/1e9:,.1f} GB are free',
-                                     'free space, or set HF_HOME to another disk')
-    try: folder = Path(snapshot_download(spec.checkpoint, revision=remote['commit'],
-                                         allow_patterns=list(remote['files'])))
-    except _hub_errors() as e: raise hub_error(e, spec) from None
-    _verify(folder, remote['files']); check_checkpoint(folder, spec)
+    folder = Path(constants.HF_HUB_CACHE)/'fada'/spec.checkpoint.replace('/', '--')/remote['commit']
+    folder.mkdir(parents=True, exist_ok=True); missing = {k: f for k,
+                                                          f in remote['files'].items()
+                                                          if not (folder/k).is_file()}
+    left,free = sum(f['size'] for f in missing.values()),shutil.disk_usage(folder).free
+    if left > free:
+        raise FadaError(f'{left/1e9:,.1f} GB do not fit on the disk', str(folder),
+                        f'{free/1e9:,.1f} GB are free', 'free space, or set HF_HOME to another disk')
+    bar = progress(desc=spec.name, total=left, unit='B')
+    for name,f in missing.items():
+        try:
+            fetch(hf_hub_url(spec.checkpoint, name, revision=remote['commit']), folder/name, f['size'],
+                  f['sha256'], bar.update)
+        except _hub_errors() as e: raise hub_error(e, spec) from None
+    bar.close(); check_checkpoint(folder, spec)
     return record(spec.name, checkpoint=spec.checkpoint, revision=remote['commit'], folder=str(folder),
                   bytes=total, files=remote['files'], downloaded=now())
-
-def _verify(folder, files):
-    "`FadaError` where a file is not as the hub says; the copy is removed, so that the next run gets it anew"
-    for name,f in files.items():
-        path = folder/name; real = path.resolve()
-        whole = real.is_file() and real.stat().st_size == f['size'] and (not f['sha256']
-                or sha256_file(real) == f['sha256'])
-        if whole: continue
-        for p in (path, real): p.unlink(missing_ok=True)
-        raise FadaError('a damaged download', str(path), 'the size and hash that the hub publishes',
-                        'run the same command again')
 
 # %% ../nbs/05b_checkpoints.ipynb #f7add3e8
 def access(
@@ -450,7 +471,7 @@ def access(
     from huggingface_hub import get_token
     out = dict(model=spec.name, gated=spec.gated, token=bool(get_token()),
                granted=None if spec.gated else True, downloaded=False,
-               tested=ledger(spec.name).get('tests', {}), next='')
+               tests=ledger(spec.name).get('tests', {}), next='')
     if spec.family in ('api','ensemble','classifier'): return dict(out, granted=None, downloaded=None,
                                                                    next='no download; see its notes')
     try: check_checkpoint(locate(spec), spec); out.update(downloaded=True, granted=True)
@@ -458,5 +479,5 @@ def access(
     if not out['downloaded'] and not spec.parts and ask_hub:
         try: hub_files(spec); out.update(granted=True, next=f'run `fada models get {spec.name}`')
         except FadaError as e: out.update(next=str(e), granted=False if 'gated' in e.what else out['granted'])
-    if out['downloaded'] and not out['tested']: out['next'] = f'run `fada models test {spec.name}`'
+    if out['downloaded'] and not out['tests']: out['next'] = f'run `fada models test {spec.name}`'
     return out

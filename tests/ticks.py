@@ -1,0 +1,30 @@
+"""Run the tests of every architecture and keep which passed in fada/assets/ticks.json, from where README and the page of models
+take their ticks: python tests/ticks.py (about five minutes)"""
+import json, re, subprocess, sys, tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP = {'test_answer': 'answer', 'test_train_save_merge': 'train', 'test_relevancy': 'attention'}
+
+def passed(xml)->dict:
+    "{architecture: {step: test name}} of a JUnit file; a step counts where its test passed"
+    ticks = {}
+    for case in ET.parse(xml).iter('testcase'):
+        m = re.fullmatch(r'(\w+)\[(.+?)(?:-(bf16|fp16|int8|nf4))?\]', case.get('name'))
+        if not m or case.find('failure') is not None or case.find('error') is not None or case.find('skipped') is not None: continue
+        test, architecture, precision = m.groups()
+        if precision: architecture, precision = architecture, precision
+        step = precision if test in ('test_half_precision', 'test_quantised') else STEP.get(test)
+        if step: ticks.setdefault(architecture, {})[step] = case.get('name')
+    return ticks
+
+def main():
+    with tempfile.TemporaryDirectory() as d:
+        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
+                        f'--junitxml={d}/x.xml', 'tests/test_families.py', 'tests/test_planes.py'], cwd=ROOT)
+        out = passed(f'{d}/x.xml')
+    (ROOT/'fada'/'assets'/'ticks.json').write_text(json.dumps(dict(kind='fada ticks', ticks=out), indent=1)
+                                                   +'\n')
+
+if __name__ == '__main__': main()
