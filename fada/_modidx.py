@@ -356,6 +356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'fada.planes.fit_cnn': ('planes.html#fit_cnn', 'fada/planes.py'),
                              'fada.planes.fit_probe': ('planes.html#fit_probe', 'fada/planes.py'),
                              'fada.planes.plane_images': ('planes.html#plane_images', 'fada/planes.py'),
+                             'fada.planes.plane_of': ('planes.html#plane_of', 'fada/planes.py'),
                              'fada.planes.small_cnn': ('planes.html#small_cnn', 'fada/planes.py'),
                              'fada.planes.train_planes': ('planes.html#train_planes', 'fada/planes.py')},
             'fada.registry': { 'fada.registry.Dossier': ('registry.html#dossier', 'fada/registry.py'),

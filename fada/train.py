@@ -417,11 +417,14 @@ def train_job(
 )->dict:
     """Train by the settings and describe the job; `FadaError` before any model is loaded where the data do
     not fit"""
-    if task not in ('lora','base'): raise FadaError(f'unknown task {task!r}', '', 'lora or base', '')
+    if task not in ('lora','base','planes'): raise FadaError(f'unknown task {task!r}', '', 'lora, base or planes', '')
     for k,v in options.items():
         if v < 0 or (k != 'images' and not v): raise FadaError(f'{k} = {v}', '', 'a number above 0', '')
     model_spec(s.model); load_table(s.data, s.categories, 'train'); out = writable_folder(out)
-    if task == 'base': about = train_base(s.data, out/'model', recipe or NanoRecipe(seed=s.seed))
+    if task == 'planes':
+        from fada.planes import train_planes
+        about = train_planes(s.data, s.categories, out, seed=s.seed)
+    elif task == 'base': about = train_base(s.data, out/'model', recipe or NanoRecipe(seed=s.seed))
     else:
         about = finetune(load(s.model, weights=weights or None, precision=s.precision, device=s.device),
                          s.data, s.categories, out/'adapter', seed=s.seed, **options)

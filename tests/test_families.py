@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny import BUILD, tiny
+from tiny import BUILD, row, tiny
 from fada.canary import probe_picture
 from fada.settings import FadaError
 from fada.vlm import Request, load, merge
@@ -98,6 +98,18 @@ def test_a_step_learns(architecture, folder):
         l = loss(features, [[(PLAIN, 'axial plane'), (LONG,
                                                       'femur')]]); opt.zero_grad(); l.backward(); opt.step(); seen.append(float(l.detach()))
     assert seen[-1] < .9*seen[0], seen
+
+@pytest.mark.parametrize('architecture', [a for a in ARCHITECTURES if 'attention' in row(a).capabilities])
+def test_relevancy(architecture, folder):
+    "A map of the answer over the patches: finite, not negative, not empty, and another one for another image"
+    from fada.attention import relevancy
+    vlm = open_tiny(architecture, folder); maps = []
+    for seed in (0, 1):
+        heat, per, tokens = relevancy(vlm, picture(architecture, seed), PLAIN, 'axial plane')
+        assert heat.shape == (4,
+                              4) and len(per) == len(tokens) and np.isfinite(heat).all() and (heat >= 0).all() and heat.max() > 0
+        maps.append(heat)
+    assert not np.allclose(*maps)
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 @pytest.mark.parametrize('architecture', ARCHITECTURES)

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEP = {'test_answer': 'answer', 'test_train_save_merge': 'train', 'test_relevancy': 'attention'}
+STEP = {'test_answer': 'answer', 'test_train_save_merge': 'train', 'test_train': 'train',
+        'test_relevancy': 'attention'}
 
 def passed(xml)->dict:
     "{architecture: {step: test name}} of a JUnit file; a step counts where its test passed"
@@ -14,7 +15,6 @@ def passed(xml)->dict:
         m = re.fullmatch(r'(\w+)\[(.+?)(?:-(bf16|fp16|int8|nf4))?\]', case.get('name'))
         if not m or case.find('failure') is not None or case.find('error') is not None or case.find('skipped') is not None: continue
         test, architecture, precision = m.groups()
-        if precision: architecture, precision = architecture, precision
         step = precision if test in ('test_half_precision', 'test_quantised') else STEP.get(test)
         if step: ticks.setdefault(architecture, {})[step] = case.get('name')
     return ticks
