@@ -242,8 +242,8 @@ def _quiet():
     log.getLogger('bitsandbytes').setLevel(log.CRITICAL)  # it remarks on an optional CPU kernel
 
 def general_nf4(model):
-    """Keep bitsandbytes' general nf4 path on CPUs: its packed one (AVX512-BF16) fails at widths such as SigLIP's
-    4304, and once an answer has packed the weights, training on them gets no gradient and no error"""
+    """Keep bitsandbytes' general nf4 path on CPUs: its packed one (AVX512-BF16) fails at widths such as 4304
+    (SigLIP), and once an answer has packed the weights, training on them gets no gradient and no error"""
     for m in model.modules():
         if type(m).__name__ == 'Linear4bit': m.support_avx512bf16_for_cpu = False
 

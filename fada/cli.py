@@ -253,7 +253,8 @@ def _has_cuda():
 def get(name:Name, wheels:Annotated[Optional[str],
                                     typer.Option(help='Folder with wheels that are here (blip2-mini).')]=None,
         json:Json=False, quiet:Quiet=False):
-    "Download a model (safetensors and configurations only, size said first); goes on where it stopped.\n\nExample: fada models get smolvlm-256m"
+    """Download a model (safetensors and configurations only, size said first); goes on where it
+    stopped.\n\nExample: fada models get smolvlm-256m"""
     _settings(quiet)
     from fada.compose import get_model
     from fada.registry import model_spec
@@ -263,7 +264,8 @@ def get(name:Name, wheels:Annotated[Optional[str],
 
 @models_app.command()
 def access(name:Name, json:Json=False, quiet:Quiet=False):
-    "Say what stands between a model and an answer here: licence, token, download, test.\n\nExample: fada models access medgemma-4b"
+    """Say what stands between a model and an answer here: licence, token, download, test.\n\nExample: fada
+    models access medgemma-4b"""
     _settings(quiet)
     from fada.checkpoints import access as state
     from fada.registry import model_spec
@@ -276,7 +278,8 @@ def access(name:Name, json:Json=False, quiet:Quiet=False):
 @models_app.command()
 def test(name:Name, precision:Precision=None, device:Device=None, weights:Weights=None, json:Json=False,
          quiet:Quiet=False):
-    "Download if needed, ask the eight questions of an example image, train two steps, and note what passed on this machine.\n\nExample: fada models test blip2-nano"
+    """Download if needed, ask the eight questions of an example image, train two steps, and note what passed
+    on this machine.\n\nExample: fada models test blip2-nano"""
     s = _settings(quiet, model=name, precision=precision, device=device)
     from fada.checkpoints import locate
     from fada.compose import get_model
@@ -293,7 +296,8 @@ def test(name:Name, precision:Precision=None, device:Device=None, weights:Weight
 @models_app.command()
 def show(name:Annotated[Optional[str], typer.Argument(help='One model; none: all, with --page.')]=None,
          page:Annotated[Optional[str],
-                        typer.Option(help='Write the dossiers as an HTML page to this path.')]=None, json:Json=False, quiet:Quiet=False):
+                        typer.Option(help='Write the dossiers as an HTML page to this path.')]=None,
+                        json:Json=False, quiet:Quiet=False):
     "Show a model's dossier, or write the dossiers of all as a page.\n\nExample: fada models show medgemma-4b"
     from fada.registry import model_spec
     from fada.trial import dossier_page, dossier_rows, dossier_text

@@ -116,12 +116,14 @@ def dossier_text(spec:ModelSpec, ask_hub:bool=False)->str:
 # %% ../nbs/09a_trial.ipynb #285fd1f0
 _SECTION = """{% for name, rows in models %}<h3 id="{{ name }}">{{ name }}</h3>
 <table>{% for k, v in rows %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>{% endfor %}"""
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>FADA models</title><style>
 body{font:15px/1.5 system-ui,
      sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
 th{text-align:left;vertical-align:top;width:11rem;font-weight:600;padding:.15rem .8rem .15rem 0}
-h3{margin:2rem 0 .3rem;border-top:1px solid #d0d7de;padding-top:1rem} nav a{margin-right:.7rem;white-space:nowrap}
+h3{margin:2rem 0 .3rem;border-top:1px solid #d0d7de;padding-top:1rem}
+nav a{margin-right:.7rem;white-space:nowrap}
 .notice{background:#fff4ce;padding:4px 8px}</style>
 <h1>Models</h1><p class="notice">{{ notice }}</p>
 <nav>{% for name, _ in models %}<a href="#{{ name }}">{{ name }}</a> {% endfor %}</nav>""" + _SECTION

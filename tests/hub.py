@@ -1,13 +1,15 @@
-"A server on loopback that speaks the part of the hub's protocol which a download uses, with the faults a test asks for."
+"A server on loopback that speaks the part of the hub's protocol that downloads use, with faults on request."
 import hashlib, json, re, socket, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 class Hub:
-    "Serves folders as repositories: `Hub({'group/name': folder})`; `.url`, `.requests`, `.stop_after` (bytes, once), `.gated`"
+    """Serves folders as repositories: `Hub({'group/name': folder})`; `.url`, `.requests`, `.stop_after`
+    (bytes, once), `.gated`"""
     def __init__(self, repositories):
         self.repositories = {k: Path(v) for k, v in repositories.items()}
-        self.requests, self.stop_after, self.gated, self.damage, self.commit = [], None, set(), None, 'c0ffee'+'0'*34
+        self.requests, self.stop_after, self.gated, self.damage = [], None, set(), None
+        self.commit = 'c0ffee'+'0'*34
         hub = self
         class Handler(BaseHTTPRequestHandler):
             protocol_version = 'HTTP/1.1'
@@ -70,11 +72,13 @@ class Hub:
         wants = re.fullmatch(r'bytes=(\d+)-', h.headers.get('Range') or '')
         if wants:
             start = int(wants.group(1)); head['Content-Range'] = f'bytes {start}-{len(data)-1}/{len(data)}'
-        part = data[start:]; cut = self.stop_after if h.command == 'GET' and p.suffix == '.safetensors' else None
+        part = data[start:]
+        cut = self.stop_after if h.command == 'GET' and p.suffix == '.safetensors' else None
         h.send_response(206 if wants else 200)
         for k, v in {'Content-Length': len(part), **head}.items(): h.send_header(k, str(v))
         h.end_headers()
         if h.command != 'GET': return
         if cut is not None and cut < len(part):
-            h.wfile.write(part[:cut]); h.wfile.flush(); h.connection.shutdown(socket.SHUT_RDWR); h.close_connection = True; return
+            h.wfile.write(part[:cut]); h.wfile.flush(); h.connection.shutdown(socket.SHUT_RDWR)
+            h.close_connection = True; return
         h.wfile.write(part)

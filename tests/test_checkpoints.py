@@ -19,11 +19,13 @@ def copy(checkpoint, tmp_path): return Path(shutil.copytree(checkpoint, tmp_path
 
 @pytest.fixture
 def machine(tmp_path, checkpoint):
-    "A machine of its own: empty cache and state, a hub with one model (and pickles and code beside it), a row that names it"
+    """A machine of its own: empty cache and state, a hub with one model (and pickles and code beside it), a
+    row that names it"""
     shutil.copytree(checkpoint, tmp_path/'repo')
     for name in ('pytorch_model.bin', 'modeling_own.py', 'README.md'): (tmp_path/'repo'/name).write_text('x')
     hub = Hub({'group/tiny': tmp_path/'repo'})
-    (tmp_path/'settings.ini').touch(); (tmp_path/'models.ini').write_text('[ours]\nlike = smolvlm-256m\ncheckpoint = group/tiny\n')
+    (tmp_path/'settings.ini').touch()
+    (tmp_path/'models.ini').write_text('[ours]\nlike = smolvlm-256m\ncheckpoint = group/tiny\n')
     env = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'HF_TOKEN')}
     env |= dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path/'hf'), XDG_DATA_HOME=str(tmp_path/'state'),
                 HF_HUB_DISABLE_XET='1', HF_HUB_DOWNLOAD_TIMEOUT='5', FADA_QUIET='1')
@@ -50,7 +52,8 @@ def test_test_ticks_the_row_without_network(machine):
     machine.close()   # no network from here on
     r = machine.fada('models', 'test', 'ours', '--precision', 'fp32', '--json',
                      HF_HUB_OFFLINE='1'); assert r.returncode == 0, r.stderr
-    tried = json.loads(r.stdout); assert tried['answer'] is True and tried['train'] is True and len(tried['answers']) == 8
+    tried = json.loads(r.stdout)
+    assert tried['answer'] is True and tried['train'] is True and len(tried['answers']) == 8
     state = json.loads(machine.fada('models', 'access', 'ours', '--json', HF_HUB_OFFLINE='1').stdout)
     assert state['downloaded'] and state['tests']['fp32']['train'] is True and state['next'] == ''
 
@@ -66,11 +69,13 @@ def test_a_broken_download_goes_on_where_it_stopped(machine):
 def test_what_the_hub_refuses_says_what_to_do(machine):
     machine.gated.add('group/tiny')
     r = machine.fada('models', 'get',
-                     'ours'); assert r.returncode == 1 and 'accept the licence at' in r.stderr and 'HF_TOKEN' in r.stderr
+                     'ours')
+    assert r.returncode == 1 and 'accept the licence at' in r.stderr and 'HF_TOKEN' in r.stderr
     assert json.loads(machine.fada('models', 'access', 'ours', '--json').stdout)['granted'] is False
     r = machine.fada('models', 'get', 'ours',
                      HF_TOKEN='hf_good'); assert r.returncode == 0 and 'hf_good' not in r.stderr+r.stdout
-    (machine.folder/'models.ini').write_text('[ours]\nlike = smolvlm-256m\ncheckpoint = group/tiny\nrevision = v9\n')
+    row = '[ours]\nlike = smolvlm-256m\ncheckpoint = group/tiny\nrevision = v9\n'
+    (machine.folder/'models.ini').write_text(row)
     r = machine.fada('models', 'get', 'ours',
                      HF_TOKEN='hf_good'); assert r.returncode == 1 and 'no revision v9' in r.stderr
     r = machine.fada('ask', str(Path(__file__)), '--model', 'ours'); assert r.returncode == 1
@@ -85,7 +90,8 @@ def test_no_network_and_a_damaged_file(machine):
     r = machine.fada('models', 'get', 'ours', HF_ENDPOINT='http://127.0.0.1:9'); assert r.returncode == 1
     assert 'the hub cannot be reached' in r.stderr and len(r.stderr.strip().splitlines()) == 1
     r = machine.fada('models', 'get', 'ours',
-                     HF_HUB_OFFLINE='1'); assert r.returncode == 1 and 'downloads are switched off' in r.stderr
+                     HF_HUB_OFFLINE='1')
+    assert r.returncode == 1 and 'downloads are switched off' in r.stderr
 
 def _load(folder, **kw): return load_model(MODELS['smolvlm-256m'], folder, device='cpu', **kw)
 
@@ -117,11 +123,14 @@ def test_remote_code_in_any_configuration(copy, name):
 def test_missing_and_left_over_weights(copy):
     from safetensors.torch import load_file, save_file
     import torch
-    shard = shards(copy)[-1]; w = load_file(shard); index = json.loads((copy/'model.safetensors.index.json').read_text()); name = next(n for n in w if 'text_model' in n or 'lm_head' in n)
+    shard = shards(copy)[-1]; w = load_file(shard)
+    index = json.loads((copy/'model.safetensors.index.json').read_text())
+    name = next(n for n in w if 'text_model' in n or 'lm_head' in n)
     renamed = {('model.stray.weight' if k == name else k): v for k, v in w.items()}; save_file(renamed, shard,
             metadata={'format': 'pt'})
     with pytest.raises(FadaError, match='are in no shard'): _load(copy)
-    index['weight_map']['model.stray.weight'] = index['weight_map'].pop(name); (copy/'model.safetensors.index.json').write_text(json.dumps(index))
+    index['weight_map']['model.stray.weight'] = index['weight_map'].pop(name)
+    (copy/'model.safetensors.index.json').write_text(json.dumps(index))
     with pytest.raises(FadaError, match='did not load whole'): _load(copy)
 
 def test_another_architecture_or_revision(copy):

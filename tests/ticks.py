@@ -1,5 +1,5 @@
-"""Run the tests of every architecture and keep which passed in fada/assets/ticks.json, from where README and the page of models
-take their ticks: python tests/ticks.py (about five minutes)"""
+"""Run the tests of every architecture and keep which passed in fada/assets/ticks.json, from where README and
+the page of models take their ticks: python tests/ticks.py (about five minutes)"""
 import json, re, subprocess, sys, tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -13,7 +13,7 @@ def passed(xml)->dict:
     ticks = {}
     for case in ET.parse(xml).iter('testcase'):
         m = re.fullmatch(r'(\w+)\[(.+?)(?:-(bf16|fp16|int8|nf4))?\]', case.get('name'))
-        if not m or case.find('failure') is not None or case.find('error') is not None or case.find('skipped') is not None: continue
+        if not m or any(case.find(k) is not None for k in ('failure', 'error', 'skipped')): continue
         test, architecture, precision = m.groups()
         step = precision if test in ('test_half_precision', 'test_quantised') else STEP.get(test)
         if step: ticks.setdefault(architecture, {})[step] = case.get('name')
@@ -27,4 +27,15 @@ def main():
     (ROOT/'fada'/'assets'/'ticks.json').write_text(json.dumps(dict(kind='fada ticks', ticks=out), indent=1)
                                                    +'\n')
 
-if __name__ == '__main__': main()
+    show()
+
+def show():
+    "Put the table into the index notebook, from where `make readme` takes it"
+    import nbformat
+    from fada.trial import HEADING, tick_table
+    path = ROOT/'nbs'/'index.ipynb'; nb = nbformat.read(path, 4)
+    cell = next(c for c in nb.cells if c.cell_type == 'markdown'
+                and (HEADING in c.source or c.source == 'TICKS'))
+    cell.source = tick_table(); nbformat.write(nb, path)
+
+if __name__ == '__main__': show() if sys.argv[1:] == ['show'] else main()

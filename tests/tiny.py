@@ -1,22 +1,26 @@
-"""Checkpoints of every architecture of the registry with random weights and a few hundred thousand parameters, written to disk as
-the hub lays them out (config, processor, tokenizer,
-                       safetensors shards), so that the loader of the real ones loads them."""
+"""Checkpoints of every architecture of the registry with random weights and a few hundred thousand parameters
+written to disk as the hub lays them out (config, processor, tokenizer,
+                                          safetensors shards), so that the loader of
+the real ones loads them."""
 from pathlib import Path
 from fada.registry import ARCHITECTURES, MODELS, model_class
 
 CORPUS = ['Question: Which standard plane is it? Answer: transverse abdominal plane.',
           'good image quality, normal, femur head heart',
-          'user assistant What structures are seen? Answer in a few words.', 'axial sagittal coronal spine left right 12 34 56 78 90']
+          'user assistant What structures are seen? Answer in a few words.',
+          'axial sagittal coronal spine left right 12 34 56 78 90']
 LLAMA = dict(model_type='llama', hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, intermediate_size=128,
-             pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.1, max_position_embeddings=1024)
+             pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.1,
+             max_position_embeddings=1024)
 T5 = dict(model_type='t5', d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
           feed_forward_proj='gated-gelu',
           pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, initializer_factor=1.)
 GEMMA3 = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, head_dim=16, sliding_window=64,
               layer_types=['sliding_attention',
-                           'full_attention'], pad_token_id=0, bos_token_id=1, eos_token_id=2, query_pre_attn_scalar=16,
+                           'full_attention'], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                           query_pre_attn_scalar=16,
               initializer_range=.1, max_position_embeddings=1024)
 OPT = dict(model_type='opt', hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
            word_embed_proj_dim=64, init_std=.1,
@@ -28,10 +32,14 @@ SIGLIP = dict(VIT, model_type='siglip_vision_model', vision_use_head=False)
 
 def chat_template(start, end, image, turn='{role}\n', bos='', assistant='assistant'):
     "A chat template in the manner of the published ones: turns between markers, an image as its token"
-    said = f"{{% if c is string %}}{{{{ c }}}}{{% else %}}{{% for p in c %}}{{% if p['type'] == 'image' %}}{image}{{% else %}}{{{{ p['text'] }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
+    image = f"{{% if p['type'] == 'image' %}}{image}{{% else %}}{{{{ p['text'] }}}}{{% endif %}}"
+    many = f"{{% for p in c %}}{image}{{% endfor %}}"
+    said = f"{{% if c is string %}}{{{{ c }}}}{{% else %}}{many}{{% endif %}}"
     role = f"{{{{ '{assistant}' if m['role'] == 'assistant' else m['role'] }}}}"
-    body = f"{{% for m in messages %}}{{% set c = m['content'] %}}{start}{turn.replace('{role}', role)}{said}{end}\n{{% endfor %}}"
-    return f"{bos}{body}{{% if add_generation_prompt %}}{start}{turn.replace('{role}', assistant)}{{% endif %}}"
+    said = f"{start}{turn.replace('{role}', role)}{said}{end}\n"
+    body = f"{{% for m in messages %}}{{% set c = m['content'] %}}{said}{{% endfor %}}"
+    ask = f"{{% if add_generation_prompt %}}{start}{turn.replace('{role}', assistant)}{{% endif %}}"
+    return bos+body+ask
 
 def tokenizer(extra=(), named=None, bos='<s>', eos='</s>', add_bos=False, add_eos=False, template=None):
     "A byte-level BPE tokenizer of about 400 tokens with the special tokens of an architecture"
@@ -54,18 +62,19 @@ def tokenizer(extra=(), named=None, bos='<s>', eos='</s>', add_bos=False, add_eo
 def blip2(language, instruct=False):
     "(model, processor) of BLIP-2 or InstructBLIP with language model `language`"
     import torch
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
+    import transformers
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
     t5 = language.get('model_type') == 't5'
     tok = tokenizer(['<image>'], add_bos=not t5, add_eos=t5); n = len(tok)
-    config, model, processor = (InstructBlipConfig, InstructBlipForConditionalGeneration,
-                                InstructBlipProcessor) if instruct else (Blip2Config,
-                                Blip2ForConditionalGeneration, Blip2Processor)
+    kind = 'InstructBlip' if instruct else 'Blip2'
+    config, model, processor = (getattr(transformers, kind+k)
+                                for k in ('Config', 'ForConditionalGeneration', 'Processor'))
     m = model(config(vision_config=dict(VIT, initializer_range=.1), text_config=dict(language, vocab_size=n),
                      num_query_tokens=4, image_token_index=4,
               qformer_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
                                   intermediate_size=128, encoder_hidden_size=64, cross_attention_frequency=1,
-                                  vocab_size=n, initializer_range=.1, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)))
+                                  vocab_size=n, initializer_range=.1, hidden_dropout_prob=0.,
+                                  attention_probs_dropout_prob=0.)))
     with torch.no_grad(): m.query_tokens.normal_(0, .5)
     ip = BlipImageProcessorPil(size=dict(height=56, width=56))
     return m, processor(ip, tok, *([tokenizer()] if instruct else []), num_query_tokens=4)
@@ -96,7 +105,8 @@ def gemma3():
                                                     vision_config=SIGLIP, mm_tokens_per_image=4,
                                                     boi_token_index=4, image_token_index=5,
                                                     eoi_token_index=6))
-    with torch.no_grad(): m.model.multi_modal_projector.mm_input_projection_weight.normal_(0, .2)  # else zeros
+    projector = m.model.multi_modal_projector
+    with torch.no_grad(): projector.mm_input_projection_weight.normal_(0, .2)  # zeros otherwise
     m.generation_config.eos_token_id = [2, 8]
     return m, Gemma3Processor(Gemma3ImageProcessorPil(size=dict(height=56, width=56)), tok,
                               image_seq_length=4, chat_template=tok.chat_template)
@@ -174,7 +184,9 @@ def florence2():
                   max_position_embeddings=20, patch_size=[7,3,3,3], drop_path_rate=0.)
     text = dict(model_type='bart', vocab_size=len(tok), d_model=64, encoder_layers=2, decoder_layers=2,
                 encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=128,
-                decoder_ffn_dim=128, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2, is_encoder_decoder=True, init_std=.1)
+                decoder_ffn_dim=128, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
+                eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2, is_encoder_decoder=True,
+                init_std=.1)
     ip = CLIPImageProcessorPil(size=dict(height=64, width=64), do_center_crop=False, image_seq_length=5)
     return Florence2ForConditionalGeneration(Florence2Config(vision_config=vision, text_config=text,
                                                              image_token_id=4)), Florence2Processor(ip, tok)
@@ -183,14 +195,16 @@ BUILD = {'blip2-opt': lambda: blip2(OPT), 'blip2-t5': lambda: blip2(T5), 'blip2-
          'blip2-gemma3': lambda: blip2(dict(GEMMA3, model_type='gemma3_text')),
          'instructblip-t5': lambda: blip2(T5, True), 'instructblip-llama': lambda: blip2(LLAMA,
                  True), 'llava': llava, 'gemma3': gemma3, 'gemma3-text': gemma3,
-         'qwen2.5-vl': lambda: qwen(2.5), 'qwen3-vl': lambda: qwen(3), 'internvl': internvl, 'smolvlm': smolvlm, 'paligemma': paligemma, 'florence2': florence2}
+         'qwen2.5-vl': lambda: qwen(2.5), 'qwen3-vl': lambda: qwen(3), 'internvl': internvl,
+         'smolvlm': smolvlm, 'paligemma': paligemma, 'florence2': florence2}
 
 def row(architecture):
     "The registry row that stands for an architecture: the first that is not embedded"
     return next(m for m in MODELS.values() if m.architecture == architecture and not m.embedded)
 
 def tiny(architecture, folder, seed=0):
-    "(registry name, no adapter, folder) of a checkpoint with random weights, as `fada.vlm.load` takes them; written once per folder"
+    """(registry name, no adapter, folder) of a random checkpoint, as `fada.vlm.load` takes them; written
+    once a folder"""
     import torch
     from fada.checkpoints import _quiet
     _quiet(); out = Path(folder)/f'{architecture}-{seed}'
