@@ -344,6 +344,8 @@ def headline(jobs)->list:
 def _sections(jobs, data, vlm):
     "The report's sections, in reading order"
     from fada.data import load_table, read_image
+    from fada.registry import model_spec
+    from fada.trial import dossier_rows
     every = systems(jobs)
     name,scored = next(iter(every.items()))
     test = load_table(data, split=jobs_split(jobs))
@@ -378,14 +380,18 @@ def _sections(jobs, data, vlm):
              figures=[fig(plot_systems(jobs), 'systems'), fig(plot_resources(jobs), 'resources')]),
         dict(title='Right and wrong', text='Drawn at random from the answers of the first system.',
              cards=cards),
-        dict(title='Where the answer came from',
-             text='Gradient-weighted relevancy for the answer on orientation, one image a category. '
-                  'Attention is not evidence: a map that looks right proves nothing.',
-             figures=[fig(plot_attention(vlm, test, data), 'attention')]),
+        *([dict(title='Where the answer came from',
+                text='Gradient-weighted relevancy for the answer on orientation, one image a category. '
+                     'Attention is not evidence: a map that looks right proves nothing.',
+                figures=[fig(plot_attention(vlm, test, data), 'attention')])]
+          if 'attention' in vlm.spec.capabilities else []),
         dict(title='A real frame',
              text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike "
                   "every training image; the answers below show what a model does that cannot say so.",
-             tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')])]
+             tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')]),
+        dict(title='The models', text='What is known of each: licence, sharing, strengths, issues, source.',
+             tables=[_table(pd.DataFrame(dossier_rows(model_spec(m)), columns=['', 'dossier']), m)
+                     for m in dict.fromkeys(j.config['model'] for j in jobs if j.metrics)])]
 
 # %% ../nbs/11_compare.ipynb #8e73c4ba
 def jobs_split(jobs)->str:

@@ -13,6 +13,11 @@ from fada.vlm import Request, load, merge
 
 ARCHITECTURES = list(BUILD)
 SEES = [a for a in ARCHITECTURES if a != 'gemma3-text']
+
+def quick(*names):
+    "All architectures, the others than `names` marked slow: `make test` takes one of each engine, ticks.py takes all"
+    return [a if a in names else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
+
 PLAIN = 'Which plane is it?'
 LONG = 'Which structures are seen, and how good is the quality of this image, in a few words?'
 
@@ -85,7 +90,7 @@ def test_train_save_merge(architecture, folder, small_data, tmp_path, monkeypatc
     assert not any(x.error for x in c) and np.allclose([x.confidence for x in b], [x.confidence for x in c],
                                                        atol=1e-5)
 
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize('architecture', quick('blip2-t5', 'instructblip-llama', 'gemma3', 'qwen3-vl', 'florence2'))
 def test_a_step_learns(architecture, folder):
     """Six steps on two questions lower its loss by a tenth at least: the labels are on the answer and the
     gradient arrives"""
@@ -117,7 +122,7 @@ def test_relevancy(architecture, folder):
     assert not np.allclose(*maps)
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize('architecture', quick('blip2-opt', 'instructblip-t5', 'internvl'))
 def test_half_precision(architecture, precision, folder):
     "Answers in a half type; parts that the row keeps in fp32 are in fp32 under fp16"
     import re, torch
@@ -131,7 +136,7 @@ def test_half_precision(architecture, precision, folder):
             assert {d for n, d in kinds.items() if re.search(rf'(^|\.){part}(\.|$)', n)} == {torch.float32}
 
 @pytest.mark.parametrize('precision', ['int8', 'nf4'])
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
+@pytest.mark.parametrize('architecture', quick('blip2-opt', 'llava', 'florence2'))
 def test_quantised(architecture, precision, folder):
     "Quantised on the CPU: the canary finds it close to fp32, it answers, and a LoRA step learns on top"
     import torch
