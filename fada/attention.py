@@ -36,10 +36,13 @@ def captured(core):
     from transformers.masking_utils import eager_mask
     AttentionInterface.register('fada_capture', _capture)
     AttentionMaskInterface.register('fada_capture', eager_mask)
-    before = core.config._attn_implementation; _caught.clear()
+    configs = {id(m.config): m.config for m in core.modules() if hasattr(m, 'config')}.values()
+    before = [(c, c._attn_implementation) for c in configs]; _caught.clear()  # parts may differ: Gemma 2 has no SDPA
     core.set_attn_implementation('fada_capture')
     try: yield _caught
-    finally: core.set_attn_implementation(before); _caught.clear()
+    finally:
+        for c,how in before: c._attn_implementation = how
+        _caught.clear()
 
 # %% ../nbs/12_attention.ipynb #5f888bb6
 def _answer_logp(vlm, features, prompt, ids):
@@ -77,6 +80,9 @@ def relevancy(
     "Gradient-weighted relevancy of image patches for an answer of a BLIP-2"
     import torch
     prompt,ids = _asked(vlm, question, answer); core = vlm.core
+    if hasattr(vlm, 'token_maps'):
+        per = vlm.token_maps(image, prompt, ids)
+        return per.mean(0), per, [vlm.tokenizer.decode([i]) for i in ids]
     with torch.no_grad(): patches = core.vision_model(pixel_values(vlm, [image])).last_hidden_state
     maps = []
     for t in range(len(ids)):

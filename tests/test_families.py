@@ -116,7 +116,7 @@ def test_relevancy(architecture, folder):
     vlm = open_tiny(architecture, folder); maps = []
     for seed in (0, 1):
         heat, per, tokens = relevancy(vlm, picture(architecture, seed), PLAIN, 'axial plane')
-        assert heat.shape == (4, 4) and len(per) == len(tokens) and np.isfinite(heat).all()
+        assert heat.ndim == 2 and heat.size >= 2 and len(per) == len(tokens) and np.isfinite(heat).all()
         assert (heat >= 0).all() and heat.max() > 0
         maps.append(heat)
     assert not np.allclose(*maps)
