@@ -16,12 +16,16 @@ from .vlm import _as_rgb, build_prompt, encode, pixel_values
 LABEL = 'attention is not evidence'
 _caught = []
 
-def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0., **kwargs):
+def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0., position_bias=None,
+             softcap=None,
+             **kwargs):
     "Plain attention that keeps its weights (batch × heads × rows × columns) with their gradient"
     scaling = scaling or query.shape[-1]**-.5
     groups = query.shape[1]//key.shape[1]
     if groups > 1: key,value = key.repeat_interleave(groups, 1),value.repeat_interleave(groups, 1)
     scores = query@key.transpose(2,3)*scaling
+    if softcap: scores = (scores/softcap).tanh()*softcap                # Gemma 2
+    if position_bias is not None: scores = scores+position_bias         # T5
     if attention_mask is not None: scores = scores+attention_mask[..., :key.shape[-2]]
     weights = scores.softmax(-1)
     if weights.requires_grad: weights.retain_grad()
@@ -37,7 +41,8 @@ def captured(core):
     AttentionInterface.register('fada_capture', _capture)
     AttentionMaskInterface.register('fada_capture', eager_mask)
     configs = {id(m.config): m.config for m in core.modules() if hasattr(m, 'config')}.values()
-    before = [(c, c._attn_implementation) for c in configs]; _caught.clear()  # parts may differ: Gemma 2 has no SDPA
+    before = [(c, c._attn_implementation) for c in configs]
+    _caught.clear()  # parts may differ: Gemma 2 has no SDPA
     core.set_attn_implementation('fada_capture')
     try: yield _caught
     finally:
@@ -82,7 +87,7 @@ def relevancy(
     prompt,ids = _asked(vlm, question, answer); core = vlm.core
     if hasattr(vlm, 'token_maps'):
         per = vlm.token_maps(image, prompt, ids)
-        return per.mean(0), per, [vlm.tokenizer.decode([i]) for i in ids]
+        return per.mean(0), per, [getattr(vlm.processor, 'tokenizer', vlm.processor).decode([i]) for i in ids]
     with torch.no_grad(): patches = core.vision_model(pixel_values(vlm, [image])).last_hidden_state
     maps = []
     for t in range(len(ids)):
@@ -124,6 +129,8 @@ def occlusion(
     import torch
     from PIL import Image, ImageFilter
     if grid < 1: raise FadaError(f'a grid of {grid}', '', 'at least 1', '')
+    if hasattr(vlm, 'token_maps'):
+        raise FadaError(f'occlusion does not reach {vlm.spec.name} yet', '', 'a BLIP-2 with a decoder', 'use relevancy')
     prompt,ids = _asked(vlm, question, answer); im = _as_rgb(image); w,h = im.size
     if fill == 'blur': cover = im.filter(ImageFilter.GaussianBlur(max(w,h)/grid/2))
     elif fill == 'mean': cover = Image.new('RGB', im.size, tuple(int(v) for v in np.asarray(im).mean((0,1))))

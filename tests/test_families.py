@@ -4,6 +4,7 @@ ticks is read from here."""
 import sys
 from pathlib import Path
 import numpy as np
+from PIL import Image
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import BUILD, row, tiny
@@ -15,7 +16,8 @@ ARCHITECTURES = list(BUILD)
 SEES = [a for a in ARCHITECTURES if a != 'gemma3-text']
 
 def quick(*names):
-    "All architectures, the others than `names` marked slow: `make test` takes one of each engine, ticks.py takes all"
+    """All architectures, the others than `names` marked slow: `make test` takes one of each engine, ticks.py
+    takes all"""
     return [a if a in names else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
 
 PLAIN = 'Which plane is it?'
@@ -90,7 +92,8 @@ def test_train_save_merge(architecture, folder, small_data, tmp_path, monkeypatc
     assert not any(x.error for x in c) and np.allclose([x.confidence for x in b], [x.confidence for x in c],
                                                        atol=1e-5)
 
-@pytest.mark.parametrize('architecture', quick('blip2-t5', 'instructblip-llama', 'gemma3', 'qwen3-vl', 'florence2'))
+@pytest.mark.parametrize('architecture', quick('blip2-t5', 'instructblip-llama', 'gemma3', 'qwen3-vl',
+                                               'florence2'))
 def test_a_step_learns(architecture, folder):
     """Six steps on two questions lower its loss by a tenth at least: the labels are on the answer and the
     gradient arrives"""
@@ -120,6 +123,26 @@ def test_relevancy(architecture, folder):
         assert (heat >= 0).all() and heat.max() > 0
         maps.append(heat)
     assert not np.allclose(*maps)
+
+@pytest.mark.parametrize('architecture', ['llava', 'gemma3', 'paligemma', 'qwen3-vl', 'florence2',
+                                          'blip2-t5'])
+def test_captured_attention_is_the_models_own(architecture, folder):
+    "Logits with attention caught equal those without: no mask, bias, cap or scale was forgotten"
+    import torch
+    from fada.attention import captured
+    from fada.families import answer_labels
+    vlm = open_tiny(architecture, folder)
+    t = vlm.processor(images=[[Image.fromarray(picture(architecture))]] if architecture != 'florence2'
+                      else [Image.fromarray(picture(architecture))],
+                      text=[vlm.render(PLAIN, True)[0]] if hasattr(vlm,
+                              'render') else [PLAIN], return_tensors='pt')
+    if architecture in ('florence2', 'blip2-t5'):
+        t['labels'] = answer_labels(vlm.processor.tokenizer, ['axial'])
+    with torch.no_grad():
+        plain = vlm.core(**t).logits
+        with captured(vlm.core) as caught: got = vlm.core(**t).logits; assert caught
+        assert torch.allclose(plain, got, atol=1e-4) and torch.allclose(vlm.core(**t).logits, plain,
+                atol=1e-6)
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 @pytest.mark.parametrize('architecture', quick('blip2-opt', 'instructblip-t5', 'internvl'))
