@@ -130,7 +130,8 @@ def occlusion(
     from PIL import Image, ImageFilter
     if grid < 1: raise FadaError(f'a grid of {grid}', '', 'at least 1', '')
     if hasattr(vlm, 'token_maps'):
-        raise FadaError(f'occlusion does not reach {vlm.spec.name} yet', '', 'a BLIP-2 with a decoder', 'use relevancy')
+        raise FadaError(f'occlusion does not reach {vlm.spec.name} yet', '', 'a BLIP-2 with a decoder',
+                        'use relevancy')
     prompt,ids = _asked(vlm, question, answer); im = _as_rgb(image); w,h = im.size
     if fill == 'blur': cover = im.filter(ImageFilter.GaussianBlur(max(w,h)/grid/2))
     elif fill == 'mean': cover = Image.new('RGB', im.size, tuple(int(v) for v in np.asarray(im).mean((0,1))))

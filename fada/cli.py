@@ -121,7 +121,7 @@ def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, f
 def train(
     data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
     precision:Precision=None, device:Device=None,
-    task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch.')]='lora',
+    task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch; planes: a classifier.')]='lora',
     output:Annotated[Optional[str], typer.Option(help='Folder of the result.')]=None,
     rank:int=8, lr:float=2e-3, steps:int=120, batch:int=16,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
@@ -133,9 +133,9 @@ def train(
                   device=device, seed=seed)
     from fada.train import train_job
     out = (Path(output) if output
-           else s.output/'run'/('base' if task == 'base' else 'lora-'+'-'.join(s.categories)))
+           else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
     about = train_job(s, out, task, weights,
-                      **({} if task == 'base' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))
+                      **({} if task != 'lora' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))
     _show(about, json, f"{task} trained on {about['images']} images in {about['seconds']:.0f} s: {out}")
 
 # %% ../nbs/16_cli.ipynb #d7e8d8c0

@@ -411,13 +411,14 @@ def finetune(
 def train_job(
     s,                    # Settings
     out,                  # folder of the result: model/ or adapter/, and config.json
-    task:str='lora',      # lora: an adapter on a base; base: the embedded nano from scratch
+    task:str='lora',      # lora: an adapter on a base; base: the embedded nano from scratch; planes: a classifier
     weights=None,         # folder that takes the checkpoint's place
     recipe:NanoRecipe=None, **options, # base: its recipe; lora: rank, lr, steps, batch, images
 )->dict:
     """Train by the settings and describe the job; `FadaError` before any model is loaded where the data do
     not fit"""
-    if task not in ('lora','base','planes'): raise FadaError(f'unknown task {task!r}', '', 'lora, base or planes', '')
+    if task not in ('lora','base','planes'):
+        raise FadaError(f'unknown task {task!r}', '', 'lora, base or planes', '')
     for k,v in options.items():
         if v < 0 or (k != 'images' and not v): raise FadaError(f'{k} = {v}', '', 'a number above 0', '')
     model_spec(s.model); load_table(s.data, s.categories, 'train'); out = writable_folder(out)

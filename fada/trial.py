@@ -85,6 +85,8 @@ def tick_table()->str:
 # %% ../nbs/09a_trial.ipynb #34b1d1c6
 _STATE = {True: 'downloaded', False: 'not on this machine', None: 'no download'}
 
+def _size(n): return f'{n/2**30:,.1f} GiB' if n > 2**30 else f'{n/2**20:,.0f} MiB'
+
 def dossier_rows(spec:ModelSpec, ask_hub:bool=False)->list:
     "(heading, text) pairs of a model's dossier"
     d,a = dossier(spec),access(spec, ask_hub)
@@ -92,10 +94,11 @@ def dossier_rows(spec:ModelSpec, ask_hub:bool=False)->list:
     revision = spec.revision or ledger(spec.name).get('revision') or 'pinned at the first download'
     passed = lambda t: ', '.join(s for s in ('answer','train','attention') if t.get(s) is True)
     rows = [('family', f'{spec.family}, {spec.architecture or "no architecture of its own"}'),
-            ('checkpoint', f'{spec.checkpoint}, revision {revision}' if spec.architecture else ''),
+            ('checkpoint', 'in the package' if spec.embedded else f'{spec.checkpoint}, revision {revision}'
+                           if spec.architecture else ''),
             ('parameters', f'{spec.parameters:,}' if spec.parameters else 'unknown'),
             ('parts', ', '.join(f'{k} {v:,}' for k,v in parts.items())),
-            ('weights take at most', ', '.join(f'{estimate_bytes(spec, p)/2**30:,.1f} GiB in {p}'
+            ('weights take at most', ', '.join(f'{_size(estimate_bytes(spec, p))} in {p}'
                                                for p in spec.precisions)),
             ('kept in fp32', ', '.join(spec.fp32_parts)),
             ('licence', spec.licence),
