@@ -423,12 +423,13 @@ def fetch(
     path = Path(path); part = path.with_name(path.name+'.part'); path.parent.mkdir(parents=True,
             exist_ok=True)
     have = part.stat().st_size if part.exists() else 0; update(have)
-    headers = {**build_hf_headers(), **({'Range': f'bytes={have}-'} if have else {})}
+    headers = {**build_hf_headers(), 'Accept-Encoding': 'identity',  # sizes are those of the files as they lie there
+               **({'Range': f'bytes={have}-'} if have else {})}
     if have < size or not size:
         with get_session().stream('GET', url, headers=headers, follow_redirects=True, timeout=30) as r:
             hf_raise_for_status(r)
             with open(part, 'ab' if r.status_code == 206 else 'wb') as f:
-                for chunk in r.iter_bytes(1 << 20): f.write(chunk); update(len(chunk))
+                for chunk in r.iter_bytes(): f.write(chunk); update(len(chunk))
     if part.stat().st_size == size and (not sha256 or sha256_file(part) == sha256): part.replace(path); return
     part.unlink()  # so that the next run gets it anew
     raise FadaError('a damaged download', str(path), 'the size and hash that the hub publishes',
