@@ -443,8 +443,9 @@ def read_hf(
                 for rec in batch.to_pylist():
                     i += 1; image,why = _extract(r, rec.get('image', rec.get('images')))
                     rec = dict({'published_split': split_name(split)}, **{k: v for k,v in rec.items() if k not in ('image','images')})
+                    if isinstance(rec.get('facts'), str): rec.update(json.loads(rec.pop('facts')))  # as `export` writes it
                     try: pairs = chat_turns(rec)[1]
-                    except FadaError as e: pairs,why = [],e.what
+                    except (FadaError, ValueError) as e: pairs,why = [],str(e)
                     if image is None or not pairs: r.set_aside(n, i, '', why or 'no question and answer')
                     else: found.append((n, i, rec, image, pairs))
         except (pa.ArrowException, OSError) as e: r.set_aside(n, i, '', f'not readable Arrow or Parquet after {i} rows: {e}')

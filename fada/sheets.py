@@ -81,7 +81,8 @@ def read_delimited(
     for i,cells,source in records[1:]:
         while len(cells) > n and not cells[-1].strip(): cells = cells[:-1]
         if len(cells) != n: cells = _other_separator(out, i, cells, source, sep, n)
-        out.rows.append((i, {k: c.strip() for k,c in enumerate(cells[:n])}))
+        # an apostrophe before = + - @ keeps spreadsheets from computing the cell; it is not part of the text
+        out.rows.append((i, {k: re.sub(r"^'(?=[=+\-@])", '', c.strip()) for k,c in enumerate(cells[:n])}))
     return [out]
 
 # %% ../nbs/04b_sheets.ipynb #e2346062
