@@ -10,7 +10,7 @@ __all__ = ['QUARANTINE', 'OURS', 'PLACEHOLDERS', 'NOT_DONE', 'KNOWN', 'RESERVED'
            'read_any', 'read_folder']
 
 # %% ../nbs/04c_readers.ipynb #87e69beb
-import json, os, re
+import functools, json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
@@ -22,7 +22,7 @@ from .sheets import OLD, SHEETS, fold, map_headers, read_sheets
 # %% ../nbs/04c_readers.ipynb #a8debf8b
 QUARANTINE = 'quarantine.csv'  # written beside the question table, never read as a workbook
 OURS = {QUARANTINE, SEEN, 'questions.parquet', 'manifest.json', 'files.json', 'annotations.jsonl', 'vocabulary.toml',
-        'second_readings.parquet', 'phantoms.json'}
+        'second_readings.parquet', 'phantoms.json', 'notes.csv', 'SOURCE.json'}
 PLACEHOLDERS = ('', '-', '--', '.', '?', 'n/a', 'na', 'nan', 'null', 'none given', 'todo', 'tbd', 'xxx', '#n/a')
 NOT_DONE = ('pending', 'todo', 'to do', 'skip', 'skipped', 'rejected', 'excluded', 'in progress', 'not done', 'no')
 
@@ -54,6 +54,11 @@ class Reading:
 # %% ../nbs/04c_readers.ipynb #2f7fe3e5
 KNOWN = ('patient', 'annotator', 'site', 'machine', 'operator', 'visit', 'twin', 'ga_days', 'mm_per_px', 'published_split')
 
+@functools.lru_cache(200_000)
+def _structured(q, answer):
+    "The structured form as JSON; a thousand images share a few hundred answers"
+    return json.dumps(parse_answer(q, answer), sort_keys=True)
+
 def add_answer(
     r:Reading, image, cat, q, answer,
     where,             # (file, row)
@@ -68,7 +73,7 @@ def add_answer(
     row = dict(image=image, pixels_sha256=seen['pixels_sha256'], category=cat,
                patient=f"image:{seen['pixels_sha256'][:12]}", dataset=dataset or r.folder.name,
                plane_group=CATEGORIES[cat].group, question_id=q, question=QUESTIONS[q].text, answer=answer,
-               structured=json.dumps(parse_answer(q, answer), sort_keys=True), canonical=True,
+               structured=_structured(q, answer), canonical=True,
                source=f'{where[0]}:{where[1]}')
     for k in ('patient', 'site', 'machine', 'operator', 'mm_per_px'):  # what DICOM said
         if seen.get(k) is not None and not pd.isna(seen[k]): row[k] = seen[k]
