@@ -12,7 +12,16 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from .settings import FadaError, now
-from .clinical import (CATEGORIES, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, RECOMMENDATIONS, STRUCTURES)
+from fada.clinical import (
+    CATEGORIES,
+    GRADES,
+    ND,
+    ORIENTATIONS,
+    PARAMETERS,
+    QUESTIONS,
+    RECOMMENDATIONS,
+    STRUCTURES,
+)
 from .images import blank_outside, pixels_sha256, public_name, read_image
 from .readers import QUARANTINE, Reading, index_images, list_files
 
@@ -27,14 +36,29 @@ def annotate(
     kind:str='correction',
 )->dict:                  # the record
     "Append one annotation, flushed to disk; `FadaError` where it names nobody or changes nothing"
-    if not who.strip(): raise FadaError('an annotation without a name', str(folder), 'who annotates', 'enter a name or initials')
+    if not who.strip():
+        raise FadaError(
+            'an annotation without a name', str(folder), 'who annotates', 'enter a name or initials'
+        )
     if kind not in KINDS: raise FadaError(f'unknown kind {kind!r}', '', ', '.join(KINDS), '')
     if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', '1 to 8', '')
-    if kind == 'correction' and after.strip() == before.strip(): raise FadaError('nothing was changed', image, 'another answer', '')
-    rec = dict(when=now(), who=who.strip(), kind=kind, image=image, pixels_sha256=sha, question_id=question_id, before=before, after=after.strip())
+    if kind == 'correction' and after.strip() == before.strip():
+        raise FadaError('nothing was changed', image, 'another answer', '')
+    rec = dict(
+        when=now(),
+        who=who.strip(),
+        kind=kind,
+        image=image,
+        pixels_sha256=sha,
+        question_id=question_id,
+        before=before,
+        after=after.strip(),
+    )
     path = Path(folder)/LOG; torn = path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b'\n'
     with open(path, 'ab') as f:
-        f.write((b'\n' if torn else b'')+json.dumps(rec, ensure_ascii=False).encode()+b'\n'); f.flush(); os.fsync(f.fileno())
+        f.write((b'\n' if torn else b'') + json.dumps(rec, ensure_ascii=False).encode() + b'\n')
+        f.flush()
+        os.fsync(f.fileno())
     return rec
 
 def annotations(
@@ -43,24 +67,30 @@ def annotations(
     "All annotations of a folder; a torn line is left out and counted in `.attrs['torn']`"
     path = Path(folder)/LOG; out,torn = [],0
     for line in path.read_text(encoding='utf-8').splitlines() if path.is_file() else []:
-        try: out.append(json.loads(line))
+        try:out.append(json.loads(line))
         except ValueError: torn += 1
-    t = pd.DataFrame(out, columns=['when','who','kind','image','pixels_sha256','question_id','before','after'])
+    t = pd.DataFrame(
+        out, columns=['when', 'who', 'kind', 'image', 'pixels_sha256', 'question_id', 'before', 'after']
+    )
     t.attrs['torn'] = torn
     return t
 
 # %% ../nbs/04j_annotate.ipynb #2aba33bc
 def corrected(
-    table:pd.DataFrame, folder,
-)->pd.DataFrame:       # the table with the last correction of each answer; `corrected_from` keeps what was given
+    table: pd.DataFrame, folder
+) -> pd.DataFrame:  # the table with the last correction of each answer; `corrected_from` keeps what was given
     "Apply the corrections of the log, by pixel hash; the table on disk is not changed"
     a = annotations(folder); a = a[a.kind == 'correction']
     if not len(a): return table
     last = {(r.pixels_sha256, r.question_id): r for r in a.itertuples()}
     hits = [last.get(k) for k in zip(table.pixels_sha256, table.question_id)]
-    return table.assign(corrected_from=[t if h else None for t,h in zip(table.answer, hits)],
-                        annotator=[h.who if h else o for h,o in zip(hits, table.get('annotator', pd.Series([None]*len(table))))],
-                        answer=[h.after if h else t for t,h in zip(table.answer, hits)])
+    return table.assign(
+        corrected_from=[t if h else None for t, h in zip(table.answer, hits)],
+        annotator=[
+            h.who if h else o for h, o in zip(hits, table.get('annotator', pd.Series([None] * len(table))))
+        ],
+        answer=[h.after if h else t for t, h in zip(table.answer, hits)],
+    )
 
 # %% ../nbs/04j_annotate.ipynb #d2b5ab3a
 def second_share(
@@ -96,9 +126,15 @@ def choices(
 )->list:              # terse answers of the vocabulary, likeliest first
     "What can be picked for a question; free text is always possible besides"
     c = CATEGORIES.get(category)
-    if q == 1: return list(dict.fromkeys([*(c.landmarks if c else ()), *(c.intruders if c else ()), *STRUCTURES]))[:12]
+    if q == 1:
+        return list(dict.fromkeys([*(c.landmarks if c else ()), *(c.intruders if c else ()), *STRUCTURES]))[
+            :12
+        ]
     if q == 2: return [f'axial, spine {s}' for s in ORIENTATIONS['spine']] + ['longitudinal', 'sagittal']
-    if q == 3: return [f'{p}, {s}' for p in ([c.plane] if c else []) for s in ('standard','non-standard')] + ['another plane']
+    if q == 3:
+        return [f'{p}, {s}' for p in ([c.plane] if c else []) for s in ('standard', 'non-standard')] + [
+            'another plane'
+        ]
     if q == 4: return [f'{p}, size {ND}' for p in (c.biometry if c else PARAMETERS)] + ['none in this view']
     if q == 5: return [ND] + [f'{w}-{w+4} weeks' for w in range(12, 40, 4)]
     if q == 6: return list(GRADES)
@@ -117,7 +153,9 @@ document.addEventListener('focusin', e => {  // else two presses of d delete the
  if (e.target.closest && e.target.closest('.fada-annotate')) e.target.setAttribute('data-lm-suppress-shortcuts', 'true'); }); })()'''
 
 def _png(image, width=480):
-    buf = io.BytesIO(); image.resize((width, max(1, round(width*image.height/image.width)))).save(buf, 'PNG'); return buf.getvalue()
+    buf = io.BytesIO()
+    image.resize((width, max(1, round(width * image.height / image.width)))).save(buf, 'PNG')
+    return buf.getvalue()
 
 def _shown(folder, name):
     "A picture for the screen: text outside the sector blanked where the sector can be told"
@@ -136,15 +174,31 @@ class Annotator:
     ):
         import ipywidgets as w
         if not str(who).strip(): raise FadaError('no reader', '', 'a name or initials', '')
-        self.folder,self.who,self.todo,self.at,self.q = Path(folder),who,work_list(folder, who, share, seed),0,1
+        self.folder, self.who, self.todo, self.at, self.q = (
+            Path(folder),
+            who,
+            work_list(folder, who, share, seed),
+            0,
+            1,
+        )
         self.picture = w.Image(format='png', width=480); self.head,self.state = w.HTML(),w.HTML()
         self.buttons = [w.Button(layout=w.Layout(width='300px')) for _ in range(12)]
-        for k,b in enumerate(self.buttons): b.add_class('fada-choice'); b.on_click(lambda _, k=k: self.take(self.options[k]))
-        self.free = w.Text(placeholder='or type an answer, several separated by commas', layout=w.Layout(width='300px'))
+        for k, b in enumerate(self.buttons):
+            b.add_class('fada-choice')
+            b.on_click(lambda _, k=k: self.take(self.options[k]))
+        self.free = w.Text(
+            placeholder='or type an answer, several separated by commas', layout=w.Layout(width='300px')
+        )
         self.enter,self.back = w.Button(description='Take (Enter)'),w.Button(description='Back')
         self.enter.add_class('fada-take'); self.back.add_class('fada-back')
-        self.enter.on_click(lambda _: self.take(self.free.value)); self.back.on_click(lambda _: self.step_back())
-        self.widget = w.HBox([self.picture, w.VBox([self.head, *self.buttons, self.free, w.HBox([self.enter, self.back]), self.state])])
+        self.enter.on_click(lambda _: self.take(self.free.value))
+        self.back.on_click(lambda _: self.step_back())
+        self.widget = w.HBox(
+            [
+                self.picture,
+                w.VBox([self.head, *self.buttons, self.free, w.HBox([self.enter, self.back]), self.state]),
+            ]
+        )
         self.widget.add_class('fada-annotate'); self.go_on(); self.show()
 
     def go_on(self):
@@ -162,8 +216,10 @@ class Annotator:
             return
         image,cat,sha,kind = self.todo[self.at]; self.picture.value = _png(_shown(self.folder, image))
         self.options = choices(self.q, cat)
-        self.head.value = (f'<b>{html.escape(QUESTIONS[self.q].text)}</b><br>{html.escape(cat or "")} · picture {self.at+1} of {len(self.todo)}'
-                           f' · question {self.q} of 8' + (' · second reading' if kind == 'second' else ''))
+        self.head.value = (
+            f'<b>{html.escape(QUESTIONS[self.q].text)}</b><br>{html.escape(cat or "")} · picture {self.at+1} of {len(self.todo)}'
+            f' · question {self.q} of 8' + (' · second reading' if kind == 'second' else '')
+        )
         for k,b in enumerate(self.buttons):
             b.layout.display = '' if k < len(self.options) else 'none'
             if k < len(self.options): b.description = f'{k+1}  {self.options[k]}'
@@ -174,13 +230,24 @@ def take(self:Annotator, answer):
     "Write the answer to the log and go on"
     if self.at >= len(self.todo): return
     if not answer.strip(): self.state.value = '<i>pick or type an answer first</i>'; return
-    if self.q == 1 and answer in self.options and self.free.value.strip():  # structures are gathered, then taken
+    if (
+        self.q == 1 and answer in self.options and self.free.value.strip()
+    ):  # structures are gathered, then taken
         answer = ', '.join(dict.fromkeys([*(s.strip() for s in self.free.value.split(',')), answer]))
     image,cat,sha,kind = self.todo[self.at]
-    if self.q == 1 and answer != self.free.value: self.free.value = answer; self.state.value = '<i>add more, then Take</i>'; return
-    annotate(self.folder, self.who, image, sha, self.q, answer, kind=kind); self.free.value = ''; self.state.value = '<i>kept</i>'
-    if self.q == 8: self.at += 1; self.q = 1; self.go_on()
-    else: self.q += 1
+    if self.q == 1 and answer != self.free.value:
+        self.free.value = answer
+        self.state.value = '<i>add more, then Take</i>'
+        return
+    annotate(self.folder, self.who, image, sha, self.q, answer, kind=kind)
+    self.free.value = ''
+    self.state.value = '<i>kept</i>'
+    if self.q == 8:
+        self.at += 1
+        self.q = 1
+        self.go_on()
+    else:
+        self.q += 1
     self.show()
 
 @patch
@@ -194,9 +261,13 @@ def step_back(self:Annotator):
 def readings(folder)->tuple:   # (first, second): image, question_id, answer, annotator
     "First and second readings of the log, the last word of each reader"
     a = annotations(folder).rename(columns=dict(who='annotator', after='answer'))
-    a = a[a.kind.isin(['answer','second'])].drop_duplicates(['pixels_sha256','question_id','annotator'], keep='last')
+    a = a[a.kind.isin(['answer', 'second'])].drop_duplicates(
+        ['pixels_sha256', 'question_id', 'annotator'], keep='last'
+    )
     cols = ['image','pixels_sha256','question_id','answer','annotator']
-    return a[a.kind == 'answer'][cols].reset_index(drop=True), a[a.kind == 'second'][cols].reset_index(drop=True)
+    return a[a.kind == 'answer'][cols].reset_index(drop=True), a[a.kind == 'second'][cols].reset_index(
+        drop=True
+    )
 
 def reader_agreement(folder)->pd.DataFrame:
     "Agreement of first and second readings: see `checks.agreement`"
@@ -214,9 +285,11 @@ def annotations_to_csv(
     if not len(t): raise FadaError('no annotations', str(folder), 'answers in the annotation panel', '')
     if path.exists(): raise FadaError('it exists already', str(path), 'a new file', 'give another name')
     with open(path, 'w', newline='', encoding='utf-8') as f:
-        out = csv.writer(f); out.writerow(['Folder Name','Image Name','Annotator', *(f'Q{q}' for q in QUESTIONS)])
+        out = csv.writer(f)
+        out.writerow(['Folder Name', 'Image Name', 'Annotator', *(f'Q{q}' for q in QUESTIONS)])
         for (image,who),g in t.groupby(['image','annotator'], sort=False):
-            said = dict(zip(g.question_id, g.answer)); out.writerow([Path(image).parts[0], Path(image).name, who, *(said.get(q, '') for q in QUESTIONS)])
+            said = dict(zip(g.question_id, g.answer))
+            out.writerow([Path(image).parts[0], Path(image).name, who, *(said.get(q, '') for q in QUESTIONS)])
     return path
 
 # %% ../nbs/04j_annotate.ipynb #4582b34d
@@ -225,22 +298,46 @@ class Explorer:
     def __init__(self, folder):
         import ipywidgets as w
         from fada.data import load_table
-        self.folder = Path(folder); self.table = corrected(load_table(folder), folder); t = self.table; self.at = 0
+        self.folder = Path(folder)
+        self.table = corrected(load_table(folder), folder)
+        t = self.table
+        self.at = 0
         self.category = w.Dropdown(options=['all', *sorted(t.category.unique())], description='category')
         self.split = w.Dropdown(options=['all', *sorted(t.split.unique())], description='split')
-        self.question = w.Dropdown(options=[('all', 0)]+[(q.key, q.id) for q in QUESTIONS.values()], description='question')
+        self.question = w.Dropdown(
+            options=[('all', 0)] + [(q.key, q.id) for q in QUESTIONS.values()], description='question'
+        )
         self.find = w.Text(placeholder='words in an answer', description='answer')
         self.prev,self.next = w.Button(description='◀'),w.Button(description='▶')
-        self.picture = w.Image(format='png', width=480); self.info,self.answers,self.state = w.HTML(),w.HTML(),w.HTML()
+        self.picture = w.Image(format='png', width=480)
+        self.info, self.answers, self.state = w.HTML(), w.HTML(), w.HTML()
         self.who = w.Text(placeholder='your name or initials', description='who')
         self.which = w.Dropdown(options=[(q.key, q.id) for q in QUESTIONS.values()], description='correct')
         self.new,self.keep = w.Text(placeholder='the right answer'),w.Button(description='Append correction')
         self.plot = w.Image(format='png', width=620); self.aside = w.HTML(self._quarantine())
-        for x in (self.category, self.split, self.question, self.find): x.observe(lambda _: self.filter(), 'value')
-        self.prev.on_click(lambda _: self.page(-1)); self.next.on_click(lambda _: self.page(1)); self.keep.on_click(lambda _: self.correct())
-        right = w.VBox([self.info, self.answers, w.HBox([self.who]), w.HBox([self.which, self.new, self.keep]), self.state])
-        tabs = w.Tab([w.HBox([self.picture, right]), self.plot, self.aside]); tabs.titles = ('pictures', 'distributions', 'quarantine')
-        self.widget = w.VBox([w.HBox([self.category, self.split]), w.HBox([self.question, self.find, self.prev, self.next]), tabs])
+        for x in (self.category, self.split, self.question, self.find):
+            x.observe(lambda _: self.filter(), 'value')
+        self.prev.on_click(lambda _: self.page(-1))
+        self.next.on_click(lambda _: self.page(1))
+        self.keep.on_click(lambda _: self.correct())
+        right = w.VBox(
+            [
+                self.info,
+                self.answers,
+                w.HBox([self.who]),
+                w.HBox([self.which, self.new, self.keep]),
+                self.state,
+            ]
+        )
+        tabs = w.Tab([w.HBox([self.picture, right]), self.plot, self.aside])
+        tabs.titles = ('pictures', 'distributions', 'quarantine')
+        self.widget = w.VBox(
+            [
+                w.HBox([self.category, self.split]),
+                w.HBox([self.question, self.find, self.prev, self.next]),
+                tabs,
+            ]
+        )
         self.filter()
 
     def filter(self):
@@ -262,26 +359,54 @@ class Explorer:
 def show(self:Explorer):
     "Show a picture with all its answers"
     if not self.images: self.info.value,self.answers.value = '<i>nothing fits</i>',''; return
-    name = self.images[self.at]; t = self.table[self.table.image == name].sort_values('question_id'); r = t.iloc[0]
-    try: self.picture.value = _png(_shown(self.folder, name)); why = ''
-    except FadaError as e: why = f'<br><span style="color:#a40e26">{html.escape(str(e))}</span>'
+    name = self.images[self.at]
+    t = self.table[self.table.image == name].sort_values('question_id')
+    r = t.iloc[0]
+    try:
+        self.picture.value = _png(_shown(self.folder, name))
+        why = ''
+    except FadaError as e:
+        why = f'<br><span style="color:#a40e26">{html.escape(str(e))}</span>'
     self.info.value = f'<b>{html.escape(public_name(name))}</b> · {html.escape(r.category)} · {r.split} · {self.at+1} of {len(self.images)}{why}'
     was = t.get('corrected_from', pd.Series([None]*len(t)))
-    self.answers.value = '<table>'+''.join(
-        f'<tr><td>{q}</td><td>{html.escape(QUESTIONS[q].key)}</td><td><b>{html.escape(str(a))}</b>'
-        + (f' <s>{html.escape(str(o))}</s>' if isinstance(o, str) else '') + '</td></tr>' for q,a,o in zip(t.question_id, t.answer, was)) + '</table>'
+    self.answers.value = (
+        '<table>'
+        + ''.join(
+            f'<tr><td>{q}</td><td>{html.escape(QUESTIONS[q].key)}</td><td><b>{html.escape(str(a))}</b>'
+            + (f' <s>{html.escape(str(o))}</s>' if isinstance(o, str) else '')
+            + '</td></tr>'
+            for q, a, o in zip(t.question_id, t.answer, was)
+        )
+        + '</table>'
+    )
 
 @patch
 def correct(self:Explorer):
     "Append a correction of the picture in view; what is wrong with it is said"
-    t = self.table; name = self.images[self.at] if self.images else ''; hit = t[(t.image == name) & (t.question_id == self.which.value)]
+    t = self.table
+    name = self.images[self.at] if self.images else ''
+    hit = t[(t.image == name) & (t.question_id == self.which.value)]
     try:
-        if not len(hit): raise FadaError('no such answer to correct', name, 'a question that was answered', '')
+        if not len(hit):
+            raise FadaError('no such answer to correct', name, 'a question that was answered', '')
         if not self.new.value.strip(): raise FadaError('an empty answer', name, 'the right answer', '')
-        annotate(self.folder, self.who.value, name, hit.pixels_sha256.iloc[0], self.which.value, self.new.value, hit.answer.iloc[0])
-    except FadaError as e: self.state.value = f'<i>{html.escape(str(e))}</i>'; return
+        annotate(
+            self.folder,
+            self.who.value,
+            name,
+            hit.pixels_sha256.iloc[0],
+            self.which.value,
+            self.new.value,
+            hit.answer.iloc[0],
+        )
+    except FadaError as e:
+        self.state.value = f'<i>{html.escape(str(e))}</i>'
+        return
     from fada.data import load_table
-    self.table = corrected(load_table(self.folder), self.folder); self.new.value = ''; self.state.value = '<i>appended</i>'; self.show()
+    self.table = corrected(load_table(self.folder), self.folder)
+    self.new.value = ''
+    self.state.value = '<i>appended</i>'
+    self.show()
 
 # %% ../nbs/04j_annotate.ipynb #d6393d7a
 @patch
@@ -290,12 +415,21 @@ def draw(self:Explorer):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8,3.4)); a,b = fig.subplots(1, 2); t = self.rows
     if len(t):
-        t.drop_duplicates('image').groupby(['category','split']).size().unstack(fill_value=0).plot.barh(stacked=True, ax=a)
+        t.drop_duplicates('image').groupby(['category', 'split']).size().unstack(fill_value=0).plot.barh(
+            stacked=True, ax=a
+        )
         top = (t.answer_norm if 'answer_norm' in t else t.answer).value_counts().head(12)[::-1]
         b.barh([s[:34] for s in top.index], top, color='#4c72b0')
-    a.set_title('images'); a.set_ylabel(''); b.set_title(f'commonest answers, {QUESTIONS[self.question.value].key if self.question.value else "all questions"}')
+    a.set_title('images')
+    a.set_ylabel('')
+    b.set_title(
+        f'commonest answers, {QUESTIONS[self.question.value].key if self.question.value else "all questions"}'
+    )
     for x in (a, b): x.tick_params(labelsize=7); x.title.set_fontsize(9)
-    buf = io.BytesIO(); fig.tight_layout(); fig.savefig(buf, format='png', dpi=110); self.plot.value = buf.getvalue()
+    buf = io.BytesIO()
+    fig.tight_layout()
+    fig.savefig(buf, format='png', dpi=110)
+    self.plot.value = buf.getvalue()
 
 @patch
 def _quarantine(self:Explorer):
@@ -303,7 +437,11 @@ def _quarantine(self:Explorer):
     p = self.folder/QUARANTINE
     if not p.is_file(): return '<i>nothing was set aside</i>'
     q = pd.read_csv(p, keep_default_na=False); by = q.groupby('reason').size().sort_values(ascending=False)
-    return f'<b>{len(q)} set aside</b>' + by.head(20).rename('rows').to_frame().to_html(escape=True) + q.head(500).to_html(escape=True, index=False)
+    return (
+        f'<b>{len(q)} set aside</b>'
+        + by.head(20).rename('rows').to_frame().to_html(escape=True)
+        + q.head(500).to_html(escape=True, index=False)
+    )
 
 # %% ../nbs/04j_annotate.ipynb #df793e43
 def explore(folder=None):

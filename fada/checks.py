@@ -31,19 +31,56 @@ class Check:
     def summary(self):
         "Counts: images and answers taken, findings by action and kind"
         f = self.findings; t = self.table
-        return dict(folder=str(self.reading.folder), reader=self.reading.reader, images=int(t.image.nunique()) if len(t) else 0,
-                    answers=len(t), second_readings=len(self.reading.seconds),
-                    actions={k: int(v) for k,v in f.action.value_counts().items()},
-                    kinds={k: int(v) for k,v in f.kind.value_counts().items()}, mapping=self.reading.mapping)
+        return dict(
+            folder=str(self.reading.folder),
+            reader=self.reading.reader,
+            images=int(t.image.nunique()) if len(t) else 0,
+            answers=len(t),
+            second_readings=len(self.reading.seconds),
+            actions={k: int(v) for k, v in f.action.value_counts().items()},
+            kinds={k: int(v) for k, v in f.kind.value_counts().items()},
+            mapping=self.reading.mapping,
+        )
 
 # %% ../nbs/04f_checks.ipynb #8690d750
 def _kind(reason):
     "The kind of a finding, from its reason: for counting and filtering"
-    for kind,words in (('no answer', ('no answer',)), ('image without answers', ('image without',)),
-                       ('answer without image', ('no image ', 'no such file')), ('duplicate answer', ('answered twice',)),
-                       ('image does not open', ('does not open', 'not a readable image', 'readable DICOM', 'in one picture', 'pixels', 'empty file')),
-                       ('category', ('category',)), ('link', ('link',)), ('name', ('of one name', 'Windows')), ('status', ('status',)),
-                       ('workbook', ('workbook', 'sheet', 'column', 'formula', 'Excel', 'cells', 'read as', 'separated', 'macros', 'table'))):
+    for kind, words in (
+        ('no answer', ('no answer',)),
+        ('image without answers', ('image without',)),
+        ('answer without image', ('no image ', 'no such file')),
+        ('duplicate answer', ('answered twice',)),
+        (
+            'image does not open',
+            (
+                'does not open',
+                'not a readable image',
+                'readable DICOM',
+                'in one picture',
+                'pixels',
+                'empty file',
+            ),
+        ),
+        ('category', ('category',)),
+        ('link', ('link',)),
+        ('name', ('of one name', 'Windows')),
+        ('status', ('status',)),
+        (
+            'workbook',
+            (
+                'workbook',
+                'sheet',
+                'column',
+                'formula',
+                'Excel',
+                'cells',
+                'read as',
+                'separated',
+                'macros',
+                'table',
+            ),
+        ),
+    ):
         if any(w in reason for w in words): return kind
     return 'other'
 
@@ -59,8 +96,17 @@ def check_images(
     cats = table.drop_duplicates('image').set_index('image').category.to_dict()
     for n,s in used.items():
         o = first.setdefault(s['pixels_sha256'], n)
-        if o != n: _add(out, n, 0, 'image', 'duplicate image', f'the same pixels as {o}'
-                        + (f', which is filed under {cats[o]}' if cats[o] != cats[n] else '') + '; both go into one split')
+        if o != n:
+            _add(
+                out,
+                n,
+                0,
+                'image',
+                'duplicate image',
+                f'the same pixels as {o}'
+                + (f', which is filed under {cats[o]}' if cats[o] != cats[n] else '')
+                + '; both go into one split',
+            )
         if why := unlike_ultrasound(s): _add(out, n, 0, 'image', 'unlike ultrasound', why)
     for a,b in itertools.islice(near_pairs(used), 100_000):
         if used[a]['pixels_sha256'] != used[b]['pixels_sha256']:
@@ -78,24 +124,64 @@ def check_answers(
     "Class and answer imbalance, label drift, unreadable answers, degenerate references"
     out = []; images = table.drop_duplicates('image').category.value_counts()
     if len(images) > 1 and images.max() > 10*images.min():
-        _add(out, '', 0, 'category', 'imbalance', f'{images.idxmax()} has {images.max()} images, {images.idxmin()} {images.min()}')
+        _add(
+            out,
+            '',
+            0,
+            'category',
+            'imbalance',
+            f'{images.idxmax()} has {images.max()} images, {images.idxmin()} {images.min()}',
+        )
     for q,g in table.groupby('question_id'):
         share = g.answer_norm.value_counts(normalize=True)
         if len(g) >= 10 and share.iloc[0] > .8:
-            _add(out, '', 0, f'Q{q}', 'imbalance', f'{share.iloc[0]:.1%} of the answers are {share.index[0]!r}: always saying it scores that much')
+            _add(
+                out,
+                '',
+                0,
+                f'Q{q}',
+                'imbalance',
+                f'{share.iloc[0]:.1%} of the answers are {share.index[0]!r}: always saying it scores that much',
+            )
         for norm,same in g.groupby('answer_norm'):
             spell = same.answer.value_counts()
             if len(spell) > 1:
                 rules = ', '.join(sorted({x for r in same.rule for x in r.split(', ') if x})) or 'case'
-                _add(out, same.source.iloc[0] if 'source' in same else '', 0, f'Q{q}', 'label drift',
-                     ' · '.join(f'{s!r} {n}×' for s,n in spell.head(5).items()) + f' → {norm!r} (rules: {rules})', 'repaired')
-        unread = g[[not parse_answer(q, a) for a in g.answer]] if 'structured' not in g else g[g.structured == '{}']
+                _add(
+                    out,
+                    same.source.iloc[0] if 'source' in same else '',
+                    0,
+                    f'Q{q}',
+                    'label drift',
+                    ' · '.join(f'{s!r} {n}×' for s, n in spell.head(5).items())
+                    + f' → {norm!r} (rules: {rules})',
+                    'repaired',
+                )
+        unread = (
+            g[[not parse_answer(q, a) for a in g.answer]]
+            if 'structured' not in g
+            else g[g.structured == '{}']
+        )
         for a,same in unread.groupby('answer_norm'):
             f,_,i = str(same.source.iloc[0] if 'source' in same else '').rpartition(':')
-            _add(out, f, int(i or 0), f'Q{q}', 'not understood', f'{len(same)} answers such as {same.answer.iloc[0][:60]!r} have no structured form: text scores only')
+            _add(
+                out,
+                f,
+                int(i or 0),
+                f'Q{q}',
+                'not understood',
+                f'{len(same)} answers such as {same.answer.iloc[0][:60]!r} have no structured form: text scores only',
+            )
     for (c,q),g in table.groupby(['category', 'question_id']):
         if len(g) >= 5 and g.answer_norm.nunique() == 1:
-            _add(out, '', 0, f'Q{q}', 'degenerate', f'{c}: all {len(g)} answers are {g.answer_norm.iloc[0]!r}: nothing to rank here')
+            _add(
+                out,
+                '',
+                0,
+                f'Q{q}',
+                'degenerate',
+                f'{c}: all {len(g)} answers are {g.answer_norm.iloc[0]!r}: nothing to rank here',
+            )
     return out
 
 # %% ../nbs/04f_checks.ipynb #f1387b2a
@@ -106,11 +192,20 @@ def check_confounding(table)->list:
     out = []
     for c in SOURCES:
         if c not in table or not table[c].notna().any():
-            _add(out, '', 0, c, 'source unknown', f'{c} is not known: confounding by it cannot be seen'); continue
+            _add(out, '', 0, c, 'source unknown', f'{c} is not known: confounding by it cannot be seen')
+            continue
         per = table.dropna(subset=[c]).groupby('category')[c].agg(lambda s: sorted(set(map(str, s))))
         if table[c].nunique() < 2: continue
         for cat,who in per.items():
-            if len(who) == 1: _add(out, '', 0, c, 'confounding', f'{cat} comes from {c} {who[0]!r} only; others come from {table[c].nunique()}')
+            if len(who) == 1:
+                _add(
+                    out,
+                    '',
+                    0,
+                    c,
+                    'confounding',
+                    f'{cat} comes from {c} {who[0]!r} only; others come from {table[c].nunique()}',
+                )
     return out
 
 # %% ../nbs/04f_checks.ipynb #56554deb
@@ -119,7 +214,8 @@ def agreement(
 )->pd.DataFrame:         # one row per question and pair of annotators
     "Agreement of annotators: n, raw agreement, Cohen's kappa (1960), Jaccard overlap of structures"
     from sklearn.metrics import cohen_kappa_score
-    if not len(seconds): return pd.DataFrame(columns=['question_id','annotators','n','agreement','kappa','jaccard'])
+    if not len(seconds):
+        return pd.DataFrame(columns=['question_id', 'annotators', 'n', 'agreement', 'kappa', 'jaccard'])
     both = table.merge(seconds, on=['image','question_id'], suffixes=('_1','_2')); out = []
     if 'annotator_1' not in both: both['annotator_1'] = ''
     for (q,a,b),g in both.groupby(['question_id', both.annotator_1.fillna('first'), 'annotator_2']):
@@ -129,8 +225,16 @@ def agreement(
                 s,t = [set(parse_answer(1, v).get('structures') or v.lower().split(', ')) for v in (s,t)]
                 sets.append(len(s&t)/max(len(s|t), 1))
         kappa = cohen_kappa_score(x, y) if len(set(x)|set(y)) > 1 else None
-        out.append(dict(question_id=q, annotators=f'{a} / {b}', n=len(g), agreement=float((x == y).mean()), kappa=kappa,
-                        jaccard=sum(sets)/len(sets) if sets else None))
+        out.append(
+            dict(
+                question_id=q,
+                annotators=f'{a} / {b}',
+                n=len(g),
+                agreement=float((x == y).mean()),
+                kappa=kappa,
+                jaccard=sum(sets) / len(sets) if sets else None,
+            )
+        )
     return pd.DataFrame(out)
 
 # %% ../nbs/04f_checks.ipynb #3499e4f8
@@ -141,16 +245,33 @@ def check(
 )->Check:
     "Read a folder without writing a table and say everything odd about it; `FadaError` where the folder is missing"
     r = read_any(folder, reader, '', workers, frames); out = []
-    for a in r.aside: _add(out, a['file'], a['row'], a['field'], _kind(a['reason']), a['reason'], 'quarantined')
-    for n in r.notes: _add(out, n['file'], n['row'], n['field'], _kind(n['finding']), n['finding'], n['action'])
+    for a in r.aside:
+        _add(out, a['file'], a['row'], a['field'], _kind(a['reason']), a['reason'], 'quarantined')
+    for n in r.notes:
+        _add(out, n['file'], n['row'], n['field'], _kind(n['finding']), n['finding'], n['action'])
     table = r.table
     if not len(table):
-        _add(out, '', 0, '', 'nothing taken', 'no image has an answer; `fada data template` writes an empty workbook', 'quarantined')
+        _add(
+            out,
+            '',
+            0,
+            '',
+            'nothing taken',
+            'no image has an answer; `fada data template` writes an empty workbook',
+            'quarantined',
+        )
         return Check(r, table, pd.DataFrame(out, columns=COLUMNS))
     rules = load_rules(folder); table = normalise(table, rules)
     out += check_images(r, table) + check_answers(table) + check_confounding(table)
     if table.patient.str.startswith('image:').all():
-        _add(out, '', 0, 'patient', 'patients unknown', 'splits go by near-duplicate groups; add a Patient column to split by patient')
+        _add(
+            out,
+            '',
+            0,
+            'patient',
+            'patients unknown',
+            'splits go by near-duplicate groups; add a Patient column to split by patient',
+        )
     seconds = normalise(pd.DataFrame(r.seconds), rules) if r.seconds else pd.DataFrame()
     return Check(r, table, pd.DataFrame(out, columns=COLUMNS), agreement(table, seconds))
 
@@ -163,8 +284,11 @@ def text(self:Check, rows:int=12)->str:
     s = self.summary; f = self.findings
     head = [f"{s['images']} images, {s['answers']} answers taken by reader {s['reader']}"
             + (f", {s['second_readings']} second readings" if s['second_readings'] else '')]
-    for name,m in s['mapping'].items(): head.append(f'  {name}: ' + ', '.join(f'{" ".join(str(k).split())} → {v}' for k,v in m.items()))
-    for (kind,action),g in sorted(f.groupby(['kind','action'], sort=False), key=lambda x: (x[0][1] != 'quarantined', -len(x[1]))):
+    for name, m in s['mapping'].items():
+        head.append(f'  {name}: ' + ', '.join(f'{" ".join(str(k).split())} → {v}' for k, v in m.items()))
+    for (kind, action), g in sorted(
+        f.groupby(['kind', 'action'], sort=False), key=lambda x: (x[0][1] != 'quarantined', -len(x[1]))
+    ):
         head.append(f'{action:12}{len(g):6}  {kind}')
         for x in g.head(3 if action == 'quarantined' else 2).itertuples():
             at = ', '.join(str(v) for v in (x.file, f'row {x.row}' if x.row else '', x.field) if v)
@@ -173,9 +297,16 @@ def text(self:Check, rows:int=12)->str:
 
 @patch
 def _repr_html_(self:Check):
-    f = self.findings.groupby(['action','kind']).agg(findings=('finding','size'), first=('finding','first')).reset_index()
+    f = (
+        self.findings.groupby(['action', 'kind'])
+        .agg(findings=('finding', 'size'), first=('finding', 'first'))
+        .reset_index()
+    )
     s = self.summary
-    return f"<p><b>{s['images']} images, {s['answers']} answers</b> by reader {html.escape(s['reader'])}</p>" + f.to_html(escape=True, index=False)
+    return (
+        f"<p><b>{s['images']} images, {s['answers']} answers</b> by reader {html.escape(s['reader'])}</p>"
+        + f.to_html(escape=True, index=False)
+    )
 
 # %% ../nbs/04f_checks.ipynb #54a2842f
 @patch
@@ -189,9 +320,18 @@ def figure(self:Check):
     axs[0,1].bar([QUESTIONS[q].key[:9] for q in top.index], top, color='#dd8452'); axs[0,1].set_ylim(0,1)
     axs[0,1].set_title('share of the commonest answer'); axs[0,1].tick_params(axis='x', rotation=40)
     kinds = self.findings.groupby(['kind','action']).size().unstack(fill_value=0)
-    kinds.plot.barh(stacked=True, ax=axs[1,0], color={'quarantined':'#c44e52','repaired':'#55a868','kept':'#8c8c8c'}, legend=True)
-    axs[1,0].set_title('findings'); axs[1,0].set_ylabel(''); axs[1,0].set_xscale('symlog'); axs[1,0].legend(fontsize=7)
-    axs[1,1].hist([self.reading.seen[n]['mean'] for n in t.image.unique()], bins=20, color='#4c72b0'); axs[1,1].set_title('mean grey value of the images')
+    kinds.plot.barh(
+        stacked=True,
+        ax=axs[1, 0],
+        color={'quarantined': '#c44e52', 'repaired': '#55a868', 'kept': '#8c8c8c'},
+        legend=True,
+    )
+    axs[1, 0].set_title('findings')
+    axs[1, 0].set_ylabel('')
+    axs[1, 0].set_xscale('symlog')
+    axs[1, 0].legend(fontsize=7)
+    axs[1, 1].hist([self.reading.seen[n]['mean'] for n in t.image.unique()], bins=20, color='#4c72b0')
+    axs[1, 1].set_title('mean grey value of the images')
     for a in axs.flat: a.tick_params(labelsize=7); a.title.set_fontsize(9)
     fig.tight_layout()
     return fig

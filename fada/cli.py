@@ -77,14 +77,26 @@ def demo(
 # %% ../nbs/16_cli.ipynb #0c2b3307
 @app.command()
 def phantom(
-    n:Annotated[Optional[int], typer.Option(help='Images. Default: [data] phantoms of settings.ini.')]=None,
-    categories:Categories=None,
-    out:Annotated[Optional[str], typer.Option(help='Folder. Default: [data] folder of settings.ini.')]=None,
-    findings:Annotated[float, typer.Option(help='Share of fetuses with an injected finding, 0 to 1.')]=.15,
-    overlays:Annotated[float, typer.Option(help='Share of pictures with ruler, settings or age written in, 0 to 1.')]=0.,
-    phrasings:Annotated[bool, typer.Option('--phrasings', help='Several wordings of questions and answers.')]=False,
-    size:Annotated[int, typer.Option(help='Pixels a side.')]=224,
-    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+    n: Annotated[
+        Optional[int], typer.Option(help='Images. Default: [data] phantoms of settings.ini.')
+    ] = None,
+    categories: Categories = None,
+    out: Annotated[
+        Optional[str], typer.Option(help='Folder. Default: [data] folder of settings.ini.')
+    ] = None,
+    findings: Annotated[
+        float, typer.Option(help='Share of fetuses with an injected finding, 0 to 1.')
+    ] = 0.15,
+    overlays: Annotated[
+        float, typer.Option(help='Share of pictures with ruler, settings or age written in, 0 to 1.')
+    ] = 0.0,
+    phrasings: Annotated[
+        bool, typer.Option('--phrasings', help='Several wordings of questions and answers.')
+    ] = False,
+    size: Annotated[int, typer.Option(help='Pixels a side.')] = 224,
+    seed: Seed = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ):
     """Make phantoms with their eight answers, masks, calipers and question table.
 
@@ -230,19 +242,29 @@ def models(json:Json=False, quiet:Quiet=False):
                     f'{", ".join(m.precisions)}' for m in registry().values()))
 
 # %% ../nbs/16_cli.ipynb #0d2c9016
-data_app = typer.Typer(name='data', no_args_is_help=True, rich_markup_mode=None,
-                       help="A group's own folder: check it, begin a workbook, export, verify, get a public set.")
+data_app = typer.Typer(
+    name='data',
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="A group's own folder: check it, begin a workbook, export, verify, get a public set.",
+)
 app.add_typer(data_app)
 Folder = Annotated[str, typer.Argument(help='Folder of images and answers.')]
 Reader = Annotated[str, typer.Option(help='auto, folder, chat, datasets, fetal-planes, african-planes, '
                                           'fetal-nt or hc18.')]
 
+
 @data_app.command('check')
-def data_check(folder:Folder, reader:Reader='auto',
-               frames:Annotated[str, typer.Option(help='Of a cine: first, middle, all, every K, '
-                                                       'or a number.')]='first',
-               report:Annotated[Optional[str], typer.Option(help='Write all findings to this CSV file.')]=None,
-               json:Json=False, quiet:Quiet=False):
+def data_check(
+    folder: Folder,
+    reader: Reader = 'auto',
+    frames: Annotated[
+        str, typer.Option(help='Of a cine: first, middle, all, every K, ' 'or a number.')
+    ] = 'first',
+    report: Annotated[Optional[str], typer.Option(help='Write all findings to this CSV file.')] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+):
     """Say everything odd about a folder; no table is written.
 
     Example: fada data check /scans --report findings.csv"""
@@ -282,11 +304,17 @@ def data_template(folder:Folder,
 # %% ../nbs/16_cli.ipynb #41582ea0
 @data_app.command('export')
 def data_export(
-    folder:Folder, out:Annotated[str, typer.Argument(help='New folder.')],
-    format:Annotated[str, typer.Option(help='workbook, csv, chat, sharegpt, llava or datasets.')]='workbook',
-    split:Annotated[Optional[str], typer.Option(help='train, val or test. Default: all.')]=None,
-    keep_text:Annotated[bool, typer.Option('--keep-text', help='Leave what is written outside the sector.')]=False,
-    json:Json=False, quiet:Quiet=False,
+    folder: Folder,
+    out: Annotated[str, typer.Argument(help='New folder.')],
+    format: Annotated[
+        str, typer.Option(help='workbook, csv, chat, sharegpt, llava or datasets.')
+    ] = 'workbook',
+    split: Annotated[Optional[str], typer.Option(help='train, val or test. Default: all.')] = None,
+    keep_text: Annotated[
+        bool, typer.Option('--keep-text', help='Leave what is written outside the sector.')
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ):
     """Write a question table and its images in another format, without names.
 

@@ -12,8 +12,17 @@ import json
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .settings import (FadaError, digest, environment, now, read_json, sha256_file, write_json, writable_folder,
-                           pixels_sha256)
+from fada.settings import (
+    FadaError,
+    digest,
+    environment,
+    now,
+    read_json,
+    sha256_file,
+    write_json,
+    writable_folder,
+    pixels_sha256,
+)
 from .clinical import CATEGORIES, QUESTIONS, category
 from .images import CM, IMAGES, dicom_scale, near_groups, read_dicom, read_image
 from .readers import PLACEHOLDERS, QUARANTINE, read_any, read_folder
@@ -67,7 +76,11 @@ def read_phantoms(
                       mm_per_px=t['mm_per_px'], ga_days=t['ga_days'], ga_source='dates',
                       visit=t['visit'], truth=side.relative_to(folder).as_posix())
         for q in QUESTIONS:
-            said = t['phrased'][str(q)] if phrasings else dict(phrasing=0, question=QUESTIONS[q].text, answer=t['text'][str(q)])
+            said = (
+                t['phrased'][str(q)]
+                if phrasings
+                else dict(phrasing=0, question=QUESTIONS[q].text, answer=t['text'][str(q)])
+            )
             rows.append(dict(common, question_id=q, **said, canonical=said['phrasing'] == 0,
                              structured=json.dumps(t['answers'][str(q)], sort_keys=True)))
     if len(rows) != spec['n']*len(QUESTIONS):
@@ -110,7 +123,11 @@ def split_units(
     def top(x):
         while parent.setdefault(x, x) != x: parent[x] = parent[parent[x]]; x = parent[x]
         return x
-    near = near_groups({n: seen[n] for n in images.index[images.patient.str.startswith('image:')]}) if seen else {}
+    near = (
+        near_groups({n: seen[n] for n in images.index[images.patient.str.startswith('image:')]})
+        if seen
+        else {}
+    )
     for n,r in images.iterrows():
         for other in (r.pixels_sha256, *([f'near:{near[n]}'] if n in near else [])):
             parent[top(other)] = top(r.patient)
@@ -144,8 +161,12 @@ def _published(table, unit):
     n = p.groupby('unit').published_split.nunique()
     if (n > 1).any():
         who = sorted(p[p.unit.isin(n[n > 1].index)].patient.unique())
-        raise FadaError(f'the published split divides {len(who)} patients or shared pictures: {", ".join(who[:8])}',
-                        'column published_split', 'whole patients in one split', 'correct it, or split anew without it')
+        raise FadaError(
+            f'the published split divides {len(who)} patients or shared pictures: {", ".join(who[:8])}',
+            'column published_split',
+            'whole patients in one split',
+            'correct it, or split anew without it',
+        )
     return p.drop_duplicates('unit').set_index('unit').published_split.to_dict()
 
 # %% ../nbs/04_data.ipynb #a62e6794
@@ -163,7 +184,7 @@ def split_table(
     images = table.drop_duplicates('image')
     cats = {u: g.category.value_counts().to_dict() for u,g in images.groupby(images.image.map(unit))}
     rng = np.random.default_rng(seed); where = {u: s for u,s in given.items() if s != 'train'}
-    if 'val' in given.values(): where.update(given); rest_shares = shares
+    if 'val' in given.values():where.update(given); rest_shares = shares
     else: rest_shares = (shares[0]/(shares[0]+shares[1]), shares[1]/(shares[0]+shares[1]), 0)
     train = {u: cats[u] for u,s in given.items() if u not in where}
     where.update({u: SPLITS[s] for u,s in _deal(train, rest_shares, rng).items()})
@@ -174,9 +195,13 @@ def split_table(
     for c,g in out.groupby('category'):
         if not given and (lost := wanted-set(g.split)):
             who = sorted(g.patient.unique())
-            raise FadaError('no split without a leak', f'{c}: {len(who)} patients or images that belong together '
-                            f'({", ".join(who[:6])}{" …" if len(who) > 6 else ""}), none left for {", ".join(sorted(lost))}',
-                            'at least 3 unrelated patients per category', 'add images, or leave the category out')
+            raise FadaError(
+                'no split without a leak',
+                f'{c}: {len(who)} patients or images that belong together '
+                f'({", ".join(who[:6])}{" …" if len(who) > 6 else ""}), none left for {", ".join(sorted(lost))}',
+                'at least 3 unrelated patients per category',
+                'add images, or leave the category out',
+            )
     return out
 
 # %% ../nbs/04_data.ipynb #887ec659
@@ -194,14 +219,26 @@ def leaks(
 def make_manifest(table, reader, seed, quarantine=None, **more)->dict:
     "Counts, hashes and origin of a question table; `more` is kept with it"
     images = table.drop_duplicates('image')
-    m = dict(kind='fada question table', made=now(), reader=reader, seed=seed,
-             rows=len(table), images=len(images), patients=int(table.patient.nunique()),
-             patients_known=not table.patient.str.startswith('image:').any(),
-             images_by_category_and_split={c: g.split.value_counts().to_dict() for c,g in images.groupby('category')},
-             rows_by_question=table.question_id.value_counts().sort_index().to_dict(),
-             pixels_digest=digest(sorted(images.pixels_sha256)), table_digest=table_digest(table),
-             quarantined=0 if quarantine is None else len(quarantine), leaks=leaks(table),
-             versions=environment(), **more)
+    m = dict(
+        kind='fada question table',
+        made=now(),
+        reader=reader,
+        seed=seed,
+        rows=len(table),
+        images=len(images),
+        patients=int(table.patient.nunique()),
+        patients_known=not table.patient.str.startswith('image:').any(),
+        images_by_category_and_split={
+            c: g.split.value_counts().to_dict() for c, g in images.groupby('category')
+        },
+        rows_by_question=table.question_id.value_counts().sort_index().to_dict(),
+        pixels_digest=digest(sorted(images.pixels_sha256)),
+        table_digest=table_digest(table),
+        quarantined=0 if quarantine is None else len(quarantine),
+        leaks=leaks(table),
+        versions=environment(),
+        **more,
+    )
     return m
 
 # %% ../nbs/04_data.ipynb #4494f07b
@@ -217,12 +254,14 @@ def _file_hashes(table, folder, seen=None, extra=()):
     "Size and sha256 of images, sidecars, workbooks and the table's own files; hashes taken at reading are reused"
     names = {n.split('#')[0] if not (folder/n).is_file() else n for n in table.image}
     names |= set(table.truth.dropna()) if 'truth' in table else set()
-    if 'source' in table: names |= {s.rsplit(':', 1)[0].split(' [')[0] for s in table.source.dropna().unique()}
+    if 'source' in table:
+        names |= {s.rsplit(':', 1)[0].split(' [')[0] for s in table.source.dropna().unique()}
     names |= {n for n in ('questions.parquet', QUARANTINE, 'second_readings.parquet', *extra)}
     out = {}
     for n in sorted(names):
         p = folder/n
-        if p.is_file(): out[n] = [p.stat().st_size, (seen or {}).get(n, {}).get('file_sha256') or sha256_file(p)]
+        if p.is_file():
+            out[n] = [p.stat().st_size, (seen or {}).get(n, {}).get('file_sha256') or sha256_file(p)]
     return out
 
 # %% ../nbs/04_data.ipynb #45fea2e5
@@ -230,7 +269,10 @@ def _write_parquet(table, path):
     tmp = path.with_name(f'.{path.name}.part')
     table.to_parquet(tmp, index=False); tmp.replace(path)
 
-def save_table(table, folder, reader, seed, quarantine=None, seconds=None, notes=None, seen=None, **more)->dict:
+
+def save_table(
+    table, folder, reader, seed, quarantine=None, seconds=None, notes=None, seen=None, **more
+) -> dict:
     """Write questions.parquet, manifest.json, files.json and, where there are any, quarantine.csv, notes.csv and
     second_readings.parquet to `folder`; returns the manifest"""
     folder = writable_folder(folder); check_table(table)
@@ -243,33 +285,56 @@ def save_table(table, folder, reader, seed, quarantine=None, seconds=None, notes
     (folder/'second_readings.parquet').unlink(missing_ok=True)
     if seconds is not None and len(seconds): _write_parquet(seconds, folder/'second_readings.parquet')
     files = _file_hashes(table, folder, seen); write_json(folder/FILES, files)
-    manifest = make_manifest(table, reader, seed, quarantine, files=len(files), files_digest=digest(files), **more)
+    manifest = make_manifest(
+        table, reader, seed, quarantine, files=len(files), files_digest=digest(files), **more
+    )
     write_json(folder/'manifest.json', dict(manifest, manifest_digest=digest(_plain(manifest))))
     return manifest
 
-def _plain(manifest): return json.loads(json.dumps({k: v for k,v in manifest.items() if k != 'manifest_digest'}, default=str))
+
+def _plain(manifest):
+    return json.loads(json.dumps({k: v for k, v in manifest.items() if k != 'manifest_digest'}, default=str))
 
 # %% ../nbs/04_data.ipynb #f9280ec2
 def verify(
     folder,                 # with manifest.json
 )->pd.DataFrame:            # file, finding; empty where nothing changed
     "Every change to any file since the table was made; `FadaError` where there is no manifest"
-    folder = Path(folder); m = read_json(folder/'manifest.json'); out = []; say = lambda f,t: out.append(dict(file=f, finding=t))
+    folder = Path(folder)
+    m = read_json(folder / 'manifest.json')
+    out = []
+    say = lambda f, t: out.append(dict(file=f, finding=t))
     if 'files_digest' not in m or not (folder/FILES).is_file():
-        raise FadaError('the manifest does not list its files', str(folder/'manifest.json'), FILES, 'prepare the data again')
+        raise FadaError(
+            'the manifest does not list its files',
+            str(folder / 'manifest.json'),
+            FILES,
+            'prepare the data again',
+        )
     files = read_json(folder/FILES)
     if m.get('manifest_digest') != digest(_plain(m)): say('manifest.json', 'changed')
     if digest(files) != m['files_digest']: say(FILES, 'changed')
     for n,(size,sha) in files.items():
         p = folder/n
-        if not p.is_file(): say(n, 'missing')
+        if not p.is_file():say(n, 'missing')
         elif p.stat().st_size != size or sha256_file(p) != sha: say(n, 'changed')
-    aside = set(pd.read_csv(folder/QUARANTINE, keep_default_na=False).file) if (folder/QUARANTINE).is_file() else set()
+    aside = (
+        set(pd.read_csv(folder / QUARANTINE, keep_default_na=False).file)
+        if (folder / QUARANTINE).is_file()
+        else set()
+    )
     for p in sorted(folder.rglob('*')):
         n = p.relative_to(folder).as_posix()
-        if p.suffix.lower() in IMAGES and p.is_file() and n not in files and n not in aside and not any(
-            a.startswith(f'{n}#') for a in aside) and not any(x.startswith('.') for x in p.relative_to(folder).parts) \
-            and m['reader'] != 'phantoms': say(n, 'new: not in the table, not in the quarantine')
+        if (
+            p.suffix.lower() in IMAGES
+            and p.is_file()
+            and n not in files
+            and n not in aside
+            and not any(a.startswith(f'{n}#') for a in aside)
+            and not any(x.startswith('.') for x in p.relative_to(folder).parts)
+            and m['reader'] != 'phantoms'
+        ):
+            say(n, 'new: not in the table, not in the quarantine')
     return pd.DataFrame(out, columns=['file','finding'])
 
 # %% ../nbs/04_data.ipynb #a319693a
@@ -306,21 +371,45 @@ def prepare_own(
     from fada.vocabulary import load_rules, normalise
     r = read_any(folder, reader, dataset, workers, frames)
     if not r.rows:
-        raise FadaError('no image has an answer', str(folder), 'images, and answers that name them',
-                        f'first finding: {r.aside[0]["reason"]}' if r.aside else 'run `fada data template` for an empty workbook')
-    rules = load_rules(folder); table = normalise(r.table.assign(phash=lambda t: t.image.map(lambda n: r.seen[n]['phash'])), rules)
+        raise FadaError(
+            'no image has an answer',
+            str(folder),
+            'images, and answers that name them',
+            (
+                f'first finding: {r.aside[0]["reason"]}'
+                if r.aside
+                else 'run `fada data template` for an empty workbook'
+            ),
+        )
+    rules = load_rules(folder)
+    table = normalise(r.table.assign(phash=lambda t: t.image.map(lambda n: r.seen[n]['phash'])), rules)
     table = split_table(table, seed, shares, r.seen, published)
-    return save_table(table, folder, r.reader, seed, r.quarantine, pd.DataFrame(r.seconds), pd.DataFrame(r.notes), r.seen,
-                      options=r.options, mapping=r.mapping, split=dict(shares=list(shares), published=published and 'published_split' in table),
-                      vocabulary_digest=digest(rules), second_readings=len(r.seconds))
+    return save_table(
+        table,
+        folder,
+        r.reader,
+        seed,
+        r.quarantine,
+        pd.DataFrame(r.seconds),
+        pd.DataFrame(r.notes),
+        r.seen,
+        options=r.options,
+        mapping=r.mapping,
+        split=dict(shares=list(shares), published=published and 'published_split' in table),
+        vocabulary_digest=digest(rules),
+        second_readings=len(r.seconds),
+    )
 
 # %% ../nbs/04_data.ipynb #2990329c
 def prepare(
-    folder,                       # data folder
-    n:int, categories, seed:int=0, workers:int=1,
-    source:str='auto',            # phantoms, folder (the user's own), auto, or a reader such as chat or hc18
-    **options,                    # `frames` and `dataset` of the reader, `shares` and `published` of the split
-)->dict:                          # the manifest
+    folder,  # data folder
+    n: int,
+    categories,
+    seed: int = 0,
+    workers: int = 1,
+    source: str = 'auto',  # phantoms, folder (the user's own), auto, or a reader such as chat or hc18
+    **options,  # `frames` and `dataset` of the reader, `shares` and `published` of the split
+) -> dict:  # the manifest
     """Make the question table of `folder`: of phantoms, made where they are missing, or of the user's own images and workbook.
 
     `auto` means phantoms where the folder holds some or is called as the default one (phantoms), else the user's own: a
@@ -329,7 +418,8 @@ def prepare(
     folder = Path(folder)
     if source == 'auto':
         source = 'phantoms' if (folder/'phantoms.json').exists() or folder.name == 'phantoms' else 'folder'
-    if source != 'phantoms': return prepare_own(folder, seed, workers, 'auto' if source == 'folder' else source, **options)
+    if source != 'phantoms':
+        return prepare_own(folder, seed, workers, 'auto' if source == 'folder' else source, **options)
     write_phantoms(folder, n, categories, seed, workers=workers)
     return save_table(split_by_patient(read_phantoms(folder), seed), folder, 'phantoms', seed)
 

@@ -21,7 +21,8 @@ FORMATS = ('workbook', 'csv', 'chat', 'sharegpt', 'llava', 'datasets')
 def safe_name(name, taken):
     "A public, unique, portable file name ending in .png"
     stem = re.sub(r'\.(dcm|dicom)#(\d+)$', r'_f\2', public_name(name)); p = Path(stem)
-    last = re.sub(r'[<>:"|?*\\\s#]+', '_', p.stem if p.suffix.lower() in ('.png','.jpg','.jpeg','.tif','.tiff','.bmp','.webp','.dcm','.dicom') else p.name).strip('. ')
+    last = re.sub(r'[<>:"|?*\\\s#]+', '_', p.stem if p.suffix.lower() in ('.png','.jpg','.jpeg','.tif',
+        '.tiff','.bmp','.webp','.dcm','.dicom') else p.name).strip('. ')
     if RESERVED.search(last) or not last: last = f'image_{last}'
     k = 1
     while (out := f"{last}{f'_{k}' if k > 1 else ''}.png").lower() in taken: k += 1
@@ -45,7 +46,8 @@ def _export_images(table, folder, out, as_is):
 # %% ../nbs/04g_export.ipynb #80226f01
 def _known(r):
     "What is known of a row beside its answer, people as hashes"
-    out = {k: v for k in (*KNOWN, 'ga_source') if k != 'published_split' and not pd.isna(v := r.get(k)) and v != ''}
+    out = {k: v for k in (*KNOWN, 'ga_source') if k != 'published_split' and not pd.isna(v := r.get(k))
+        and v != ''}
     if str(out.get('patient', '')).startswith('image:'): del out['patient']
     for k in ('patient', 'annotator', 'operator', 'site'):
         if k in out: out[k] = hashed(out[k], k[0])
@@ -54,13 +56,16 @@ def _known(r):
 def _sheet_rows(table):
     "Headers and rows of the one-for-all workbook"
     known = [k for k in KNOWN if k != 'published_split' and k in table and table[k].notna().any()]
-    names = {'patient': 'Patient', 'annotator': 'Annotator', 'site': 'Site', 'machine': 'Machine', 'operator': 'Operator', 'visit': 'Visit',
+    names = {'patient': 'Patient', 'annotator': 'Annotator', 'site': 'Site', 'machine': 'Machine',
+        'operator': 'Operator', 'visit': 'Visit',
              'twin': 'Twin', 'ga_days': 'GA days', 'mm_per_px': 'mm per pixel'}
-    head = ['Folder Name', 'Image Name', 'Status', *(names[k] for k in known), 'Split', *(f'Q{q}: {t}' for q,t in TITLES.items())]
+    head = ['Folder Name', 'Image Name', 'Status', *(names[k] for k in known), 'Split', *(f'Q{q}: {t}' for q,
+        t in TITLES.items())]
     rows = []
     for n,g in table.groupby('new', sort=False):
         r = g.iloc[0].to_dict(); k = _known(r); answers = dict(zip(g.question_id, g.answer))
-        rows.append([r['category'], Path(n).name, 'Done', *(k.get(c, '') for c in known), r['split'], *(answers.get(q, '') for q in QUESTIONS)])
+        rows.append([r['category'], Path(n).name, 'Done', *(k.get(c, '') for c in known), r['split'],
+            *(answers.get(q, '') for q in QUESTIONS)])
     return head, rows
 
 # %% ../nbs/04g_export.ipynb #4ddd2977
@@ -76,16 +81,19 @@ def _write_excel(path, head, rows, lists=None):
             c = ws.cell(i, k, v)
             if isinstance(v, str): c.data_type = 's'
             if i == 1: c.font = Font(bold=True); c.alignment = Alignment(wrap_text=True, vertical='top')
-    for k,h in enumerate(head, 1): ws.column_dimensions[get_column_letter(k)].width = 28 if h.startswith('Q') else 18
+    for k,h in enumerate(head, 1):
+        ws.column_dimensions[get_column_letter(k)].width = 28 if h.startswith('Q') else 18
     for h,choices in (lists or {}).items():
         if h not in head or len(text := ','.join(choices)) > 250: continue
         v = DataValidation(type='list', formula1=f'"{text}"', allow_blank=True, showErrorMessage=False)
-        ws.add_data_validation(v); letter = get_column_letter(head.index(h)+1); v.add(f'{letter}2:{letter}{max(len(rows)+1, 2)}')
+        ws.add_data_validation(v); letter = get_column_letter(head.index(h)+1)
+        v.add(f'{letter}2:{letter}{max(len(rows)+1, 2)}')
     ws.freeze_panes = 'C2'; b.save(path)
 
 def _write_csv(path, head, rows):
     import csv, io
-    f = io.StringIO(); plain = lambda v: f"'{v}" if isinstance(v, str) and v[:1] in ('=','+','-','@') and len(v) > 1 else v
+    f = io.StringIO()
+    plain = lambda v: f"'{v}" if isinstance(v, str) and v[:1] in ('=','+','-','@') and len(v) > 1 else v
     csv.writer(f).writerows([[plain(v) for v in r] for r in [head, *rows]])
     write_atomic(path, f.getvalue())
 
@@ -98,9 +106,12 @@ def chat_records(
         r = g.iloc[0].to_dict(); rec = dict(id=n, category=r['category'], **_known(r)); turns = []
         for k,(asked,answer) in enumerate(zip(g.question, g.answer)):
             if kind == 'chat':
-                turns += [dict(role='user', content=[*([dict(type='image')] if not k else []), dict(type='text', text=asked)]),
+                turns += [dict(role='user', content=[*([dict(type='image')] if not k else []),
+                    dict(type='text', text=asked)]),
                           dict(role='assistant', content=[dict(type='text', text=answer)])]
-            else: turns += [{'from': 'human', 'value': ('<image>\n' if not k else '')+asked}, {'from': 'gpt', 'value': answer}]
+            else:
+                turns += [{'from': 'human', 'value': ('<image>\n' if not k else '')+asked}, {'from': 'gpt',
+                    'value': answer}]
         if kind == 'chat': yield dict(messages=turns, images=[f'images/{n}'], **rec)
         else: yield dict(image=f'images/{n}', conversations=turns, **rec)
 
@@ -112,7 +123,8 @@ def _write_datasets(table, out):
     features = dict(image={'_type': 'Image'}, id=text, category=text, patient=text, facts=text,
                     conversations=[{'from': text, 'value': text}])
     turn = pa.struct([('from', pa.string()), ('value', pa.string())])
-    schema = pa.schema([('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])), ('id', pa.string()), ('category', pa.string()),
+    schema = pa.schema([('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])), ('id',
+        pa.string()), ('category', pa.string()),
                         ('patient', pa.string()), ('facts', pa.string()), ('conversations', pa.list_(turn))],
                        metadata={'huggingface': json.dumps({'info': {'features': features}})})
     splits = [s for s in ('train','val','test') if (table.split == s).any()]
@@ -121,12 +133,17 @@ def _write_datasets(table, out):
         with pa.OSFile(str(d/file), 'wb') as f, pa.ipc.new_stream(f, schema) as w:
             for rec in chat_records(table[table.split == s], 'sharegpt'):
                 facts = {k: v for k,v in rec.items() if k in KNOWN and k not in ('patient','published_split')}
-                row = dict(image=dict(bytes=(out/rec['image']).read_bytes(), path=Path(rec['image']).name), id=rec['id'], category=rec['category'],
-                           patient=rec.get('patient'), facts=json.dumps(facts), conversations=rec['conversations'])
+                row = dict(image=dict(bytes=(out/rec['image']).read_bytes(), path=Path(rec['image']).name),
+                    id=rec['id'], category=rec['category'],
+                           patient=rec.get('patient'), facts=json.dumps(facts),
+                           conversations=rec['conversations'])
                 w.write_batch(pa.RecordBatch.from_pylist([row], schema))
-        write_json(d/'dataset_info.json', dict(features=features, description='', citation='', homepage='', license=''))
-        write_json(d/'state.json', dict(_data_files=[dict(filename=file)], _fingerprint=digest(sorted(table.new))[:16], _format_columns=None,
-                                        _format_kwargs={}, _format_type=None, _output_all_columns=False, _split=s))
+        write_json(d/'dataset_info.json', dict(features=features, description='', citation='', homepage='',
+            license=''))
+        write_json(d/'state.json', dict(_data_files=[dict(filename=file)],
+            _fingerprint=digest(sorted(table.new))[:16], _format_columns=None,
+                                        _format_kwargs={}, _format_type=None, _output_all_columns=False,
+                                        _split=s))
     write_json(out/'dataset_dict.json', dict(splits=splits))
 
 # %% ../nbs/04g_export.ipynb #b8f85ee3
@@ -135,7 +152,8 @@ def export(
     out,                     # new folder
     format:str='workbook',   # one of `FORMATS`
     split:str=None,          # train, val or test; None: all
-    keep_text:bool=False,    # leave what is written outside the sector: only for pictures known to name nobody
+    keep_text:bool=False,
+    # leave what is written outside the sector: only for pictures known to name nobody
 )->dict:                     # counts and what was left behind
     "Write a question table and its pictures in another format; `FadaError` where the target is not empty"
     from fada.data import load_table
@@ -143,14 +161,19 @@ def export(
     import shutil
     if format not in FORMATS: raise FadaError(f'unknown format {format!r}', '', ', '.join(FORMATS), '')
     folder,out = Path(folder),Path(out)
-    if out.exists() and any(out.iterdir()): raise FadaError('the target is not empty', str(out), 'a new folder', 'choose another')
+    if out.exists() and any(out.iterdir()):
+        raise FadaError('the target is not empty', str(out), 'a new folder', 'choose another')
     table = load_table(folder, split=split); writable_folder(out)
     synthetic = set(table.dataset) == {'fada-phantoms'}
     new,left = _export_images(table, folder, out, keep_text or synthetic)
     table = table[table.image.isin(new)].assign(new=lambda t: t.image.map(new))
-    if not len(table): raise FadaError(left[0]['reason'], f"{len(left)} images of {folder}, such as {left[0]['file']}", '', '')
+    if not len(table):
+        raise FadaError(left[0]['reason'], f"{len(left)} images of {folder}, such as {left[0]['file']}", '',
+            '')
     if format in ('workbook', 'csv'):
-        head,rows = _sheet_rows(table); (_write_excel if format == 'workbook' else _write_csv)(out/f"answers.{'xlsx' if format == 'workbook' else 'csv'}", head, rows)
+        head,rows = _sheet_rows(table)
+        (_write_excel if format == 'workbook'
+            else _write_csv)(out/f"answers.{'xlsx' if format == 'workbook' else 'csv'}", head, rows)
         for d in (out/'images').iterdir(): d.rename(out/d.name)
         (out/'images').rmdir()
     elif format == 'datasets': _write_datasets(table, out); shutil.rmtree(out/'images')
@@ -168,15 +191,20 @@ def template(
 )->dict:                     # file, images
     "Write an empty workbook for the images of `folder`; `FadaError` where it exists or there is no image"
     folder = Path(folder)
-    if not folder.is_dir(): raise FadaError('the image folder is missing', str(folder), 'a folder of images', '')
+    if not folder.is_dir():
+        raise FadaError('the image folder is missing', str(folder), 'a folder of images', '')
     path = folder/name; images,_ = list_files(Reading(folder, 'template'))
     if path.exists(): raise FadaError('it exists already', str(path), 'a new file', 'give another --name')
     if not images: raise FadaError('no images', str(folder), 'PNG, JPEG, TIFF, BMP, WebP or DICOM', '')
-    head = ['Folder Name', 'Image Name', 'Status', 'Patient', 'Annotator', *(f'Q{q}: {t}' for q,t in TITLES.items())]
+    head = ['Folder Name', 'Image Name', 'Status', 'Patient', 'Annotator', *(f'Q{q}: {t}' for q,
+        t in TITLES.items())]
     rows = []
     for n in images:
-        folders = Path(n).parts[:-1]; cat = next((f for f in folders if find_category(f)), folders[0] if folders else '')
+        folders = Path(n).parts[:-1]
+        cat = next((f for f in folders if find_category(f)), folders[0] if folders else '')
         rows.append([cat, Path(n).name, *['']*(len(head)-2)])
-    _write_excel(path, head, rows, {'Folder Name': list(CATEGORIES), 'Status': ['Done', 'Pending', 'Skip'], f'Q6: {TITLES[6]}': list(GRADES),
-        f'Q7: {TITLES[7]}': ['no abnormality seen', 'abnormal'], f'Q8: {TITLES[8]}': [v[0] for v in RECOMMENDATIONS.values()]})
+    _write_excel(path, head, rows, {'Folder Name': list(CATEGORIES), 'Status': ['Done', 'Pending', 'Skip'],
+        f'Q6: {TITLES[6]}': list(GRADES),
+        f'Q7: {TITLES[7]}': ['no abnormality seen', 'abnormal'], f'Q8: {TITLES[8]}': [v[0]
+        for v in RECOMMENDATIONS.values()]})
     return dict(file=str(path), images=len(images))

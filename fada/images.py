@@ -193,9 +193,11 @@ def dicom_facts(
     return {k: v for k,v in out.items() if v is not None}
 
 # %% ../nbs/04a_images.ipynb #bfbb987a
-_PLAIN = set('''img image frame plane patient pat case fetus fetal abdomen aorta crl view cervical cervix femur nt non
+_PLAIN = set(
+    '''img image frame plane patient pat case fetus fetal abdomen aorta crl view cervical cervix femur nt non
 standard public symphysis head thorax brain trans cerebellum thalamic ventricular hc ac fl bpd of us scan
-annotation page slice copy dcm heart spine left right test train val dza egy gha mwi uga'''.split())
+annotation page slice copy dcm heart spine left right test train val dza egy gha mwi uga'''.split()
+)
 
 def public_name(
     name:str,   # file name or relative path
@@ -270,9 +272,17 @@ def look(
     small = np.asarray(im.resize((64,64), Image.Resampling.BOX), np.int16)
     thumb = np.asarray(im.convert('L').resize((16,16), Image.Resampling.BOX))
     file = _file_of(path)
-    out = dict(pixels_sha256=pixels_sha256(a), file_sha256=sha256_file(file), width=im.width, height=im.height,
-               phash=f'{perceptual_hash(im):016x}', thumb=thumb.tobytes(), mean=float(small.mean()),
-               std=float(small.std()), colour=float((np.ptp(small, axis=2) > 40).mean()))
+    out = dict(
+        pixels_sha256=pixels_sha256(a),
+        file_sha256=sha256_file(file),
+        width=im.width,
+        height=im.height,
+        phash=f'{perceptual_hash(im):016x}',
+        thumb=thumb.tobytes(),
+        mean=float(small.mean()),
+        std=float(small.std()),
+        colour=float((np.ptp(small, axis=2) > 40).mean()),
+    )
     return dict(out, **dicom_facts(file)) if file.suffix.lower() in DICOM else out
 
 # %% ../nbs/04a_images.ipynb #57bc619c

@@ -22,7 +22,8 @@ def processor_settings(
 )->dict:
     "What decides the pixels a model sees; `FadaError` where a value cannot be used"
     if dtype not in ('uint8','float16'): raise FadaError(f'dtype {dtype!r}', '', 'uint8 or float16', '')
-    if resample not in ('bicubic','bilinear','box'): raise FadaError(f'resample {resample!r}', '', 'bicubic, bilinear or box', '')
+    if resample not in ('bicubic', 'bilinear', 'box'):
+        raise FadaError(f'resample {resample!r}', '', 'bicubic, bilinear or box', '')
     if not 8 <= size <= 2048: raise FadaError(f'size {size}', '', '8 to 2048', '')
     out = dict(size=int(size), dtype=dtype, resample=resample)
     return dict(out, mean=list(mean), std=list(std)) if dtype == 'float16' else out
@@ -57,9 +58,16 @@ def batch(self:PixelCache,
 )->np.ndarray:         # n × size × size × 3
     "Pixels of a batch; `FadaError` names a hash that is not there"
     lost = [h for h in hashes if h not in self]
-    if lost: raise FadaError(f'{len(lost)} images are not in the pixel cache, such as {lost[0][:12]}', str(self.path), '', 'build it again')
+    if lost:
+        raise FadaError(
+            f'{len(lost)} images are not in the pixel cache, such as {lost[0][:12]}',
+            str(self.path),
+            '',
+            'build it again',
+        )
     rows = np.array([self.row[h] for h in hashes])
-    if len(rows) and (np.diff(rows) == 1).all(): return np.array(self.pixels[rows[0]:rows[-1]+1])  # one stretch of the file
+    if len(rows) and (np.diff(rows) == 1).all():
+        return np.array(self.pixels[rows[0] : rows[-1] + 1])  # one stretch of the file
     order = np.argsort(rows); out = np.empty((len(rows), *self.pixels.shape[1:]), self.pixels.dtype)
     for k in order: out[k] = self.pixels[rows[k]]  # in the order of the file, for a disk's sake
     return out
@@ -82,22 +90,34 @@ def pixel_cache(
     "Open the cache of these images and settings, building what is missing; `FadaError` where a file changed"
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    settings = settings or processor_settings(); images = table.drop_duplicates('pixels_sha256').sort_values('image')
+    settings = settings or processor_settings()
+    images = table.drop_duplicates('pixels_sha256').sort_values('image')
     hashes = images.pixels_sha256.tolist(); n = settings['size']
     path = writable_folder(Path(where)/digest([settings, hashes])[:16])
     if not (path/'index.json').is_file():
         np.lib.format.open_memmap(path/'pixels.npy', 'w+', settings['dtype'], (len(hashes),n,n,3))
-        np.save(path/'done.npy', np.zeros(len(hashes), bool)); write_json(path/'index.json', dict(settings=settings, hashes=hashes))
+        np.save(path / 'done.npy', np.zeros(len(hashes), bool))
+        write_json(path / 'index.json', dict(settings=settings, hashes=hashes))
+
     pixels,done = np.load(path/'pixels.npy', mmap_mode='r+'),np.load(path/'done.npy')
     todo = [i for i in range(len(hashes)) if not done[i]]
     jobs = [(str(Path(folder)/images.image.iloc[i]), hashes[i], settings) for i in todo]
     workers = min(workers or os.cpu_count() or 1, max(1, len(todo)//60))
     pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn')) if workers > 1 else None
-    def settle(): pixels.flush(); np.save(path/'.done.npy', done); os.replace(path/'.done.npy', path/'done.npy')
+    def settle():
+        pixels.flush()
+        np.save(path / '.done.npy', done)
+        os.replace(path / '.done.npy', path / 'done.npy')
+
     try:
         made = pool.map(_one, jobs, chunksize=16) if pool else map(_one, jobs)
-        for k,(i,(a,why)) in enumerate(zip(todo, progress(made, 'pixel cache', total=len(todo), unit='image')), 1):
-            if a is None: raise FadaError(why, images.image.iloc[i], 'the file that the table was made of', 'run `fada data verify`')
+        for k, (i, (a, why)) in enumerate(
+            zip(todo, progress(made, 'pixel cache', total=len(todo), unit='image')), 1
+        ):
+            if a is None:
+                raise FadaError(
+                    why, images.image.iloc[i], 'the file that the table was made of', 'run `fada data verify`'
+                )
             pixels[i] = a; done[i] = True
             if k % 512 == 0: settle()
     finally:

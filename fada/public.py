@@ -15,19 +15,25 @@ from .sheets import fold, read_sheets
 
 # %% ../nbs/04d_public.ipynb #94303d4b
 PUBLIC = {
-    'fetal-planes': dict(name='FETAL_PLANES_DB', licence='CC BY 4.0', page='https://zenodo.org/records/3904280',
+    'fetal-planes': dict(name='FETAL_PLANES_DB', licence='CC BY 4.0',
+    page='https://zenodo.org/records/3904280',
         files='https://zenodo.org/api/records/3904280', cite='Burgos-Artizzu et al., Sci Rep 10:10200, 2020'),
-    'african-planes': dict(name='African fetal planes', licence='CC BY 4.0', page='https://zenodo.org/records/7540448',
+    'african-planes': dict(name='African fetal planes', licence='CC BY 4.0',
+    page='https://zenodo.org/records/7540448',
         files='https://zenodo.org/api/records/7540448', cite='Sendra-Balcells et al., Sci Rep 13:2728, 2023'),
     'fetal-nt': dict(name='Dataset for Fetus Framework', licence='CC BY 4.0',
-        page='https://data.mendeley.com/datasets/n2rbrb9t4f', cite='Chen et al., Mendeley Data n2rbrb9t4f, 2022',
+        page='https://data.mendeley.com/datasets/n2rbrb9t4f',
+        cite='Chen et al., Mendeley Data n2rbrb9t4f, 2022',
         files='https://data.mendeley.com/public-api/datasets/n2rbrb9t4f/files'),
     'hc18': dict(name='HC18', licence='CC BY 4.0', page='https://zenodo.org/records/1327317',
         files='https://zenodo.org/api/records/1327317', cite='van den Heuvel et al., PLoS ONE 13(8), 2018')}
 
-PLANES = {'fetal abdomen': 'Abdomen', 'fetal femur': 'Femur', 'fetal thorax': 'Thorax', 'maternal cervix': 'Cervix',
-          'trans-thalamic': 'Trans-thalamic', 'trans-cerebellum': 'Trans-cerebellum', 'trans-ventricular': 'Trans-ventricular'}
-BOXES = {'thalami': 'thalamus', 'midbrain': 'midbrain', 'palate': 'palate', '4th ventricle': 'fourth ventricle',
+PLANES = {'fetal abdomen': 'Abdomen', 'fetal femur': 'Femur', 'fetal thorax': 'Thorax',
+    'maternal cervix': 'Cervix',
+          'trans-thalamic': 'Trans-thalamic', 'trans-cerebellum': 'Trans-cerebellum',
+          'trans-ventricular': 'Trans-ventricular'}
+BOXES = {'thalami': 'thalamus', 'midbrain': 'midbrain', 'palate': 'palate',
+    '4th ventricle': 'fourth ventricle',
          'cisterna magna': 'cisterna magna', 'nt': 'nuchal translucency', 'nasal tip': 'nasal tip',
          'nasal skin': 'nasal skin', 'nasal bone': 'nasal bone'}
 
@@ -40,7 +46,8 @@ def public_layout(
 )->str:         # a key of `PUBLIC`, or ''
     "Which published set a folder is, told by its label file"
     top = Path(folder)
-    near = [p.name.lower() for d in (top, *[x for x in top.glob('*') if x.is_dir()][:50]) for p in d.iterdir() if p.is_file()]
+    near = [p.name.lower() for d in (top, *[x for x in top.glob('*') if x.is_dir()][:50])
+        for p in d.iterdir() if p.is_file()]
     if 'fetal_planes_db_data.csv' in near: return 'fetal-planes'
     if 'african_planes_database.csv' in near: return 'african-planes'
     if any(n.endswith(('pixel_size_and_hc.csv', 'set_pixel_size.csv')) for n in near): return 'hc18'
@@ -75,7 +82,8 @@ def _plane(row):
     plane,brain = fold(row.get('plane', '')), fold(row.get('brain plane', ''))
     cat = PLANES.get(brain if plane == 'fetal brain' else plane)
     if cat: return cat, ''
-    return None, ('the brain plane is not labelled' if plane == 'fetal brain' else f"no category for plane {row.get('plane', '')!r}")
+    return None, ('the brain plane is not labelled' if plane == 'fetal brain'
+        else f"no category for plane {row.get('plane', '')!r}")
 
 def _read_planes(r, path, dataset, workers):
     images,_ = list_files(r); index = _by_name(images); found = []; labelled = set()
@@ -84,20 +92,26 @@ def _read_planes(r, path, dataset, workers):
         image = index.get(name_key(Path(name).stem if name.lower().endswith('.png') else name))
         cat,why = _plane(row); site = row.get('center', '')
         if image: labelled.add(image)
-        if image is None or cat is None: r.set_aside(file, i, 'image' if cat else 'plane', why or f'no image {name!r}'); continue
-        known = dict(patient=f"{dataset}:{site+':' if site else ''}{row.get('patient num', '') or '?'+name}", site=site,
-                     operator=row.get('operator', ''), machine=row.get('us machine', ''), published_split=split_name(row.get('train', '')))
+        if image is None or cat is None:
+            r.set_aside(file, i, 'image' if cat else 'plane', why or f'no image {name!r}'); continue
+        known = dict(patient=f"{dataset}:{site+':' if site else ''}{row.get('patient num', '') or '?'+name}",
+            site=site,
+                     operator=row.get('operator', ''), machine=row.get('us machine', ''),
+                     published_split=split_name(row.get('train', '')))
         found.append(((file, i), image, cat, {3: CATEGORIES[cat].plane}, known))
-    filed = {f[1] for f in found}  # a picture whose label has no category is set aside with its row, not looked at
+    filed = {f[1]
+        for f in found}  # a picture whose label has no category is set aside with its row, not looked at
     return _finish(r, found, [n for n in images if n in filed or n not in labelled], workers, dataset)
 
 # %% ../nbs/04d_public.ipynb #fc4a6607
 def _read_nt(r, path, workers):
     images,_ = list_files(r); index = _by_name(images); boxes = {}; rows = {}
     for file,i,row in _table(r, path):
-        image = index.get(name_key(Path(row.get('fname', '')).stem)); what = BOXES.get(fold(row.get('structure', '')))
+        image = index.get(name_key(Path(row.get('fname', '')).stem))
+        what = BOXES.get(fold(row.get('structure', '')))
         if image is None: r.set_aside(file, i, 'fname', f"no image {row.get('fname', '')!r}")
-        elif what is None: r.set_aside(file, i, 'structure', f"unknown structure {row.get('structure', '')!r}")
+        elif what is None:
+            r.set_aside(file, i, 'structure', f"unknown structure {row.get('structure', '')!r}")
         else: boxes.setdefault(image, []).append(what); rows.setdefault(image, (file, i))
     found = []
     for n in images:
@@ -105,8 +119,10 @@ def _read_nt(r, path, workers):
         standard = False if 'non' in folders and 'standard' in folders else True if 'standard' in folders else None
         answers = {}
         if n in boxes: answers[1] = ', '.join(dict.fromkeys(boxes[n]))
-        if standard is not None: answers[3] = f"{CATEGORIES['Standard_NT'].plane}, {'standard' if standard else 'non-standard'}"
-        if standard is None and n in boxes: r.note(n, 0, 'folder', 'standard or not is unknown: filed under NT-View')
+        if standard is not None:
+            answers[3] = f"{CATEGORIES['Standard_NT'].plane}, {'standard' if standard else 'non-standard'}"
+        if standard is None and n in boxes:
+            r.note(n, 0, 'folder', 'standard or not is unknown: filed under NT-View')
         cat = {True: 'Standard_NT', False: 'Non_standard_NT', None: 'NT-View'}[standard]
         if answers: found.append((rows.get(n, (n, 0)), n, cat, answers, {}))
     return _finish(r, found, images, workers, 'fetal-nt')
@@ -119,14 +135,22 @@ def _read_hc18(r, workers):
         split = 'test' if path.name.lower().startswith('test') else 'train'
         for file,i,row in _table(r, path):
             image = index.get(row.get('filename', '').lower()); hc = row.get('head circumference (mm)', '')
-            try: scale = float(row.get('pixel size(mm)') or row.get('pixel size (mm)') or 'nan'); mm = float(hc) if hc else None
+            try:
+                scale = float(row.get('pixel size(mm)') or row.get('pixel size (mm)') or 'nan')
+                mm = float(hc) if hc else None
             except ValueError: scale,mm = float('nan'),None
-            if image is None: r.set_aside(file, i, 'filename', f"no image {row.get('filename', '')!r}"); continue
-            if not .005 < scale < 2: r.set_aside(file, i, 'pixel size(mm)', 'no pixel size from 0.005 to 2 mm'); continue
-            known = dict(patient=f'hc18:{split}:{Path(image).stem.split("_")[0]}', mm_per_px=scale, published_split=split)
-            if mm is None: r.set_aside(file, i, 'head circumference (mm)', 'no answer: the head circumference is not published')
+            if image is None:
+                r.set_aside(file, i, 'filename', f"no image {row.get('filename', '')!r}"); continue
+            if not .005 < scale < 2:
+                r.set_aside(file, i, 'pixel size(mm)', 'no pixel size from 0.005 to 2 mm'); continue
+            known = dict(patient=f'hc18:{split}:{Path(image).stem.split("_")[0]}', mm_per_px=scale,
+                published_split=split)
+            if mm is None:
+                r.set_aside(file, i, 'head circumference (mm)',
+                    'no answer: the head circumference is not published')
             found.append(((file, i), image, 'Trans-thalamic', {4: f'HC {mm:.1f} mm'} if mm else {}, known))
-    r.note('', 0, 'category', 'HC18 does not label the brain plane: filed under Trans-thalamic, question 3 has no answer')
+    r.note('', 0, 'category',
+        'HC18 does not label the brain plane: filed under Trans-thalamic, question 3 has no answer')
     return _finish(r, found, images, workers, 'hc18')
 
 # %% ../nbs/04d_public.ipynb #c2dbc01c
@@ -141,5 +165,6 @@ def read_public(
     pattern = {'fetal-planes': 'FETAL_PLANES_DB_data.csv', 'african-planes': 'African_planes_database.csv',
                'fetal-nt': 'ObjectDetection.xlsx'}[name]
     path = _find(folder, pattern)
-    if path is None: raise FadaError(f'{pattern} is missing', str(folder), f"the layout of {PUBLIC[name]['page']}", '')
+    if path is None:
+        raise FadaError(f'{pattern} is missing', str(folder), f"the layout of {PUBLIC[name]['page']}", '')
     return _read_nt(r, path, workers) if name == 'fetal-nt' else _read_planes(r, path, name, workers)

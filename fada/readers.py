@@ -21,10 +21,13 @@ from .sheets import OLD, SHEETS, fold, map_headers, read_sheets
 
 # %% ../nbs/04c_readers.ipynb #a8debf8b
 QUARANTINE = 'quarantine.csv'  # written beside the question table, never read as a workbook
-OURS = {QUARANTINE, SEEN, 'questions.parquet', 'manifest.json', 'files.json', 'annotations.jsonl', 'vocabulary.toml',
+OURS = {QUARANTINE, SEEN, 'questions.parquet', 'manifest.json', 'files.json', 'annotations.jsonl',
+    'vocabulary.toml',
         'second_readings.parquet', 'phantoms.json', 'notes.csv', 'SOURCE.json'}
-PLACEHOLDERS = ('', '-', '--', '.', '?', 'n/a', 'na', 'nan', 'null', 'none given', 'todo', 'tbd', 'xxx', '#n/a')
-NOT_DONE = ('pending', 'todo', 'to do', 'skip', 'skipped', 'rejected', 'excluded', 'in progress', 'not done', 'no')
+PLACEHOLDERS = ('', '-', '--', '.', '?', 'n/a', 'na', 'nan', 'null', 'none given', 'todo', 'tbd', 'xxx',
+    '#n/a')
+NOT_DONE = ('pending', 'todo', 'to do', 'skip', 'skipped', 'rejected', 'excluded', 'in progress', 'not done',
+    'no')
 
 @dataclass
 class Reading:
@@ -52,7 +55,8 @@ class Reading:
         self.notes.append(dict(file=str(file), row=row, field=str(field), finding=finding, action=action))
 
 # %% ../nbs/04c_readers.ipynb #2f7fe3e5
-KNOWN = ('patient', 'annotator', 'site', 'machine', 'operator', 'visit', 'twin', 'ga_days', 'mm_per_px', 'published_split')
+KNOWN = ('patient', 'annotator', 'site', 'machine', 'operator', 'visit', 'twin', 'ga_days', 'mm_per_px',
+    'published_split')
 
 @functools.lru_cache(200_000)
 def _structured(q, answer):
@@ -80,7 +84,8 @@ def add_answer(
     row.update(known)
     first,who = r.taken.setdefault((image, q), row), known.get('annotator')
     if first is row: r.rows.append(row)
-    elif who and who != first.get('annotator') and r.taken.setdefault((image, q, who), row) is row: r.seconds.append(row)
+    elif who and who != first.get('annotator') and r.taken.setdefault((image, q, who), row) is row:
+        r.seconds.append(row)
     else: r.set_aside(*where, f'Q{q}', 'answered twice' + ('' if answer == first['answer'] else
                       f", the first answer was {first['answer']!r}"))
 
@@ -98,7 +103,9 @@ def list_files(
     root = r.folder.resolve(); images,sheets = [],[]
     for base,dirs,files in os.walk(r.folder):
         for d in [d for d in dirs if (Path(base)/d).is_symlink()]:
-            dirs.remove(d); r.set_aside((Path(base)/d).relative_to(r.folder).as_posix(), 0, '', 'a link to a folder is not followed')
+            dirs.remove(d)
+            r.set_aside((Path(base)/d).relative_to(r.folder).as_posix(), 0, '',
+                'a link to a folder is not followed')
         dirs[:] = sorted(d for d in dirs if not d.startswith('.') and d not in ('__MACOSX', 'extracted'))
         for f in sorted(files):
             p = Path(base)/f; name = p.relative_to(r.folder).as_posix(); suffix = p.suffix.lower()
@@ -107,7 +114,8 @@ def list_files(
             if not p.resolve().is_relative_to(root):
                 r.set_aside(name, 0, '', 'a symbolic link out of the folder'); continue
             if not p.is_file(): r.set_aside(name, 0, '', 'not a plain file'); continue
-            if RESERVED.search(f): r.note(name, 0, '', 'a name that Windows refuses; exported under another one')
+            if RESERVED.search(f):
+                r.note(name, 0, '', 'a name that Windows refuses; exported under another one')
             if suffix in IMAGES: images.append(name)
             elif suffix in SHEETS + tuple(OLD): sheets.append(name)
     return images, sheets
@@ -128,7 +136,8 @@ def index_images(
         cat = next((c for f in folders if (c := find_category(f))), None)
         if folders and cat is None:
             r.set_aside(n, 0, 'folder', f'folder {folders[0]!r} is no known category'); continue
-        if folders and fold(folders[0]).replace(' ', '_') not in (cat.lower(), cat.lower().replace('-', '_')) and cat:
+        if folders and fold(folders[0]).replace(' ', '_') not in (cat.lower(), cat.lower().replace('-',
+            '_')) and cat:
             r.mapping.setdefault('folders', {})[folders[0]] = cat
         for key in dict.fromkeys((name_key(last), name_key(Path(last).stem))):
             index.setdefault((cat, key), []).append(n)
@@ -164,7 +173,8 @@ def _load_sheets(r, names):
             r.mapping[s.name] = {s.headers[k]: m for k,m in columns.items()}
             for k,h in enumerate(s.headers):
                 if k not in columns and h: r.note(s.name, 1, h, 'a column that means nothing here: not read')
-            for i,k,text in s.mended: r.note(s.name, i, s.headers[k] if k is not None else '', text, 'repaired')
+            for i,k,text in s.mended:
+                r.note(s.name, i, s.headers[k] if k is not None else '', text, 'repaired')
             out.append((n, s, columns))
     return out
 
@@ -188,8 +198,10 @@ def _resolve_row(r, n, s, columns, i, cells, index):
     cat,text = _row_category(r, n, get)
     if cat is None and text: return r.set_aside(s.name, i, 'folder', f'unknown category {text!r}')
     if cat is None:  # no folder column: the image's own folder decides, where it is the only one of that name
-        hits = {c for (c,k) in index if c and k in (name_key(get('image')), name_key(Path(get('image')).stem))}
-        if len(hits) != 1: return r.set_aside(s.name, i, 'folder', f"no category for {get('image')!r}" if not hits
+        hits = {c for (c,k) in index if c and k in (name_key(get('image')),
+            name_key(Path(get('image')).stem))}
+        if len(hits) != 1:
+            return r.set_aside(s.name, i, 'folder', f"no category for {get('image')!r}" if not hits
                                               else f"{get('image')!r} is in {', '.join(sorted(hits))}")
         cat = hits.pop()
     image,why = find_image(index, cat, get('image'))
@@ -214,8 +226,10 @@ def _known(r, s, i, get):
 
 def split_name(text):
     "train, val or test from what data sets call them, or ''"
-    return {'1': 'train', '1.0': 'train', 'yes': 'train', 'true': 'train', 'train': 'train', 'training': 'train',
-            '0': 'test', '0.0': 'test', 'no': 'test', 'false': 'test', 'test': 'test', 'testing': 'test', 'val': 'val',
+    return {'1': 'train', '1.0': 'train', 'yes': 'train', 'true': 'train', 'train': 'train',
+        'training': 'train',
+            '0': 'test', '0.0': 'test', 'no': 'test', 'false': 'test', 'test': 'test', 'testing': 'test',
+            'val': 'val',
             'valid': 'val', 'validation': 'val', 'dev': 'val'}.get(fold(text), '')
 
 # %% ../nbs/04c_readers.ipynb #ed7a7ee1
@@ -252,7 +266,8 @@ def read_group_folder(
     found = []
     for n,s,columns in sheets:
         for i,cells in s.rows:
-            if hit := _resolve_row(r, n, s, columns, i, cells, index): found.append((s, columns, i, cells, *hit))
+            if hit := _resolve_row(r, n, s, columns, i, cells, index):
+                found.append((s, columns, i, cells, *hit))
     filed = [n for ns in index.values() for n in ns]
     shown = {n: expand_frames(r, n, frames) for n in dict.fromkeys([*(f[4] for f in found), *filed])}
     good = look_at(r, [f for ns in shown.values() for f in ns], workers)
@@ -266,12 +281,15 @@ def read_group_folder(
                 for f in takes: add_answer(r, f, cat, q, cells.get(k, ''), (s.name, i), known, dataset)
     answered = {row['image'].split('#')[0] for row in r.rows}
     for n in dict.fromkeys(filed):
-        if n not in answered and any(f in good for f in shown[n]): r.set_aside(n, 0, '', 'image without answers')
+        if n not in answered and any(f in good for f in shown[n]):
+            r.set_aside(n, 0, '', 'image without answers')
     return r
 
 # %% ../nbs/04c_readers.ipynb #b43f0f76
-_ASKS = {1: r'structure|anatom|organ', 2: r'orientat|position|presentation', 3: r'\bplane\b|\bview\b', 4: r'biometr|measure',
-         5: r'gestational age|\bweeks?\b|how old', 6: r'qualit', 7: r'abnormal|normal', 8: r'recommend|follow.?up|next step'}
+_ASKS = {1: r'structure|anatom|organ', 2: r'orientat|position|presentation', 3: r'\bplane\b|\bview\b',
+    4: r'biometr|measure',
+         5: r'gestational age|\bweeks?\b|how old', 6: r'qualit', 7: r'abnormal|normal',
+         8: r'recommend|follow.?up|next step'}
 
 def which_question(
     text:str,
@@ -305,15 +323,18 @@ def chat_turns(
     "The images and question–answer pairs of one record; `FadaError` where it has no known shape"
     listed = rec.get('images', rec.get('image')); listed = listed if isinstance(listed, list) else [listed]
     images = [i.get('path') if isinstance(i, dict) else i for i in listed]; inner = []
-    if isinstance(rec.get('messages'), list): turns,who,what,kind = rec['messages'],'role','content','chat messages'
-    elif isinstance(rec.get('conversations'), list): turns,who,what,kind = rec['conversations'],'from','value','conversations'
+    if isinstance(rec.get('messages'), list):
+        turns,who,what,kind = rec['messages'],'role','content','chat messages'
+    elif isinstance(rec.get('conversations'), list):
+        turns,who,what,kind = rec['conversations'],'from','value','conversations'
     elif 'question' in rec and 'answer' in rec:
         return [i for i in images if i], [(str(rec['question']), str(rec['answer']))], 'question and answer'
     else: raise FadaError('neither messages nor conversations', '', '', '')
     pairs,asked = [],None
     for t in turns:
         if not isinstance(t, dict): continue
-        role = {'human': 'user', 'gpt': 'assistant'}.get(t.get(who), t.get(who)); text = _parts(t.get(what, ''), inner)
+        role = {'human': 'user', 'gpt': 'assistant'}.get(t.get(who), t.get(who))
+        text = _parts(t.get(what, ''), inner)
         if role == 'user':
             if asked is not None: pairs.append((asked, ''))
             asked = text
@@ -365,14 +386,16 @@ def read_chat(
 )->Reading:
     "Read chat messages, ShareGPT and LLaVA conversations"
     r = Reading(Path(folder), 'chat', dict(dataset=dataset)); images,_ = list_files(r); found = []
-    files = [p.relative_to(r.folder).as_posix() for p in sorted(r.folder.rglob('*.json*')) if p.suffix in ('.json', '.jsonl')
+    files = [p.relative_to(r.folder).as_posix() for p in sorted(r.folder.rglob('*.json*'))
+        if p.suffix in ('.json', '.jsonl')
              and p.name not in OURS and not p.name.startswith('.') and p.is_file()]
     for n in files:
         for i,rec in _json_records(r, n):
             try: refs,pairs,kind = chat_turns(rec if isinstance(rec, dict) else {})
             except FadaError as e: r.set_aside(n, i, '', e.what); continue
             r.mapping[n] = {'shape': kind}
-            image,why = _local_image(r, refs[0]) if len(refs) == 1 else (None, f'{len(refs)} images in one record')
+            image,why = _local_image(r, refs[0]) if len(refs) == 1 else (None,
+                f'{len(refs)} images in one record')
             if not pairs: r.set_aside(n, i, '', 'no question and answer')
             elif image is None:
                 for k in range(len(pairs)): r.set_aside(n, i, f'turn {k+1}', why)
@@ -426,7 +449,8 @@ def _extract(r, value):
         ref = value.get('path') if isinstance(value, dict) else value
         return _local_image(r, ref) if ref else (None, 'no image')
     import hashlib
-    kinds = ((b'\x89PNG', '.png'), (b'\xff\xd8', '.jpg'), (b'BM', '.bmp'), (b'II', '.tif'), (b'MM', '.tif'), (b'RIFF', '.webp'))
+    kinds = ((b'\x89PNG', '.png'), (b'\xff\xd8', '.jpg'), (b'BM', '.bmp'), (b'II', '.tif'), (b'MM', '.tif'),
+        (b'RIFF', '.webp'))
     ext = next((e for magic,e in kinds if raw.startswith(magic)), Path(name).suffix.lower() or '.png')
     out = r.folder/'extracted'/f'{hashlib.sha256(raw).hexdigest()[:24]}{ext}'; out.parent.mkdir(exist_ok=True)
     if not out.is_file(): out.write_bytes(raw)
@@ -447,13 +471,16 @@ def read_hf(
                 r.mapping[n] = {c: c for c in batch.schema.names}
                 for rec in batch.to_pylist():
                     i += 1; image,why = _extract(r, rec.get('image', rec.get('images')))
-                    rec = dict({'published_split': split_name(split)}, **{k: v for k,v in rec.items() if k not in ('image','images')})
-                    if isinstance(rec.get('facts'), str): rec.update(json.loads(rec.pop('facts')))  # as `export` writes it
+                    rec = dict({'published_split': split_name(split)}, **{k: v for k,v in rec.items()
+                        if k not in ('image','images')})
+                    if isinstance(rec.get('facts'), str):
+                        rec.update(json.loads(rec.pop('facts')))  # as `export` writes it
                     try: pairs = chat_turns(rec)[1]
                     except (FadaError, ValueError) as e: pairs,why = [],str(e)
                     if image is None or not pairs: r.set_aside(n, i, '', why or 'no question and answer')
                     else: found.append((n, i, rec, image, pairs))
-        except (pa.ArrowException, OSError) as e: r.set_aside(n, i, '', f'not readable Arrow or Parquet after {i} rows: {e}')
+        except (pa.ArrowException, OSError) as e:
+            r.set_aside(n, i, '', f'not readable Arrow or Parquet after {i} rows: {e}')
     good = look_at(r, [f[3] for f in found], workers)
     for n,i,rec,image,pairs in found: _chat_rows(r, n, i, rec, image, pairs, good, dataset)
     return r
@@ -466,13 +493,16 @@ def guess_reader(
     from fada.public import public_layout
     folder = Path(folder)
     if not folder.is_dir():
-        raise FadaError('the image folder is missing', str(folder), 'a folder with one folder of images per category',
+        raise FadaError('the image folder is missing', str(folder),
+            'a folder with one folder of images per category',
                         'check [data] folder in settings.ini, or --data')
     if (folder/'phantoms.json').is_file(): return 'phantoms'
     if name := public_layout(folder): return name
-    sheets = [p for p in [*folder.glob('*'), *folder.glob('*/*')] if p.suffix.lower() in SHEETS and p.name not in OURS]
+    sheets = [p for p in [*folder.glob('*'), *folder.glob('*/*')] if p.suffix.lower() in SHEETS
+        and p.name not in OURS]
     if not sheets and _arrow_files(folder): return 'datasets'
-    chats = [p for p in [*folder.glob('*.json*'), *folder.glob('*/*.json*')] if p.name not in OURS and p.suffix in ('.json', '.jsonl')]
+    chats = [p for p in [*folder.glob('*.json*'), *folder.glob('*/*.json*')] if p.name not in OURS
+        and p.suffix in ('.json', '.jsonl')]
     return 'chat' if chats and not sheets else 'folder'
 
 def read_any(
@@ -487,7 +517,8 @@ def read_any(
     if reader == 'chat': return read_chat(folder, dataset, workers)
     if reader == 'datasets': return read_hf(folder, dataset, workers)
     if reader in PUBLIC: return read_public(folder, reader, workers)
-    raise FadaError(f'unknown reader {reader!r}', str(folder), f"auto, folder, chat, datasets, {', '.join(PUBLIC)}", '')
+    raise FadaError(f'unknown reader {reader!r}', str(folder),
+        f"auto, folder, chat, datasets, {', '.join(PUBLIC)}", '')
 
 # %% ../nbs/04c_readers.ipynb #e8236b63
 def read_folder(
@@ -499,5 +530,6 @@ def read_folder(
     r = read_any(folder, reader, dataset)
     if not r.rows:
         raise FadaError('no image has an answer', str(folder), 'images, and answers that name them',
-                        f'first finding: {r.aside[0]["reason"]}' if r.aside else 'run `fada data template` for an empty workbook')
+                        f'first finding: {r.aside[0]["reason"]}' if r.aside
+                        else 'run `fada data template` for an empty workbook')
     return r.table, r.quarantine

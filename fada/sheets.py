@@ -164,8 +164,14 @@ def _excel_sheet(ws, formulas, name, is_header):
         cells = {k: _cell(out, r, k, grid[r].get(k), (r,k) in formulas) for k in range(width)}
         if any(cells.values()) or any((r,k) in out.bad for k in cells): out.rows.append((r, cells))
     live = {r for r,_ in out.rows}
-    out.mended += [(r, k, f'merged cells {c}: the value stands for every row') for (r,k),c in filled.items() if r in live]
-    out.mended += [(r, None, 'a hidden row was read') for r,d in ws.row_dimensions.items() if d.hidden and r in live]
+    out.mended += [
+        (r, k, f'merged cells {c}: the value stands for every row')
+        for (r, k), c in filled.items()
+        if r in live
+    ]
+    out.mended += [
+        (r, None, 'a hidden row was read') for r, d in ws.row_dimensions.items() if d.hidden and r in live
+    ]
     if ws.sheet_state != 'visible': out.aside = 'a hidden sheet'
     return out
 
@@ -189,8 +195,16 @@ def read_excel(
                         f'{type(e).__name__}: {e}') from None
     out = []
     for ws in book.worksheets:
-        formulas = {(c.row, c.column-1) for r in raw[ws.title].iter_rows() for c in r
-                    if c.data_type == 'f' or (isinstance(c.value, str) and c.value.startswith('='))} if raw else set()
+        formulas = (
+            {
+                (c.row, c.column - 1)
+                for r in raw[ws.title].iter_rows()
+                for c in r
+                if c.data_type == 'f' or (isinstance(c.value, str) and c.value.startswith('='))
+            }
+            if raw
+            else set()
+        )
         title = name if len(book.worksheets) == 1 else f'{name} [{ws.title}]'
         out.append(_excel_sheet(ws, formulas, title, is_header))
     if about['macros']: out[0].mended.append((0, None, 'holds macros, which were not run'))
@@ -198,17 +212,40 @@ def read_excel(
 
 # %% ../nbs/04b_sheets.ipynb #104727ea
 SPELLINGS = {
-    'image': ('image name', 'image', 'filename', 'file name', 'file', 'image id', 'image file', 'img', 'imagename'),
+    'image': (
+        'image name',
+        'image',
+        'filename',
+        'file name',
+        'file',
+        'image id',
+        'image file',
+        'img',
+        'imagename',
+    ),
     'folder': ('folder name', 'folder', 'category', 'class', 'plane folder', 'foldername'),
-    'status': ('status', 'state'), 'patient': ('patient', 'patient id', 'patient num', 'patient number', 'case', 'case id'),
+    'status': ('status', 'state'),
+    'patient': ('patient', 'patient id', 'patient num', 'patient number', 'case', 'case id'),
     'annotator': ('annotator', 'reader', 'sonographer', 'annotated by', 'labeller', 'rater'),
-    'operator': ('operator', 'scanned by'), 'site': ('site', 'center', 'centre', 'hospital', 'clinic'),
-    'machine': ('machine', 'us machine', 'scanner', 'device'), 'visit': ('visit', 'scan number'),
-    'ga_days': ('ga days', 'gestational age days', 'ga in days'), 'twin': ('twin', 'fetus'),
+    'operator': ('operator', 'scanned by'),
+    'site': ('site', 'center', 'centre', 'hospital', 'clinic'),
+    'machine': ('machine', 'us machine', 'scanner', 'device'),
+    'visit': ('visit', 'scan number'),
+    'ga_days': ('ga days', 'gestational age days', 'ga in days'),
+    'twin': ('twin', 'fetus'),
     'mm_per_px': ('mm per px', 'mm per pixel', 'pixel size', 'pixel size (mm)', 'pixel size(mm)'),
-    'published_split': ('split', 'train', 'subset')}
-TITLES = {1: 'anatomical structures', 2: 'fetal orientation', 3: 'plane evaluation', 4: 'biometric measurements',
-          5: 'gestational age', 6: 'image quality', 7: 'normality / abnormality', 8: 'clinical recommendations'}
+    'published_split': ('split', 'train', 'subset'),
+}
+TITLES = {
+    1: 'anatomical structures',
+    2: 'fetal orientation',
+    3: 'plane evaluation',
+    4: 'biometric measurements',
+    5: 'gestational age',
+    6: 'image quality',
+    7: 'normality / abnormality',
+    8: 'clinical recommendations',
+}
 
 # %% ../nbs/04b_sheets.ipynb #b78a1782
 def fold(s)->str:
@@ -254,7 +291,9 @@ def read_sheets(
 )->list:            # of Sheets
     "Read a workbook or a delimited file; `FadaError` names what cannot be read and why"
     path = Path(path); suffix = path.suffix.lower(); name = name or str(path)
-    if not path.stat().st_size: raise FadaError('an empty file (0 bytes)', name, 'a workbook', 'copy it again')
-    if suffix in OLD: raise FadaError(f'a workbook in {OLD[suffix]}', name, 'Excel (.xlsx), CSV or TSV', 'save it as .xlsx')
+    if not path.stat().st_size:
+        raise FadaError('an empty file (0 bytes)', name, 'a workbook', 'copy it again')
+    if suffix in OLD:
+        raise FadaError(f'a workbook in {OLD[suffix]}', name, 'Excel (.xlsx), CSV or TSV', 'save it as .xlsx')
     if suffix in ('.xlsx', '.xlsm'): return read_excel(path, name, looks_like_header)
     return read_delimited(path, name)
