@@ -418,6 +418,7 @@ def draw(self:Explorer):
         t.drop_duplicates('image').groupby(['category', 'split']).size().unstack(fill_value=0).plot.barh(
             stacked=True, ax=a
         )
+        a.legend(fontsize=7, loc='lower right')
         top = (t.answer_norm if 'answer_norm' in t else t.answer).value_counts().head(12)[::-1]
         b.barh([s[:34] for s in top.index], top, color='#4c72b0')
     a.set_title('images')
