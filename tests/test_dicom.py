@@ -26,8 +26,10 @@ def write(path, a=RAMP, kind='MONOCHROME2', bits=8, region=None, frames=1, **tag
     ds.PixelData = a.tobytes()
     if region:
         r = Dataset(); r.update({})
-        for k, v in dict(RegionLocationMinX0=0, RegionLocationMinY0=0, RegionLocationMaxX1=60, RegionLocationMaxY1=15,
-                         PhysicalUnitsXDirection=3, PhysicalUnitsYDirection=3, PhysicalDeltaX=.01, PhysicalDeltaY=.01, **{}).items():
+        for k, v in dict(RegionLocationMinX0=0, RegionLocationMinY0=0, RegionLocationMaxX1=60,
+            RegionLocationMaxY1=15,
+                         PhysicalUnitsXDirection=3, PhysicalUnitsYDirection=3, PhysicalDeltaX=.01,
+                         PhysicalDeltaY=.01, **{}).items():
             setattr(r, k, region.get(k, v))
         ds.SequenceOfUltrasoundRegions = Sequence([r])
     for k, v in tags.items(): setattr(ds, k, v)
@@ -40,9 +42,11 @@ def test_monochrome_windows_and_depth(tmp_path):
     assert abs(row(write(p))[:, 0]-RAMP[0]).max() <= 1
     assert abs(row(write(p, kind='MONOCHROME1'))[:, 0]-(255-RAMP[0])).max() <= 1
     assert abs(row(write(p, RAMP*16, bits=12))[:, 0]-RAMP[0]).max() <= 1
-    v = row(write(p, WindowCenter=128, WindowWidth=64))[:, 0]    # below 96 black, above 160 white, a ramp between
+    v = row(write(p, WindowCenter=128, WindowWidth=64))[:,
+        0]    # below 96 black, above 160 white, a ramp between
     assert v[RAMP[0] < 95].max() == 0 and v[RAMP[0] > 161].min() == 255 and 110 < v[abs(RAMP[0]-128).argmin()] < 145
-    rescaled = row(write(p, RAMP*16, bits=12, RescaleSlope=2, RescaleIntercept=-100, WindowCenter=4000, WindowWidth=8000))[:, 0]
+    rescaled = row(write(p, RAMP*16, bits=12, RescaleSlope=2, RescaleIntercept=-100, WindowCenter=4000,
+        WindowWidth=8000))[:, 0]
     assert (np.diff(rescaled) >= 0).all() and rescaled[-1] > 250
 
 def test_colour_of_every_kind(tmp_path):
@@ -55,9 +59,11 @@ def test_colour_of_every_kind(tmp_path):
 
 def test_millimetres_only_where_they_hold(tmp_path):
     import pydicom
-    scale = lambda **r: dicom_scale(pydicom.dcmread(write(tmp_path/'r.dcm', region=r or dict(RegionLocationMinX0=0))))
+    scale = lambda **r: dicom_scale(pydicom.dcmread(write(tmp_path/'r.dcm', region=r
+        or dict(RegionLocationMinX0=0))))
     assert scale() == .1
-    for wrong in (dict(RegionLocationMaxX1=64), dict(PhysicalUnitsXDirection=4), dict(PhysicalDeltaY=.02), dict(PhysicalDeltaX=-.01)):
+    for wrong in (dict(RegionLocationMaxX1=64), dict(PhysicalUnitsXDirection=4), dict(PhysicalDeltaY=.02),
+        dict(PhysicalDeltaX=-.01)):
         assert scale(**wrong) is None, wrong
 
 def test_a_cine_gives_the_frames_that_were_chosen(tmp_path):
@@ -70,12 +76,15 @@ def test_a_cine_gives_the_frames_that_were_chosen(tmp_path):
     with pytest.raises(FadaError, match='0 to 9'): pick_frames(10, '10')
 
 def test_no_name_survives(tmp_path, monkeypatch):
-    monkeypatch.setenv('FADA_SALT', 'one'); tags = dict(PatientName='Miller^Anna', PatientID='12345', PatientBirthDate='19900312',
-        InstitutionName='St Mary', OperatorsName='Jones', Manufacturer='GE', ManufacturerModelName='Voluson E10', StudyDate='20240101')
+    monkeypatch.setenv('FADA_SALT', 'one')
+    tags = dict(PatientName='Miller^Anna', PatientID='12345', PatientBirthDate='19900312',
+        InstitutionName='St Mary', OperatorsName='Jones', Manufacturer='GE',
+        ManufacturerModelName='Voluson E10', StudyDate='20240101')
     for k in range(2): write(tmp_path/'Femur'/f'{k}.dcm', RAMP+0*k, **tags)
     facts = dicom_facts(tmp_path/'Femur'/'0.dcm'); text = str(facts)
     assert not any(w in text for w in ('Miller', 'Anna', '12345', '1990', 'Mary', 'Jones', '2024'))
     assert facts['machine'] == 'GE Voluson E10' and facts['patient'].startswith('p-')
     pd.DataFrame({'Image Name': ['0', '1'], 'Q6': ['good']*2}).to_csv(tmp_path/'Femur'/'a.csv', index=False)
     t = read_any(tmp_path).table; assert t.patient.nunique() == 1 and not t.to_csv().count('Miller')
-    monkeypatch.setenv('FADA_SALT', 'two'); assert dicom_facts(tmp_path/'Femur'/'0.dcm')['patient'] != facts['patient']
+    monkeypatch.setenv('FADA_SALT', 'two')
+    assert dicom_facts(tmp_path/'Femur'/'0.dcm')['patient'] != facts['patient']
