@@ -1,0 +1,202 @@
+"A group's real folder: bad input of every kind, and proof that each input row is in the table or in the quarantine."
+import csv, io, json, random, struct, zipfile, zlib
+from pathlib import Path
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from openpyxl import Workbook
+from fada.clinical import QUESTIONS
+from fada.data import load_table, prepare, split_table, verify
+from fada.images import blank_outside, dicom_scale, look_all, near_groups, public_name, read_dicom, read_image, sector_mask
+from fada.readers import read_any, read_group_folder
+from fada.settings import FadaError
+
+HEADERS = ['Folder Name', 'Image Name', 'Status', *(f'Q{q}: {o.key}' for q, o in QUESTIONS.items())]
+TITLES = ('Anatomical Structures', 'Fetal Orientation')
+
+def picture(path, seed=0, size=(40, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 120, size, np.uint8)).save(path)
+    return path
+
+def group_folder(d, n=8, categories=('Femur', 'Abodomen')):
+    "A valid folder: category folders, one workbook for all, eight answers an image"
+    rows = []
+    for c, cat in enumerate(categories):
+        for k in range(n):
+            picture(d/cat/f'img_{k}.png', 100*c+k)
+            rows.append([cat, f'img_{k}.png', 'Done', *(f'answer {q} of {cat} {k}' for q in QUESTIONS)])
+    return rows
+
+def write_rows(d, rows, name='answers.csv', headers=HEADERS):
+    with open(d/name, 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([headers, *rows])
+
+def reasons(r): return ' | '.join(r.quarantine.reason)
+
+def png_bomb(path, side=50_000):
+    "A PNG of a few KB that declares and holds 2.5 thousand million pixels"
+    chunk = lambda k, b: struct.pack('>I', len(b))+k+b+struct.pack('>I', zlib.crc32(k+b))
+    z = zlib.compressobj(9); data = b''.join(z.compress(bytes(side+1)) for _ in range(200))+z.flush()
+    path.write_bytes(b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0))
+                     + chunk(b'IDAT', data)+chunk(b'IEND', b''))
+
+# ---- bad images
+
+@pytest.mark.parametrize('name,make,said', [
+    ('zero.png', lambda p: p.write_bytes(b''), '0 bytes'),
+    ('cut.png', lambda p: p.write_bytes(picture(p).read_bytes()[:900]), 'not a readable image'),
+    ('text.jpg', lambda p: p.write_text('hello'), 'not a readable image'),
+    ('bomb.png', png_bomb, '2500000000 pixels'),
+    ('cut.dcm', lambda p: p.write_bytes(b'\0'*128+b'DICM'+b'\x08\0'), 'DICOM')])
+def test_a_bad_image_is_named_and_the_rest_goes_through(tmp_path, name, make, said):
+    rows = group_folder(tmp_path, 2, ('Femur',)); make(tmp_path/'Femur'/name)
+    write_rows(tmp_path, [*rows, ['Femur', name, 'Done', *'abcdefgh']]); r = read_group_folder(tmp_path)
+    assert len(r.rows) == 16 and said in reasons(r)
+    assert set(r.quarantine.file) == {f'Femur/{name}', 'answers.csv'} and (r.quarantine.row == 4).sum() == 8
+
+def test_a_tiff_of_2_gb_is_refused_by_its_header(tmp_path):
+    p = tmp_path/'Femur'/'huge.tif'; p.parent.mkdir()
+    tags = [(256, 4, 1, 40_000), (257, 4, 1, 18_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4,
+        1, 200),
+            (277, 3, 1, 1), (278, 4, 1, 18_000), (279, 4, 1, 2_160_000_000)]
+    head = b'II*\0'+struct.pack('<I', 8)+struct.pack('<H', len(tags))
+    p.write_bytes(head+b''.join(struct.pack('<HHII', *t) for t in tags)+struct.pack('<I', 0))
+    with open(p, 'r+b') as f: f.truncate(2_160_000_200)   # sparse: takes no room on the disk
+    with pytest.raises(FadaError, match='2.2 GB in one picture'): read_image(p)
+    with open(p, 'r+b') as f: f.truncate(4000)
+    with pytest.raises(FadaError, match='720000000 pixels'): read_image(p)
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path):
+    d = tmp_path/'d'; rows = group_folder(d, 2, ('Femur',)); picture(tmp_path/'outside'/'x.png')
+    (d/'Femur'/'x.png').symlink_to(tmp_path/'outside'/'x.png'); (d/'Thorax').symlink_to(tmp_path/'outside')
+    write_rows(d, [*rows, ['Femur', 'x.png', '', *'abcdefgh']]); r = read_group_folder(d)
+    assert len(r.rows) == 16 and 'a symbolic link out of the folder' in reasons(r) and 'a link to a folder' in reasons(r)
+    assert ((r.quarantine.file == 'answers.csv') & (r.quarantine.row == 4)).sum() == 1
+
+@pytest.mark.parametrize('name', ['Ünï cödé 胎児.png', 'with  two spaces.png', 'CON.png', 'a:b?.png',
+    'trailing .png', "quote'.png"])
+def test_odd_names_are_taken(tmp_path, name):
+    picture(tmp_path/'Femur'/name); write_rows(tmp_path, [['Femur', name, '', *'abcdefgh']])
+    r = read_group_folder(tmp_path); assert len(r.rows) == 8, reasons(r)
+    assert any('Windows' in n['finding'] for n in r.notes) == (name in ('CON.png', 'a:b?.png'))
+
+def test_two_images_of_one_name(tmp_path):
+    picture(tmp_path/'Femur'/'a.png'); picture(tmp_path/'Femur'/'a.jpg', 1)
+    picture(tmp_path/'Femur'/'b.png', 2)
+    write_rows(tmp_path, [['Femur', 'a', '', *'abcdefgh'], ['Femur', 'a.jpg', '', *'abcdefgh']])
+    r = read_group_folder(tmp_path)
+    assert {x['image'] for x in r.rows} == {'Femur/a.jpg'}   # the full name is clear, the stem alone is not
+    assert '2 images of one name' in reasons(r) and (r.quarantine.reason == 'image without answers').sum() == 2
+
+def test_a_folder_with_none_of_it(tmp_path):
+    with pytest.raises(FadaError, match='no image has an answer'): prepare(tmp_path, 0, [], source='folder')
+    (tmp_path/'notes.txt').write_text('buy milk\n'); picture(tmp_path/'holiday'/'beach.png')
+    r = read_any(tmp_path)
+    assert not r.rows and 'no known category' in reasons(r) and 'no image or question column' in reasons(r)
+
+# ---- bad workbooks
+
+def test_excel_of_every_kind(tmp_path):
+    rows = group_folder(tmp_path, 4, ('Femur',)); b = Workbook(); ws = b.active
+    ws.append(['Readings of June'])
+    ws.append([])
+    ws.append(['Folder\nName', ' image_name ', 'STATUS', *(f'Q{q}:\nWhat about it?' for q in QUESTIONS)])
+    for x in rows: ws.append(x)
+    ws['D4'] = '=CONCAT("a","b")'; ws['E4'] = '#REF!'; ws['F4'] = pd.Timestamp('2024-05-20').to_pydatetime()
+    ws.merge_cells('A4:A7'); ws['I5'] = 20.0; hid = b.create_sheet('draft'); hid.append(HEADERS)
+    hid.append(rows[0])
+    hid.sheet_state = 'hidden'; b.create_sheet('empty'); b.save(tmp_path/'w.xlsx')
+    with zipfile.ZipFile(tmp_path/'w.xlsx', 'a') as z: z.writestr('xl/vbaProject.bin', b'macro')
+    (tmp_path/'w.xlsx').rename(tmp_path/'w.xlsm'); r = read_group_folder(tmp_path)
+    assert len(r.rows) == 4*8-3 and {x['category'] for x in r.rows} == {'Femur'}
+    assert next(x['answer'] for x in r.rows if x['source'].endswith(':5') and x['question_id'] == 6) == '20'
+    for s in ('a formula without a stored value', 'an Excel error (#REF!)', 'Excel stored a date',
+        'a hidden sheet', 'an empty sheet'):
+        assert s in reasons(r), s
+    said = ' | '.join(n['finding'] for n in r.notes)
+    assert 'macros, which were not run' in said and 'merged cells A4:A7' in said
+
+@pytest.mark.parametrize('name,raw,said', [
+    ('locked.xlsx', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'+'EncryptedPackage'.encode('utf-16-le'),
+    'a workbook with a password'),
+    ('old.xls', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1', 'the old Excel format'), ('empty.xlsx', b'', '0 bytes'),
+    ('junk.xlsx', b'PK\x03\x04junk', 'not a readable workbook'), ('junk.csv', bytes(range(256))*4,
+    'not a text file'),
+    ('blank.csv', b'\n\n', 'an empty file'), ('other.csv', b'a,b\n1,2\n', 'no image or question column'),
+    ('twice.csv', b'Image Name,Q1,Question 1\nimg_0,a,b\n', 'two columns mean 1')])
+def test_a_bad_workbook_is_named_and_the_rest_goes_through(tmp_path, name, raw, said):
+    write_rows(tmp_path, group_folder(tmp_path, 2)); (tmp_path/name).write_bytes(raw)
+    r = read_group_folder(tmp_path)
+    assert len(r.rows) == 32 and said in reasons(r) and set(r.quarantine.file) == {name}
+
+@pytest.mark.parametrize('enc', ['utf-8', 'utf-8-sig', 'latin-1', 'cp1252', 'utf-16', 'utf-16-le',
+    'utf-16-be', 'utf-32'])
+@pytest.mark.parametrize('sep', [',', ';', '\t', '|'])
+def test_delimited_in_any_encoding_and_separator(tmp_path, enc, sep):
+    picture(tmp_path/'Femur'/'a.png'); f = io.StringIO()
+    csv.writer(f, delimiter=sep).writerows([['Image Name', 'Q1', 'Q6'],
+        ['a.png', 'fémur; "shaft", a|b\nsecond line', 'größe gut']])
+    (tmp_path/'Femur'/'x.csv').write_bytes(f.getvalue().encode(enc)); r = read_group_folder(tmp_path)
+    assert [x['answer'].splitlines()[0] for x in r.rows] == ['fémur; "shaft", a|b',
+        'größe gut'] and not r.aside
+
+def test_mixed_separators(tmp_path):
+    rows = group_folder(tmp_path, 3, ('Femur',))
+    lines = [','.join(HEADERS), ','.join(rows[0]), ';'.join(rows[1]), ','.join([*rows[2], 'x', 'y'])]
+    (tmp_path/'a.csv').write_text('\n'.join(lines)); r = read_group_folder(tmp_path)
+    assert len(r.rows) == 16 and '13 cells under 11 headers' in reasons(r) and any("separated by ';'" in n['finding'] for n in r.notes)
+
+# ---- accounting
+
+def account(d, rows, r):
+    "Every answer cell and every image is in the table, a second reading, or set aside: by cell, by row, or by its file"
+    inside = {(x['source'], x['question_id']) for x in [*r.rows, *r.seconds]}
+    aside = {(a['file'], a['row'], a['field']) for a in r.aside}
+    for i in rows:
+        for q in QUESTIONS:
+            ok = (f'answers.csv:{i}', q) in inside
+            no = any((f, n) in {('answers.csv', i), ('answers.csv', 0)} and (k == f'Q{q}'
+                or not k.startswith('Q')) for f, n, k in aside)
+            assert ok != no, (i, q, ok, no, [a for a in r.aside if a['row'] == i])
+    seen = {x['image'] for x in [*r.rows, *r.seconds]}
+    for p in d.rglob('*.png'):
+        n = p.relative_to(d).as_posix(); assert (n in seen) != any(a[0] == n for a in aside), n
+
+def mutate(d, rows, rng):
+    "One thing that goes wrong in real folders"
+    images = sorted(p for p in d.rglob('*.png') if not p.is_symlink()); p = rng.choice(images)
+    row = rng.choice(rows)
+    k = rng.randrange(len(row))
+    kind = rng.randrange(16)
+    if kind == 0: p.unlink()
+    elif kind == 1: p.write_bytes(b'')
+    elif kind == 2: p.write_bytes(p.read_bytes()[:rng.randrange(1, 200)])
+    elif kind == 3: p.rename(p.with_name(p.name.upper().replace('.PNG', '.png')))
+    elif kind == 4: picture(p.with_name(f'extra {rng.random()}.png'), rng.randrange(10**6))
+    elif kind == 5: rows.append(list(row))
+    elif kind == 6: row[k] = ''
+    elif kind == 7: row[k] = rng.choice(['N/A', '-', '?', 'TBD', 'nan'])
+    elif kind == 8:
+        row[1] = rng.choice(['ghost.png', row[1].upper(), Path(row[1]).stem, ' '+row[1]+' ', '../'+row[1]])
+    elif kind == 9: row[0] = rng.choice(['Femur', 'femur ', 'Abdomen', 'ABODOMEN', 'Nowhere', ''])
+    elif kind == 10:
+        row[k] = rng.choice(['a;b', 'x,y', '"quoted"', 'line\nbreak', '日本', '=1+1', '\u202e', "O'Neil | co"])
+    elif kind == 11: rows.remove(row)
+    elif kind == 12: row[2] = rng.choice(['Pending', 'rejected', 'done', 'in progress'])
+    elif kind == 13: (p.parent/f'copy_{rng.randrange(99)}.png').write_bytes(p.read_bytes())
+    elif kind == 14 and len(row) > 4: del row[-1]
+    elif kind == 15: row.append('overflow')
+
+@pytest.mark.parametrize('seed', range(25))
+def test_fuzz_nothing_is_lost_or_made_up(tmp_path, seed):
+    rng = random.Random(seed); rows = group_folder(tmp_path, 5)
+    for _ in range(rng.randrange(1, 14)):
+        if len(rows) > 2 and len(list(tmp_path.rglob('*.png'))) > 2: mutate(tmp_path, rows, rng)
+    write_rows(tmp_path, rows); r = read_group_folder(tmp_path)
+    given = [' '.join(str(c).split()) for x in rows for c in x]
+    lines, line = [], 2      # the line on which each record starts: a quoted cell may span several
+    for x in rows: lines.append(line); line += 1+sum(c.count('\n') for c in x)
+    account(tmp_path, [l for l, x in zip(lines, rows) if any(c.strip() for c in x)], r)
+    assert all(' '.join(x['answer'].split()) in given for x in r.rows)      # no answer that nobody gave
+    assert all((tmp_path/x['image']).is_file() for x in r.rows) and all(a['reason'] for a in r.aside)

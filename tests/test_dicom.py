@@ -1,0 +1,90 @@
+"DICOM of every kind that a scanner writes, and what may be known of a patient afterwards."
+import numpy as np
+import pandas as pd
+import pytest
+from pydicom import examples
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate_uid
+from fada.images import dicom_facts, dicom_scale, pick_frames, read_dicom, read_image
+from fada.readers import read_any
+from fada.settings import FadaError
+
+RAMP = np.tile(np.linspace(0, 255, 64).round(), (16, 1))
+
+def write(path, a=RAMP, kind='MONOCHROME2', bits=8, region=None, frames=1, **tags):
+    "A small ultrasound file: `a` is frames × rows × columns [× 3]"
+    ds = Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UltrasoundImageStorage
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    a = np.asarray(a, np.uint8 if bits == 8 else np.uint16); colour = a.shape[-1] == 3
+    ds.Rows, ds.Columns = a.shape[-3:-1] if colour else a.shape[-2:]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 3 if colour else 1, kind, 0
+    if colour: ds.PlanarConfiguration = 0
+    ds.BitsAllocated, ds.BitsStored = (8, 8) if bits == 8 else (16, bits); ds.HighBit = ds.BitsStored-1
+    if frames > 1: ds.NumberOfFrames = frames
+    ds.PixelData = a.tobytes()
+    if region:
+        r = Dataset(); r.update({})
+        for k, v in dict(RegionLocationMinX0=0, RegionLocationMinY0=0, RegionLocationMaxX1=60,
+            RegionLocationMaxY1=15,
+                         PhysicalUnitsXDirection=3, PhysicalUnitsYDirection=3, PhysicalDeltaX=.01,
+                         PhysicalDeltaY=.01, **{}).items():
+            setattr(r, k, region.get(k, v))
+        ds.SequenceOfUltrasoundRegions = Sequence([r])
+    for k, v in tags.items(): setattr(ds, k, v)
+    path.parent.mkdir(parents=True, exist_ok=True); ds.save_as(path, enforce_file_format=True); return path
+
+def row(path, frame=0): return np.asarray(read_dicom(path, frame)[0])[0].astype(int)
+
+def test_monochrome_windows_and_depth(tmp_path):
+    p = tmp_path/'a.dcm'
+    assert abs(row(write(p))[:, 0]-RAMP[0]).max() <= 1
+    assert abs(row(write(p, kind='MONOCHROME1'))[:, 0]-(255-RAMP[0])).max() <= 1
+    assert abs(row(write(p, RAMP*16, bits=12))[:, 0]-RAMP[0]).max() <= 1
+    v = row(write(p, WindowCenter=128, WindowWidth=64))[:,
+        0]    # below 96 black, above 160 white, a ramp between
+    assert v[RAMP[0] < 95].max() == 0 and v[RAMP[0] > 161].min() == 255 and 110 < v[abs(RAMP[0]-128).argmin()] < 145
+    rescaled = row(write(p, RAMP*16, bits=12, RescaleSlope=2, RescaleIntercept=-100, WindowCenter=4000,
+        WindowWidth=8000))[:, 0]
+    assert (np.diff(rescaled) >= 0).all() and rescaled[-1] > 250
+
+def test_colour_of_every_kind(tmp_path):
+    a = np.zeros((16, 64, 3)); a[..., 0] = 200; a[..., 2] = 40
+    assert row(write(tmp_path/'rgb.dcm', a, 'RGB'))[5].tolist() == [200, 0, 40]
+    y = np.zeros((16, 64, 3)); y[..., 0], y[..., 1], y[..., 2] = 76, 85, 255       # pure red in YBR_FULL
+    r, g, b = row(write(tmp_path/'ybr.dcm', y, 'YBR_FULL'))[5]; assert r > 245 and g < 10 and b < 10
+    assert read_image(examples.get_path('palette_color')).mode == 'RGB'
+    assert np.asarray(read_image(examples.get_path('ybr_color'))).std() > 10
+
+def test_millimetres_only_where_they_hold(tmp_path):
+    import pydicom
+    scale = lambda **r: dicom_scale(pydicom.dcmread(write(tmp_path/'r.dcm', region=r
+        or dict(RegionLocationMinX0=0))))
+    assert scale() == .1
+    for wrong in (dict(RegionLocationMaxX1=64), dict(PhysicalUnitsXDirection=4), dict(PhysicalDeltaY=.02),
+        dict(PhysicalDeltaX=-.01)):
+        assert scale(**wrong) is None, wrong
+
+def test_a_cine_gives_the_frames_that_were_chosen(tmp_path):
+    a = np.stack([RAMP*0+20*k for k in range(10)]); a[:, :, ::2] += 30
+    write(tmp_path/'Femur'/'cine.dcm', a, frames=10, PatientID='X1')
+    pd.DataFrame({'Image Name': ['cine.dcm'], 'Q6': ['good']}).to_csv(tmp_path/'Femur'/'a.csv', index=False)
+    got = lambda f: [x['image'] for x in read_any(tmp_path, frames=f).rows]
+    assert got('middle') == ['Femur/cine.dcm#5'] and len(got('every 3')) == 4 and len(got('all')) == 10
+    assert np.asarray(read_image(tmp_path/'Femur'/'cine.dcm#5'))[0, 1, 0] == 100
+    with pytest.raises(FadaError, match='0 to 9'): pick_frames(10, '10')
+
+def test_no_name_survives(tmp_path, monkeypatch):
+    monkeypatch.setenv('FADA_SALT', 'one')
+    tags = dict(PatientName='Miller^Anna', PatientID='12345', PatientBirthDate='19900312',
+        InstitutionName='St Mary', OperatorsName='Jones', Manufacturer='GE',
+        ManufacturerModelName='Voluson E10', StudyDate='20240101')
+    for k in range(2): write(tmp_path/'Femur'/f'{k}.dcm', RAMP+0*k, **tags)
+    facts = dicom_facts(tmp_path/'Femur'/'0.dcm'); text = str(facts)
+    assert not any(w in text for w in ('Miller', 'Anna', '12345', '1990', 'Mary', 'Jones', '2024'))
+    assert facts['machine'] == 'GE Voluson E10' and facts['patient'].startswith('p-')
+    pd.DataFrame({'Image Name': ['0', '1'], 'Q6': ['good']*2}).to_csv(tmp_path/'Femur'/'a.csv', index=False)
+    t = read_any(tmp_path).table; assert t.patient.nunique() == 1 and not t.to_csv().count('Miller')
+    monkeypatch.setenv('FADA_SALT', 'two')
+    assert dicom_facts(tmp_path/'Femur'/'0.dcm')['patient'] != facts['patient']
