@@ -367,7 +367,7 @@ def prepare_own(
     reader:str='auto',            # as for `readers.read_any`
     frames='first', dataset:str='', shares=(.7, .1, .2), published:bool=True,
 )->dict:                          # the manifest
-    "Read a group's own folder, apply its corrections and its vocabulary, split, and save"
+    "Read a group's own folder, apply its vocabulary, split, and save"
     from fada.vocabulary import load_rules, normalise
     r = read_any(folder, reader, dataset, workers, frames)
     if not r.rows:
