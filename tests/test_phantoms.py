@@ -85,7 +85,7 @@ def test_measured_again(parameter):
     """Read from grey levels and scale alone, 30 pictures: nine in ten within 2 mm or 5 %,
     NT 0.3 mm (200 in bench/measure.py)"""
     off, k = [], 0
-    while len(off) < 30:
+    while len(off) < 12:
         k += 1
         if make_draft(MEASURED[parameter], (51, k, 0), 0.)[0].grade != 'good': continue
         ph = make_native(MEASURED[parameter], (51, k, 0))
@@ -95,7 +95,7 @@ def test_measured_again(parameter):
             off.append(abs(measure(ph.image, ph.mm_per_px, parameter).mm-ph.sizes[parameter])
                        <= allowed(parameter, ph.sizes[parameter]))
         except FadaError: off.append(False)
-    assert np.mean(off) >= .9
+    assert sum(off) >= 11
 
 NO_SCALE = {'Thorax', 'Cervical', 'Public_Symphysis_fetal_head'}  # nothing in mm is measured there
 NO_GROWTH = NO_SCALE | {'Standard_NT', 'Non_standard_NT', 'NT-View', 'Cervix'}  # nothing that follows growth
@@ -134,3 +134,22 @@ def test_answers_of_every_plane(name):
         assert 'mm' not in ph.answers[4] or ph.scale_shown
         if ph.answers[3]['standard'] and ph.answers[4]['parameters']:
             p = np.array(ph.calipers[ph.answers[4]['parameters'][0]]); assert ((p > -30) & (p < 254)).all()
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
+    from fada.phantoms import write_phantoms
+    for workers in (1, 2): write_phantoms(tmp_path/str(workers), 28, size=64, seed=9, workers=workers, overlays=.5)
+    one, two = ({p.relative_to(tmp_path/w): p.read_bytes() for p in (tmp_path/w).rglob('*') if p.is_file()} for w in '12')
+    assert len(one) == 28*3+1 and one == two
+
+def test_a_patient_comes_again(tmp_path):
+    "Frames and visits share the patient; the second visit is later; nothing in a name tells the class"
+    from fada.data import leaks, read_phantoms, split_by_patient
+    from fada.phantoms import write_phantoms
+    write_phantoms(tmp_path/'p', 48, ['Femur', 'Standard_NT', 'Thorax'], seed=2, size=64, workers=2)
+    t = read_phantoms(tmp_path/'p').drop_duplicates('image')
+    twice = t[t.category == 'Femur'].groupby('patient').visit.nunique().max()
+    assert t.groupby('patient').image.count().max() >= 8 and twice == 2
+    for _, g in t[t.category == 'Femur'].groupby('patient'):
+        days = g.groupby('visit').ga_days.first()
+        assert days.is_monotonic_increasing
+    assert not leaks(split_by_patient(read_phantoms(tmp_path/'p'), 0))
