@@ -51,8 +51,13 @@ def _open(browser, lab, notebook):
     page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
     page.wait_for_selector('.jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status="idle"]',
                            timeout=60_000)
-    page.get_by_role('menuitem', name='Run', exact=True).click()
-    page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    for _ in range(20):  # Lab shows the kernel as idle before it is connected, and drops what it is told to run until then
+        page.keyboard.press('Escape')
+        page.locator('.jp-NotebookPanel .jp-CodeCell .jp-InputArea-editor').first.click()
+        page.keyboard.press('Control+Enter')
+        page.wait_for_timeout(1500)
+        prompts = page.locator('.jp-NotebookPanel .jp-InputPrompt').all_inner_texts()
+        if any(p.strip() not in ('', '[ ]:') for p in prompts): break
     page.wait_for_selector('button:has-text("All eight questions")', timeout=240_000)
     return page
 
