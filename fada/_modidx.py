@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fada.families.graph_from': ('families.html#graph_from', 'fada/families.py'),
                                'fada.families.image_grid': ('families.html#image_grid', 'fada/families.py'),
                                'fada.families.qformer_maps': ('families.html#qformer_maps', 'fada/families.py'),
+                               'fada.families.t5_loss': ('families.html#t5_loss', 'fada/families.py'),
                                'fada.families.through_language': ('families.html#through_language', 'fada/families.py'),
                                'fada.families.through_qformer': ('families.html#through_qformer', 'fada/families.py')},
             'fada.fetch': { 'fada.fetch.Remote': ('fetch.html#remote', 'fada/fetch.py'),
