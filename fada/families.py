@@ -10,7 +10,6 @@ __all__ = ['ENGINES', 'answer_labels', 'flatten', 't5_loss', 'T5VLM', 'InstructV
 # %% ../nbs/07a_families.ipynb #70c05adb
 import re
 from .settings import FadaError, digest
-from .registry import require
 from .vlm import VLM, _as_rgb, bridge, image_hash, pixel_values, project, read_out
 
 # %% ../nbs/07a_families.ipynb #738042b5
@@ -315,7 +314,6 @@ _PER_TOKEN = ('attention_mask', 'token_type_ids', 'mm_token_type_ids')
 
 def append_answers(t, answers, pad:int, ignore=-100)->dict:
     "Left-padded prompt inputs with answer ids appended, right-padded anew, and labels on the answers"
-    import torch
     keep = [m.bool() for m in t['attention_mask']]; device = t['input_ids'].device
     rows = [ids[k].tolist()+a for ids,k,a in zip(t['input_ids'], keep, answers)]
     out = dict(t, input_ids=_padded(rows, pad).to(device))

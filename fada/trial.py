@@ -11,7 +11,7 @@ import tempfile, time
 from pathlib import Path
 from .settings import FadaError, environment, now, read_json, write_atomic
 from .registry import ASSETS, MODELS, PUBLISHED, ModelSpec, count_parameters, dossier, skeleton
-from .checkpoints import access, estimate_bytes, fitting, ledger, record
+from .checkpoints import access, estimate_bytes, ledger, record
 
 # %% ../nbs/09a_trial.ipynb #fb9f2b03
 def _answers(vlm):

@@ -1,13 +1,12 @@
 "Downloads from a hub on loopback, and every checkpoint that must be refused: one clear error each."
 import json, os, shutil, struct, subprocess, sys
-from dataclasses import replace
 from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from hub import Hub
 from tiny import tiny
-from fada.checkpoints import check_checkpoint, estimate_bytes, load_model, resolve_device, shards
-from fada.registry import MODELS, model_spec
+from fada.checkpoints import load_model, resolve_device, shards
+from fada.registry import MODELS
 from fada.settings import FadaError
 from fada.vlm import load
 
@@ -122,7 +121,6 @@ def test_remote_code_in_any_configuration(copy, name):
 
 def test_missing_and_left_over_weights(copy):
     from safetensors.torch import load_file, save_file
-    import torch
     shard = shards(copy)[-1]; w = load_file(shard)
     index = json.loads((copy/'model.safetensors.index.json').read_text())
     name = next(n for n in w if 'text_model' in n or 'lm_head' in n)

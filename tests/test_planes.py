@@ -1,6 +1,5 @@
 "The supervised row beside every plane score learns, and says what it cannot do."
 import json
-import numpy as np
 import pandas as pd
 import pytest
 from fada.planes import train_planes

@@ -1,5 +1,4 @@
 "The registry against what the publishers say: names, parameter counts, rows of one's own."
-import subprocess, sys
 import pytest
 from fada.registry import MODELS, PUBLISHED, count_parameters, dossier, skeleton
 

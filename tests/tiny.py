@@ -3,7 +3,7 @@ written to disk as the hub lays them out (config, processor, tokenizer,
                                           safetensors shards), so that the loader of
 the real ones loads them."""
 from pathlib import Path
-from fada.registry import ARCHITECTURES, MODELS, model_class
+from fada.registry import MODELS
 
 CORPUS = ['Question: Which standard plane is it? Answer: transverse abdominal plane.',
           'good image quality, normal, femur head heart',
