@@ -30,9 +30,10 @@ class NanoRecipe:
     phantoms: int = 1500
     data_seed: int = 77_777              # that nobody uses by chance: no test image of a user was seen
     findings: float = .15
-    vision_steps: int = 2200; vision_batch: int = 32; vision_lr: float = 1e-3
+    vision_steps: int = 5200; vision_batch: int = 16; vision_lr: float = 1e-3
     answer_steps: int = 800; answer_batch: int = 16; answer_lr: float = 1e-3
-    warmup: int = 30; weight_decay: float = .05; betas: tuple = (.9, .98); clip: float = 1.; shift: int = 4
+    warmup: int = 30; weight_decay: float = .05; betas: tuple = (.9, .98); clip: float = 1.
+    views: int = 4                       # of each image in stage 2: as it is, and moved a little
     patch_weight: float = 16.            # of structures by patch in stage 1's loss: seeing where teaches what
     abnormal_weight: float = 3.          # how much more often an abnormal image is drawn
     seed: int = 0

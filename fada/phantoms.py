@@ -361,7 +361,7 @@ def make_twins(
 # (patient, visit, frame) of three patients
 VISITS = ((0,0,0),(0,0,1),(0,1,0),(0,1,1),(1,0,0),(1,0,1),(2,0,0),(2,0,1))
 PLANES = 3   # categories that one patient is seen in
-DRAWING = 2 # raised whenever the same seed draws another picture, so that old and new never mix in a folder
+DRAWING = 3 # raised whenever the same seed draws another picture, so that old and new never mix in a folder
 
 def _short(*parts): return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:8]
 

@@ -15,7 +15,7 @@ import numpy as np
 from .settings import FadaError
 from .biometry import size_from_age
 from .clinical import category
-from .phantom import Medium, Probe, Shape, blob, ellipse, tube
+from .phantom import Medium, Probe, Shape, blob, ellipse, polygon, tube
 
 # %% ../nbs/03_scenes.ipynb #5f56e411
 TISSUE = {
@@ -112,7 +112,8 @@ def wavy(shape, rng, mm)->Shape:
 def _layer(depth, half, wave, probe):
     "A band across the beam at `depth`, following the probe's face"
     return Shape(
-        lambda x,z: np.abs(np.hypot(x, z+probe.radius)-probe.radius+1.2*np.sin(x/15+wave)-depth)-half,
+        lambda x,z: np.abs(np.hypot(x, z+probe.radius)-probe.radius
+                           +1.1*np.sin(x/15+wave)+.4*np.sin(x/4.3+3*wave)-depth)-half,
         (-200,200,-60,depth+4))
 
 # %% ../nbs/03_scenes.ipynb #709f794c
@@ -121,8 +122,8 @@ def maternal(m, rng, thickness):
     x,z = m.probe.grid; r = np.hypot(x, z+m.probe.radius)-m.probe.radius
     m.db += 1.5*m.unevenness(2., m.db.shape)
     m.db += 4*np.sin(r/1.7+.4*np.sin(x/5+rng.uniform(0,6)))*(r < thickness*.55)
-    for depth,half,db in ((.2,.25,-6), (.55,.5,0), (.8,.4,-3)):
-        m.paint(_layer(thickness*depth, half, rng.uniform(0,6), m.probe), db=db, impedance=1.7, soft=.3)
+    for depth,half,db in ((.2,.25,-9), (.55,.5,-3), (.8,.4,-6)):
+        m.paint(_layer(thickness*depth, half, rng.uniform(0,6), m.probe), db=db, impedance=1.65, soft=.3)
 
 # %% ../nbs/03_scenes.ipynb #6c181842
 def surroundings(m, rng, thickness, cavity):
@@ -432,7 +433,8 @@ def _midline(m, f, a, spans, name='midline'):
     for u0,u1 in spans: m.paint(f.tube([(u0*a,0),(u1*a,0)], .45), db=-2, impedance=1.72, name=name, soft=.3)
 
 def _cavum(m, f, a, b):
-    box = f.outline([(.56*a,.10*b),(.36*a,.10*b),(.36*a,-.10*b),(.56*a,-.10*b)], 24)
+    r = .02*b  # a box, its corners rounded by r
+    box = polygon([f(u,v) for u,v in ((.55*a,.1*b-r),(.37*a,.085*b-r),(.37*a,r-.085*b),(.55*a,r-.1*b))]).grown(r)
     m.paint(box.rim(.4), db=-3, impedance=1.68)
     m.paint(box, **TISSUE['fluid'], name='cavum septi pellucidi', soft=.2)
 

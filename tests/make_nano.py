@@ -22,7 +22,7 @@ def main():
     from fada.clinical import DEMO_CATEGORIES
     from fada.data import prepare
     from fada.models import NanoRecipe
-    from fada.train import train_base
+    from fada.base import train_base
     r = NanoRecipe()
     with tempfile.TemporaryDirectory() as d:
         d = Path(d); prepare(d/'phantoms', r.phantoms, DEMO_CATEGORIES, seed=r.data_seed, workers=2)
