@@ -263,18 +263,25 @@ def money(tokens, price:dict)->float|None:
 # %% ../nbs/07c_remote.ipynb #542aeae1
 class Meter:
     "What was taken and what is under way, against the budget; shared by all threads"
-    def __init__(self, budget, price, longest, journal):
-        # budget: (amount, unit); longest: tokens of an answer
-        self.amount,self.unit = budget; self.price,self.longest,self.journal = price,longest,journal
+    def __init__(self,
+        budget,   # (amount, unit)
+        price,    # of the service, {} where not known
+        journal,
+    ):
+        self.amount,self.unit = budget; self.price,self.journal = price,journal
         self.under_way,self._lock = np.zeros(2, int),threading.Lock()
 
     def worth(self, tokens): return float(sum(tokens)) if self.unit == 'tokens' else money(tokens, self.price)
 
-    def reserve(self, size:float, image:bool):
-        "Set aside what a question of `size` may take: tokens (in, out); `Trouble` where the budget has no room"
+    def reserve(self,
+        size:float,   # input tokens of the question, before any was measured
+        image:bool,   # whether an image goes with it
+        longest:int,  # tokens of an answer
+    ):                # tokens (in, out)
+        "Set aside what a question may take; `Trouble` where the budget has no room"
         with self._lock:
             self.journal.refresh()
-            need = np.array([self.journal.most.get(image) or math.ceil(size), self.longest])
+            need = np.array([self.journal.most.get(image) or math.ceil(size), longest])
             taken = self.worth(self.journal.took)
             if taken+self.worth(self.under_way)+self.worth(need) > self.amount:
                 raise Trouble(f'the budget of {self.amount:,.6g} {self.unit} has no room for another question: {taken:,.6g} taken, '
@@ -323,7 +330,7 @@ class Remote(VLM):
         self._create = route(made).with_raw_response.create
         self.base = f'{self.service.sdk}:{spec.checkpoint}'
         self.journal = Journal(writable_folder(s.output/'remote')/f'{spec.name}.jsonl')
-        self.meter = Meter(budget, self.service.price, s.max_new_tokens, self.journal); self.pace = Pace(s.remote_rate)
+        self.meter = Meter(budget, self.service.price, self.journal); self.pace = Pace(s.remote_rate)
 
     def identity(self)->dict:
         "What decides an answer, as far as it is known: a service may change its model behind a name"
@@ -359,7 +366,7 @@ def ask_once(self:Remote, job:Job)->dict:
     if known := self.journal.answers.get(job.key): return dict(known, replayed=True)
     tries,took,guessed,start = 0,np.zeros(2, int),0,time.perf_counter(); reply = trouble = None
     while reply is None and not self.stopped:
-        try: need = self.meter.reserve(job.size, job.sha is not None)
+        try: need = self.meter.reserve(job.size, job.sha is not None, self.max_new_tokens)
         except Trouble as t: trouble = t; break
         self.pace.wait(); tries += 1
         try: reply = self.send(job); told,paid = reply.tokens,True
