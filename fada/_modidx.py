@@ -571,6 +571,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fada.refine': { 'fada.refine.Refined': ('refine.html#refined', 'fada/refine.py'),
                              'fada.refine.Refined._repr_markdown_': ('refine.html#refined._repr_markdown_', 'fada/refine.py'),
                              'fada.refine.Refined.accepted': ('refine.html#refined.accepted', 'fada/refine.py'),
+                             'fada.refine._any_of': ('refine.html#_any_of', 'fada/refine.py'),
                              'fada.refine._ask_model': ('refine.html#_ask_model', 'fada/refine.py'),
                              'fada.refine._clause_claims': ('refine.html#_clause_claims', 'fada/refine.py'),
                              'fada.refine._lexicon': ('refine.html#_lexicon', 'fada/refine.py'),

@@ -9,6 +9,7 @@ __all__ = ['HARMLESS', 'NEGATIONS', 'STATES', 'REVERSED', 'LEXICON', 'REFINE', '
 # %% ../nbs/07d_refine.ipynb #3c2db45e
 import re, unicodedata
 from dataclasses import dataclass, field
+from functools import lru_cache
 from .settings import FadaError, nearest
 from .clinical import (CATEGORIES, FINDINGS, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, REASONS,
                            RECOMMENDATIONS, STRUCTURES, parse_answer, question_id, write_answer)
@@ -39,8 +40,8 @@ _SIDES = dict(left='left', right='right', up='up', anterior='up', top='up', down
 _PARTS = {w: p for p,ws in dict(spine=('spine', *STRUCTURES['spine']), head=('head',), face=('face',), forehead=('forehead',)).items()
           for w in ws}
 
-def _lexicon()->list:
-    "(spelling, meanings) pairs, longest first; a meaning is (kind, canonical term)"
+def _lexicon()->dict:
+    "{spelling: meanings}; a meaning is (kind, canonical term)"
     tables = dict(finding=FINDINGS, structure=STRUCTURES, parameter=PARAMETERS, grade=GRADES, reason=REASONS,
                   advice=RECOMMENDATIONS, plane=_PLANES, axis=ORIENTATIONS['axis'], bone=ORIENTATIONS['bone'], state=STATES)
     out = {}
@@ -48,9 +49,14 @@ def _lexicon()->list:
         for canonical,others in table.items():
             for s in (canonical, *others): out.setdefault(s.lower(), set()).add((kind, canonical))
     for s,state in REVERSED.items(): out[s] = {('state', f'no {state}')}
-    return sorted(out.items(), key=lambda p: -len(p[0]))
+    return {s: frozenset(ms) for s,ms in out.items()}
+
+def _any_of(words):
+    "A pattern that finds whole words, the longest where several begin"
+    return re.compile(r'(?<![\w-])(?:'+'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))+r')(?![\w-])')
 
 LEXICON = _lexicon()
+_TERM,_SIDE,_PART = _any_of(LEXICON),_any_of(_SIDES),_any_of(_PARTS)
 
 # %% ../nbs/07d_refine.ipynb #09c621be
 _CLAUSE = re.compile(r'[;:\n()]|[.,](?!\d)|\b(?:and|but|while|whereas|although|though)\b')
@@ -80,9 +86,8 @@ def _numbers(clause, parameters)->set:
 
 def _sides(clause)->set:
     "Sides with the part named before them (spine left), and a head or face without a side"
-    find = lambda words: re.finditer(r'\b('+'|'.join(sorted(words, key=len, reverse=True))+r')\b', clause)
-    parts = [(m.start(), _PARTS[m[0]]) for m in find(_PARTS)]; out,used = set(),set()
-    for m in find(_SIDES):
+    parts = [(m.start(), _PARTS[m[0]]) for m in _PART.finditer(clause)]; out,used = set(),set()
+    for m in _SIDE.finditer(clause):
         at,part = max((p for p in parts if p[0] < m.start()), default=(0, 'nothing'))
         used.add(part); out.add(f'{part} {_SIDES[m[0]]}')
     out |= {part for _,part in parts if part not in used and part != 'spine'}   # the spine is a structure too
@@ -91,30 +96,27 @@ def _sides(clause)->set:
 # %% ../nbs/07d_refine.ipynb #bca61864
 def _clause_claims(clause)->set:
     "Claims of one clause"
-    left = places = f' {clause} '; terms,parameters,hashes = [],[],lambda m: '#'*(m.end()-m.start())
-    for spelling,meanings in LEXICON:
-        for m in list(re.finditer(rf'(?<![\w-]){re.escape(spelling)}(?![\w-])', left)):
-            terms.append(frozenset(meanings)); names = [t for k,t in meanings if k == 'parameter']
-            if names: parameters.append((m.start(), names[0]))
-            left = left[:m.start()]+hashes(m)+left[m.end():]  # a longer spelling hides a shorter one
-            if spelling not in _PARTS: places = places[:m.start()]+hashes(m)+places[m.end():]
-    sides = _sides(places)
+    hide = lambda m: '#'*(m.end()-m.start()); found = list(_TERM.finditer(clause)); terms = [LEXICON[m[0]] for m in found]
+    parameters = [(m.start(), t) for m in found for k,t in LEXICON[m[0]] if k == 'parameter']
+    left = _TERM.sub(hide, clause); sides = _sides(_TERM.sub(lambda m: m[0] if m[0] in _PARTS else hide(m), clause))
     numbers = _numbers(left, parameters); left = _NUMBER.sub(' ', left)
     words = [w for w in _WORD.findall(left) if w not in _SIDES and w not in _PARTS]
-    denied = any(w in NEGATIONS for w in words)
+    denials = sum(w in NEGATIONS for w in words); denied = denials > 0
     terms += [frozenset({('word', w)}) for w in words if w not in NEGATIONS and w not in HARMLESS]
     marks = set(re.sub(r'''[\w\s#.,'"/-]''', '', left))
     out = {(t, not denied) for t in terms}|numbers|sides|{(frozenset({('mark', c)}), True) for c in marks}
     if denied and (sides or numbers or not terms): out.add((frozenset({('negation', 'of nothing')}), True))
+    if denials > 1: out.add((frozenset({('negation', 'twice')}), True))
     return out
 
+@lru_cache(4096)
 def claims(
     text:str,
-)->set:        # of (meanings, affirmed): a claim holds if one of its meanings does
+)->frozenset:  # of (meanings, affirmed): a claim holds if one of its meanings does
     "All that `text` claims: terms affirmed or denied, numbers, sides, and words outside the vocabulary"
     out = set().union(*(_clause_claims(c) for c in _CLAUSE.split(_plain(text)) if c.strip()))
     flip = lambda m: (m[0], m[1][3:]) if m[0] == 'state' and m[1].startswith('no ') else None
-    return {(frozenset(flip(m) for m in ms), not yes) if all(flip(m) for m in ms) else (ms, yes) for ms,yes in out}
+    return frozenset((frozenset(map(flip, ms)), not yes) if all(map(flip, ms)) else (ms, yes) for ms,yes in out)
 
 # %% ../nbs/07d_refine.ipynb #0c51c4de
 def _said(claim): return ('' if claim[1] else 'no ')+min(claim[0])[1]
