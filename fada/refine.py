@@ -94,6 +94,8 @@ def _sides(clause)->set:
     return {(frozenset({('side', s)}), True) for s in out}
 
 # %% ../nbs/07d_refine.ipynb #bca61864
+_OF_NOTHING = (frozenset({('negation', 'of nothing')}), True)   # no term, no number, no side in its clause
+
 def _clause_claims(clause)->set:
     "Claims of one clause"
     hide = lambda m: '#'*(m.end()-m.start()); found = list(_TERM.finditer(clause)); terms = [LEXICON[m[0]] for m in found]
@@ -105,7 +107,7 @@ def _clause_claims(clause)->set:
     terms += [frozenset({('word', w)}) for w in words if w not in NEGATIONS and w not in HARMLESS]
     marks = set(re.sub(r'''[\w\s#.,'"/-]''', '', left))
     out = {(t, not denied) for t in terms}|numbers|sides|{(frozenset({('mark', c)}), True) for c in marks}
-    if denied and (sides or numbers or not terms): out.add((frozenset({('negation', 'of nothing')}), True))
+    if denied and (sides or numbers or not terms): out.add(_OF_NOTHING)
     if denials > 1: out.add((frozenset({('negation', 'twice')}), True))
     return out
 
@@ -114,7 +116,8 @@ def claims(
     text:str,
 )->frozenset:  # of (meanings, affirmed): a claim holds if one of its meanings does
     "All that `text` claims: terms affirmed or denied, numbers, sides, and words outside the vocabulary"
-    out = set().union(*(_clause_claims(c) for c in _CLAUSE.split(_plain(text)) if c.strip()))
+    clauses = [_clause_claims(c) for c in _CLAUSE.split(_plain(text)) if c.strip()]; out = set().union(*clauses)
+    if (n := sum(_OF_NOTHING in c for c in clauses)) > 1: out.add((frozenset({('negation', f'of nothing, {n} times')}), True))
     flip = lambda m: (m[0], m[1][3:]) if m[0] == 'state' and m[1].startswith('no ') else None
     return frozenset((frozenset(map(flip, ms)), not yes) if all(map(flip, ms)) else (ms, yes) for ms,yes in out)
 

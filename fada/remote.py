@@ -9,7 +9,7 @@ __all__ = ['PRICE', 'NEAR', 'Reply', 'SDKS', 'PASSES', 'CONCERNS_ALL', 'PROBE', 
 
 # %% ../nbs/07c_remote.ipynb #6537d4be
 import base64, importlib, io, json, math, os, random, re, threading, time
-from collections import namedtuple
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from email.utils import parsedate_to_datetime
@@ -439,28 +439,34 @@ def answer(
     batch_images:int=1,     # not used: a service is asked question by question
 ):                          # iterator of Answer, in the order asked
     "Answer every question of every request; what fails becomes an Answer with `error`, what concerns all a `FadaError`"
-    self.stopped = None
-    with ThreadPoolExecutor(self.settings.remote_parallel) as pool:
-        for r in requests: yield from self._request(pool, r)
+    self.stopped = None; pool = ThreadPoolExecutor(self.settings.remote_parallel); begun,under_way = deque(),{}
+    try:
+        for r in requests:
+            begun.extend(self._begin(pool, r, under_way))
+            while len(begun) > 2*self.settings.remote_parallel: yield self._end(begun.popleft())
+        while begun: yield self._end(begun.popleft())
+    finally: pool.shutdown(cancel_futures=True)   # who stops listening pays for no more
 
 # %% ../nbs/07c_remote.ipynb #415bab3b
 @patch
-def _request(self:Remote, pool, r):
-    "Answers of one request: its questions side by side, one question asked twice sent once"
+def _begin(self:Remote, pool, r, under_way:dict)->list:
+    "Of each question of one request an Answer, where it failed already, or what `_end` makes one from; none is sent twice"
     try:
         asked = _prepare(self, r); sha = image_hash(r.image); png,size = '',(0,0)
         if sha: im = outgoing(r.image, self.settings.remote_text, self.service.max_side); png,size = as_base64(im),im.size
-    except FadaError as e:
-        yield from (Answer(str(q), id=r.id, error=str(e), stage='read') for q in (r.questions or ['']))
-        return
+    except FadaError as e: return [Answer(str(q), id=r.id, error=str(e), stage='read') for q in (r.questions or [''])]
     try:
         if png: self.prove_vision()
-    except Trouble as t:
-        yield from (Answer(text, '', i, r.id, sha, error=t.why, stage=t.stage) for i,text,_ in asked)
-        return
+    except Trouble as t: return [Answer(text, '', i, r.id, sha, error=t.why, stage=t.stage) for i,text,_ in asked]
     jobs = [self.job(text, prompt, sha, png, size) for _,text,prompt in asked]
-    under_way = {j.key: pool.submit(self.ask_once, j) for j in {j.key: j for j in jobs}.values()}
-    for (i,text,_),j in zip(asked, jobs): yield self._as_answer(under_way[j.key].result(), text, i, r.id, sha)
+    for j in jobs:
+        if j.key not in under_way: under_way[j.key] = pool.submit(self.ask_once, j)
+    return [(under_way[j.key], text, i, r.id, sha) for (i,text,_),j in zip(asked, jobs)]
+
+@patch
+def _end(self:Remote, begun)->Answer:
+    "The Answer to a question that was begun"
+    return begun if isinstance(begun, Answer) else self._as_answer(begun[0].result(), *begun[1:])
 
 @patch
 def _as_answer(self:Remote, record, text, question_id, id, sha)->Answer:

@@ -56,8 +56,8 @@ def swapped(rng, q, text):
 
 def attacks(n=500, seed=0)->list:
     "`n` (question, true answer, rewrite that adds to it)"
-    rng, true = random.Random(seed), originals()
-    return [(q, t, smuggle(rng, q, t)) for q, t in (rng.choice(true) for _ in range(n))]
+    rng, true = random.Random(seed), originals(); rng.shuffle(true)
+    return [(q, t, smuggle(rng, q, t)) for q, t in (true[k%len(true)] for k in range(n))]
 
 FAIR = ['The image shows {}', '{} are identified in this view', 'In this scan: {}', '{}.', 'Report: {}', 'This fetal ultrasound demonstrates {}']
 

@@ -63,7 +63,7 @@ class Door:
         self.log, self.bodies, self.headers, self.tries, self.lock = [], [], [], {}, threading.Lock()
         door = self
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = 'HTTP/1.1'
+            protocol_version = 'HTTP/1.1'; wbufsize = -1   # one packet a reply: two wait 40 ms for each other
             def log_message(self, *args): pass
             def do_POST(self): door.serve(self)
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler); self.server.daemon_threads = True
@@ -102,7 +102,7 @@ class Door:
     def send(self, h, code, data, **headers):
         h.send_response(code)
         for k, v in {'Content-Type': 'application/json', 'Content-Length': len(data), **headers}.items(): h.send_header(k, str(v))
-        h.end_headers(); h.wfile.write(data)
+        h.end_headers(); h.wfile.write(data); h.wfile.flush()
 
     @staticmethod
     def from_anthropic(b):

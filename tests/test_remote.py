@@ -223,7 +223,7 @@ def test_budgets(nano, femur, door, tmp_path):
     with pytest.raises(FadaError, match='its price is in USD'): service(d, tmp_path, remote_budget='5 EUR', table=dict(price=PRICE))
     with pytest.raises(FadaError, match='cannot be used'): service(d, tmp_path, remote_budget='much')
     images = [Image.fromarray(make_phantom('Abdomen', (k, 1, 0)).image) for k in range(3)]
-    for unit, cap in (('tokens', 2000), ('USD', .004)):
+    for unit, cap in (('tokens', 2000), ('USD', .005)):
         d = door(of_model(nano), faults=.3, kinds=('dropped', '500', 'malformed', 'empty'), seed=3); out = tmp_path/unit
         for _ in range(3):
             vlm = service(d, out, remote_budget=f'{cap} {unit}', table=dict(price=PRICE))
