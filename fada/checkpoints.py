@@ -473,8 +473,12 @@ def access(
     out = dict(model=spec.name, gated=spec.gated, token=bool(get_token()),
                granted=None if spec.gated else True, downloaded=False,
                tests=ledger(spec.name).get('tests', {}), next='')
-    if spec.family in ('api','ensemble','classifier'): return dict(out, granted=None, downloaded=None,
-                                                                   next='no download; see its notes')
+    if spec.family == 'api':
+        from fada.remote import next_step
+        from fada.settings import load_settings
+        return dict(out, granted=None, downloaded=None, next=next_step(spec, load_settings()))
+    if spec.family in ('ensemble','classifier'): return dict(out, granted=None, downloaded=None,
+                                                             next='no download; see its notes')
     try: check_checkpoint(locate(spec), spec); out.update(downloaded=True, granted=True)
     except FadaError as e: out['next'] = str(e)
     if not out['downloaded'] and not spec.parts and ask_hub:

@@ -147,7 +147,10 @@ def evaluate(
     precision:Precision=None, device:Device=None, split:str='test',
     images:Annotated[int, typer.Option(help='A stratified subset; 0: all.')]=0,
     control_images:Annotated[int, typer.Option(help="Images of the controls' sample.")]=100,
-    controls:bool=True, out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
+    controls:bool=True,
+    paid_controls:Annotated[bool, typer.Option('--paid-controls',
+                                               help='Ask the controls of a paid service too.')]=False,
+    out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -158,11 +161,14 @@ def evaluate(
     from fada.evaluate import evaluate_job
     folder = Path(out) if out else s.output/'run'/f"evaluate-{s.model}-{s.precision}-{'-'.join(s.categories)}"
     m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
-                     controls=controls)
+                     controls=controls, paid_controls=paid_controls)
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
              for q,v in m['questions'].items()]
+    if took := m.get('spending'):
+        lines.append(f"{took['tries']} requests, {took['tokens_in']:,} tokens in, {took['tokens_out']:,} out"
+                     + ''.join(f', {v:.4f} {k}' for k,v in took['cost'].items()))
     _show(m, json, '\n'.join([
         *lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}"
                   for n in m['notes']), str(folder)]))
@@ -199,8 +205,8 @@ def ask(
     from fada.vlm import load
     answers = load(s.model, adapter, weights, s.precision, s.device).ask(
         picture, list(question) if question else list(range(1,9)))
-    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error)
-                        for a in answers], notice=NOTICE), json,
+    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error,
+                             **({'more': a.more} if a.more else {})) for a in answers], notice=NOTICE), json,
           '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
     if all(a.error for a in answers): raise typer.Exit(1)
 

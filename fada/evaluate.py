@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'BLANK', 'SCORED', 'KNOWS_FOLDER', 'SHOWN', 'AnswersLog', 'mean_image', 'donors', 'record_key',
-           'ask_table', 'majority', 'ask_controls', 'evaluate', 'describe', 'summary', 'knows_folder', 'notes',
-           'evaluate_job', 'plot_summary']
+           'ask_table', 'majority', 'ask_controls', 'evaluate', 'spending', 'describe', 'summary', 'knows_folder',
+           'notes', 'evaluate_job', 'plot_summary']
 
 # %% ../nbs/10_evaluate.ipynb #7ae52399
 import json, os, time
@@ -146,7 +146,8 @@ def _record(identity, versions, row, shown, a, unread):
     "One log record: identity, the question, the answer or the error, and provenance"
     kept = {k: row[k] for k in ('key','condition','image','category','patient','question_id','question')}
     said = (dict(text='', confidence=None, error=unread, stage='read', seconds=None) if a is None
-            else dict(text=a.text, confidence=a.confidence, error=a.error, stage=a.stage, seconds=a.seconds))
+            else dict(text=a.text, confidence=a.confidence, error=a.error, stage=a.stage, seconds=a.seconds,
+                      **(dict(more=a.more) if a.more else {})))
     return dict(kept, reference=row['answer'], shown=shown[0], shown_sha256=shown[1], **said,
                 identity=identity, time=now(), versions=versions)
 
@@ -182,6 +183,7 @@ def evaluate(
     images:int=0,                 # a stratified subset of the split; 0: all
     control_images:int=100,       # images of the controls' sample
     controls:bool=True, seed:int=0,
+    paid_controls:bool=False,     # ask the controls of a paid service too
 )->dict:                          # what metrics.json holds
     "Ask, log, score, and set the controls beside"
     if images < 0 or control_images < 1:
@@ -192,15 +194,29 @@ def evaluate(
     rows = load_table(data, categories, split)
     if images: rows = subset(rows, images, seed)
     start = time.perf_counter(); parts = [ask_table(vlm, data, rows, 'plain', log)]
-    if controls:
+    if controls and (paid_controls or not vlm.paid):
         parts += ask_controls(vlm, data, rows, subset(rows, control_images, seed),
                               everything[everything.split == split].drop_duplicates('image'),
                               train, log, seed)
     scored = score_table(pd.concat(parts, ignore_index=True))
-    metrics = describe(vlm, scored, split, seed, log.read()[1], time.perf_counter()-start)
+    records,damaged = log.read()
+    metrics = describe(vlm, scored, split, seed, damaged, time.perf_counter()-start)
+    if vlm.paid: metrics['spending'] = spending(records)
     scored[SCORED].to_parquet(out/'scores.parquet', index=False)
     write_json(out/'metrics.json', metrics)
     return metrics
+
+def spending(
+    records,      # of an answers log
+)->dict:          # tries, tokens_in, tokens_out, guessed (tokens no reply confirmed), cost {currency: amount}
+    "What services took for the answers of a log, the parts of ensembles too"
+    out = dict(tries=0, tokens_in=0, tokens_out=0, guessed=0, cost={})
+    for r in records:
+        more = r.get('more') or {}
+        for m in (more, *(p['more'] for p in more.get('parts', []))):
+            for k in ('tries','tokens_in','tokens_out','guessed'): out[k] += m.get(k, 0)
+            if m.get('currency'): out['cost'][m['currency']] = out['cost'].get(m['currency'], 0)+m['cost']
+    return out
 
 SCORED = ['image','category','patient','question_id','question','answer','structured','condition',
           'prediction','confidence','error','score','exact']
@@ -313,7 +329,7 @@ def evaluate_job(
                dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''),
                     precision=s.precision, categories=list(s.categories), seed=s.seed,
                     data=str(s.data), load_seconds=loading['seconds'],
-                    load_grown_bytes=loading['grown_bytes'], weights_bytes=weights_bytes(vlm.core)))
+                    load_grown_bytes=loading['grown_bytes'], weights_bytes=sum(map(weights_bytes, vlm.cores))))
     return metrics
 
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5

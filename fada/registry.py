@@ -89,8 +89,10 @@ class ModelSpec:
     prompt: str = '{question}'  # the user's words
     chat: bool = False      # whether the checkpoint's chat template is put around them
     fp32_parts: tuple = ()  # modules that stay in fp32 under fp16, int8 and nf4
-    parts: dict = field(default_factory=dict)  # composed: {vision, qformer, language: where from}
+    parts: dict = field(default_factory=dict)  # composed: {vision, qformer, language: where from};
+                                               # ensemble: see `fada.ensemble`
     trained_parts: tuple = ()  # modules without pretrained weights, trained whole beside LoRA
+    service: dict = field(default_factory=dict)  # of the family api: where and how, see `fada.remote`
 
 # %% ../nbs/05a_registry.ipynb #a1f5b70b
 USES = ('production', 'medical terminology', 'small deployment', 'larger hardware', 'demonstration',
@@ -180,7 +182,7 @@ def _own_row(name, row, path)->ModelSpec:
     if row.get('checkpoint') and folder.is_dir(): row.update(checkpoint=str(folder), embedded=False)
     own = replace(MODELS[like], name=name, **{k: _tuples(v) for k,v in row.items()})
     return replace(own, lora=row.get('lora') or LORA_TARGETS.get(own.architecture, {}),
-                   revision=row.get('revision'))
+                   revision=row.get('revision'), service={**MODELS[like].service, **row.get('service', {})})
 
 def own_models(start='.')->dict:
     "Rows of `models.toml` and `models.ini` beside the `settings.ini` in force: {name: ModelSpec}"

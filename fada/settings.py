@@ -65,13 +65,22 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'max_new_tokens': ('generate', 'max_new_tokens', int,  '48',            'longest answer in tokens'),
     'remote':         ('remote',   'allowed',        bool, 'no',
                        'whether images may be sent to a remote API'),
+    'remote_text':    ('remote',   'keep_text',      bool, 'no',
+                       'whether what is written outside the sector is sent too'),
+    'remote_budget':  ('remote',   'budget',         str,  '1000000 tokens',
+                       'most that one service may take, in tokens or money'),
+    'remote_rate':    ('remote',   'requests_per_minute', int, '60',        'requests a minute, at most'),
+    'remote_parallel': ('remote',  'parallel',       int,  '4',             'requests under way at a time'),
+    'remote_timeout': ('remote',   'timeout',        int,  '60',            'seconds a reply may take'),
+    'remote_retries': ('remote',   'retries',        int,  '5',             'further tries after a fault'),
 }
 
 @dataclass(frozen=True)
 class Settings:
     "The run defaults after precedence was applied; `source` says where each value came from"
     data: Path; categories: tuple; phantoms: int; output: Path; model: str; precision: str; device: str
-    seed: int; jobs: int; max_new_tokens: int; remote: bool; source: dict
+    seed: int; jobs: int; max_new_tokens: int; remote: bool; remote_text: bool; remote_budget: str
+    remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int; source: dict
 
 # %% ../nbs/00_settings.ipynb #5f0a2791
 def _convert(name, text, base, where):
