@@ -210,11 +210,14 @@ def demo_stages(
                  **short('vision_steps','answer_steps')),
             [table], [base/'model.safetensors'])]
     common = dict(model='blip2-nano', weights=str(base), seed=seed); read = [table, base/'model.safetensors']
-    yield 'LoRA per category', [
-        job(f'lora-{c}', 'train',
-            dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32',
-                 **short('steps','images')),
-            read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES]
+    yield 'LoRA per category, and a plain plane classifier', [
+        *(job(f'lora-{c}', 'train',
+              dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32',
+                   **short('steps','images')),
+              read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES),
+        job('planes', 'train', dict(output=str(out/'planes'), task='planes', seed=seed,
+                                    categories=','.join(DEMO_CATEGORIES)),
+            [table], [out/'planes'/'metrics.json'])]
     # all test images: intervals per category need them
     few = dict(images=40, control_images=40) if small else dict(control_images=phantoms)
     evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False),
@@ -227,7 +230,8 @@ def demo_stages(
             [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
     yield 'report', [
         job('compare', 'compare', dict(run=str(out), title='FADA demonstration'),
-            [table, code_digest(('attention','compare')), *sorted(out.glob('evaluate-*/metrics.json'))],
+            [table, code_digest(('attention','compare')), out/'planes'/'metrics.json',
+             *sorted(out.glob('evaluate-*/metrics.json'))],
             [out/'report.html'])]
 
 # %% ../nbs/13_batch.ipynb #0b735f56

@@ -68,7 +68,7 @@ def reference(vlm, weights=None):
     return *probe(higher), fits[0]
 
 # %% ../nbs/07b_canary.ipynb #03445c4f
-LEAST_COSINE,SURE_COSINE = .8,.9
+LEAST_COSINE,SURE_COSINE = dict(int8=.95, nf4=.8),.9
 
 def closeness(a, b)->np.ndarray:
     "Cosine of centred logits, row by row"
@@ -87,7 +87,7 @@ def check_canary(vlm, weights=None)->dict:
     if not np.isfinite(logits).all(): raise stop('logits that are no numbers')
     if ref:
         found['cosine'] = round(float(closeness(logits, ref[1]).min()), 4)
-        if found['cosine'] < LEAST_COSINE:
+        if found['cosine'] < LEAST_COSINE[vlm.precision]:
             raise stop(f"logits diverge from {ref[2]} (cosine {found['cosine']:.2f})")
     silent = [not a.strip() for a in answers]; were = [not a.strip()
                                                        for a in ref[0]] if ref else [False]*len(answers)

@@ -7,7 +7,7 @@ __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shard
            'weights_digest', 'locate', 'base_identity', 'resolve_device', 'estimate_bytes', 'free_bytes', 'fitting',
            'check_memory', 'too_large', 'load_options', 'general_nf4', 'keep_fp32', 'load_processor', 'load_model',
            'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files', 'fetch',
-           'download', 'access']
+           'download', 'access', 'here']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
 import json, math, os, re, shutil, struct, sys
@@ -59,6 +59,8 @@ def shards(folder)->list:
     folder = Path(folder); index = folder/'model.safetensors.index.json'
     if index.is_file():
         names = sorted(set(read_json(index).get('weight_map', {}).values()))
+        outside = [n for n in names if Path(n).name != n]
+        if outside: raise FadaError(f'the index names {outside[0]!r}', str(index), 'files of this folder', 'do not use it')
         missing = [n for n in names if not (folder/n).is_file()]
         if missing:
             raise FadaError(f'{len(missing)} of {len(names)} shards are missing, the first {missing[0]}',
@@ -132,10 +134,15 @@ def locate(
     raise FadaError(f'{spec.name} is not {made} yet', '', f'its files on this machine ({spec.checkpoint})',
                     f'run `fada models get {spec.name}`')
 
+def _entry(spec)->dict:
+    "The ledger's entry of a row; empty where it speaks of another checkpoint that had the same name"
+    entry = ledger(spec.name)
+    return entry if entry.get('checkpoint', spec.checkpoint) == spec.checkpoint else {}
+
 def _snapshot(spec):
     "Folder of a downloaded revision, or None; pins what another tool downloaded"
     from huggingface_hub import try_to_load_from_cache
-    entry = ledger(spec.name); pinned = spec.revision or entry.get('revision')
+    entry = _entry(spec); pinned = spec.revision or entry.get('revision')
     if entry.get('folder') and spec.revision and entry.get('revision') != spec.revision:
         raise FadaError(f"revision {entry['revision'][:12]} is here", entry['folder'],
                         f'{spec.revision[:12]}, as the row pins', f'run `fada models get {spec.name}`')
@@ -149,7 +156,7 @@ def _snapshot(spec):
 # %% ../nbs/05b_checkpoints.ipynb #8a429dbc
 def base_identity(spec:ModelSpec, weights=None)->str:
     "What names the weights: repository and commit of a download, else the digest of the files"
-    place = locate(spec, weights); pinned = ledger(spec.name).get('revision')
+    place = locate(spec, weights); pinned = _entry(spec).get('revision')
     downloaded = not weights and not spec.embedded and not spec.parts and not Path(spec.checkpoint).is_dir()
     return f'{spec.checkpoint}@{pinned}' if downloaded and pinned else weights_digest(place)
 
@@ -279,6 +286,8 @@ def load_processor(spec:ModelSpec, folder):
 _GEMMA_TEXT = {r'^language_model\.model\.': 'model.',
                r'^model\.language_model\.': 'model.'}  # text half of a multimodal checkpoint
 _GEMMA_VISION = re.compile(r'vision_tower|multi_modal_projector')
+_COUNTERS = re.compile(r'(^|\.)(position_ids|rotary_emb\.inv_freq)$')
+_NO_MEMORY = re.compile(r'allocate memory|out of memory|not enough memory', re.I)
 
 def load_model(
     spec:ModelSpec, weights=None, precision:str='fp32', device:str='auto',
@@ -310,9 +319,10 @@ def _count(spec, tensors)->int:
     return sum(math.prod(shape) for name,shape in tensors.items() if _relevant(spec, [name]))
 
 def _relevant(spec, keys):
-    "Keys of a load report that matter: a text model leaves the vision half of its checkpoint alone"
-    return sorted(str(k) for k in keys if not (spec.architecture == 'gemma3-text'
-                                               and _GEMMA_VISION.search(str(k))))
+    """Keys of a load report that matter: a text model leaves the vision half of its checkpoint alone, and counters that
+    earlier releases of transformers saved are no weights"""
+    return sorted(str(k) for k in keys if not _COUNTERS.search(str(k))
+                  and not (spec.architecture == 'gemma3-text' and _GEMMA_VISION.search(str(k))))
 
 def _pretrained(spec, place, precision, device):
     "(model, load report) of transformers, with its errors in FADA's words"
@@ -329,6 +339,7 @@ def _pretrained(spec, place, precision, device):
     except (torch.OutOfMemoryError, MemoryError):
         raise too_large(spec, precision, device, free_bytes(device)) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        if _NO_MEMORY.search(str(e)): raise too_large(spec, precision, device, free_bytes(device)) from None
         raise FadaError(f'{spec.name} cannot be loaded', place,
                         'a whole safetensors checkpoint, downloaded or on disk',
                         str(e).splitlines()[0] if str(e) else type(e).__name__) from None
@@ -472,7 +483,7 @@ def access(
     from huggingface_hub import get_token
     out = dict(model=spec.name, gated=spec.gated, token=bool(get_token()),
                granted=None if spec.gated else True, downloaded=False,
-               tests=ledger(spec.name).get('tests', {}), next='')
+               tests=_entry(spec).get('tests', {}), next='')
     if spec.family == 'api':
         from fada.remote import next_step
         from fada.settings import load_settings
@@ -481,8 +492,17 @@ def access(
                                                              next='no download; see its notes')
     try: check_checkpoint(locate(spec), spec); out.update(downloaded=True, granted=True)
     except FadaError as e: out['next'] = str(e)
-    if not out['downloaded'] and not spec.parts and ask_hub:
-        try: hub_files(spec); out.update(granted=True, next=f'run `fada models get {spec.name}`')
+    asked = [spec] if not spec.parts else [m for m in registry().values() if not m.parts and m.gated
+                                           and m.checkpoint in spec.parts.values()][:1]
+    if not out['downloaded'] and asked and ask_hub:
+        try: hub_files(asked[0]); out.update(granted=True, next=f'run `fada models get {spec.name}`')
         except FadaError as e: out.update(next=str(e), granted=False if 'gated' in e.what else out['granted'])
     if out['downloaded'] and not out['tests']: out['next'] = f'run `fada models test {spec.name}`'
     return out
+
+def here(spec:ModelSpec)->str:
+    "Where a row stands on this machine, in a word: in the package, tested in …, downloaded, or -"
+    entry = _entry(spec); tests = [p for p,t in entry.get('tests', {}).items() if t.get('answer') is True]
+    if tests: return 'tested '+', '.join(tests)
+    if spec.embedded: return 'in the package'
+    return 'downloaded' if entry.get('folder') and Path(entry['folder']).is_dir() else '-'

@@ -179,10 +179,12 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
             title:str='FADA report', json:Json=False, quiet:Quiet=False):
     "Set the jobs of a run side by side and write its report.\n\nExample: fada compare outputs/demo"
     s = _settings(quiet, data=data)
-    from fada.compare import collect, gains, headline, quality_table, resource_table, systems, write_report
+    from fada.compare import (collect, gains, headline, plane_table, quality_table, resource_table, systems,
+                              write_report)
     jobs = collect(run); report = write_report(run, s.data if data else None, title)
     _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'),
                gains=gains(jobs).to_dict('records') if len(systems(jobs)) > 1 else [],
+               planes=plane_table(run, jobs).to_dict('records'),
                resources=resource_table(jobs).to_dict('records')), json,
           '\n'.join([*headline(jobs), f'Report: {report}']))
 
@@ -340,14 +342,16 @@ def models(ctx:typer.Context, json:Json=False, quiet:Quiet=False):
     "List the models of the registry.\n\nExample: fada models"
     if ctx.invoked_subcommand: return
     from dataclasses import asdict
-    from fada.checkpoints import fitting, free_bytes
+    from fada.checkpoints import fitting, free_bytes, here
     from fada.registry import registry
     device = 'cuda:0' if _has_cuda() else 'cpu'; free = free_bytes(device); rows = list(registry().values())
     fits = {m.name: fitting(m, free) if m.parameters else [] for m in rows}
-    lines = [f'{m.name:24} {m.family:10} {m.parameters/1e6:>9,.1f} M  {"gated" if m.gated else "open ":5}  '
-             f'{", ".join(fits[m.name]) or "-":28} {m.licence}' for m in rows]
-    head = f'{"name":24} {"family":10} {"parameters":>11}  access fits {free/2**30:.1f} GiB on {device}'
-    _show([dict(asdict(m), fits=fits[m.name]) for m in rows], json, '\n'.join([head, *lines]))
+    states = {m.name: here(m) for m in rows}
+    lines = [f'{m.name:24} {m.family:10} {m.parameters/1e6:>9,.1f} M  {"gated" if m.gated else "open ":6} '
+             f'{", ".join(fits[m.name]) or "-":28} {states[m.name]:20} {m.licence}' for m in rows]
+    fit = f'fits {free/2**30:.1f} GiB on {device}'
+    head = f'{"name":24} {"family":10} {"parameters":>11}  access {fit:28} {"here":20} licence'
+    _show([dict(asdict(m), fits=fits[m.name], here=states[m.name]) for m in rows], json, '\n'.join([head, *lines]))
 
 def _has_cuda():
     "Whether there is a card, without importing torch where there is no driver"

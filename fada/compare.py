@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DECIDES', 'TEMPLATE', 'Collected', 'collect', 'systems', 'interval_text', 'quality_table', 'beats_controls',
-           'control_table', 'gains', 'resource_table', 'plot_systems', 'plot_heat', 'plot_resources', 'plot_sheet',
-           'examples', 'energy_ratio', 'plot_attention', 'real_frame', 'headline', 'jobs_split', 'write_report']
+           'control_table', 'gains', 'plane_table', 'resource_table', 'plot_systems', 'plot_heat', 'plot_resources',
+           'plot_sheet', 'examples', 'energy_ratio', 'plot_attention', 'real_frame', 'headline', 'jobs_split',
+           'write_report']
 
 # %% ../nbs/11_compare.ipynb #70294b64
 import base64, io
@@ -117,6 +118,24 @@ def gains(jobs)->pd.DataFrame:
                         for q,g in both.groupby('question_id')},
                      'mean': interval_text(difference(both.score_b, both.score, both.patient))})
     return pd.DataFrame(rows)
+
+# %% ../nbs/11_compare.ipynb #34276f2d
+def plane_table(run, jobs)->pd.DataFrame:
+    """Question 3 beside a plain classifier, on the images that both answered: the plane alone (standard or not left aside) and
+    both, each with the system's gain over it; empty where the run trained no classifier"""
+    from fada.planes import plane_of
+    done = [Path(run)/j.name/'planes.parquet' for j in jobs if j.config.get('task') == 'planes']
+    if not done: return pd.DataFrame()
+    right = lambda f: f.assign(plane=(f.prediction.map(plane_of) == f.answer.map(plane_of)).astype(float))
+    plain = right(pd.concat([pd.read_parquet(f) for f in done]).drop_duplicates('image'))
+    def row(name, f):
+        both = f.merge(plain, on='image', suffixes=('','_c')) if f is not plain else f
+        against = lambda k: interval_text(difference(both[k], both[k+'_c'], both.patient)) if f is not plain else '–'
+        score = lambda k: interval_text(mean_interval(both[k], both.patient))
+        return {'system': name, 'images': len(both), 'plane': score('plane'), 'gain over the classifier': against('plane'),
+                'plane and standard': score('score'), 'gain over it': against('score')}
+    asked = lambda s: s[(s.condition == 'plain') & (s.question_id == 3) & s.score.notna()]
+    return pd.DataFrame([row('plane classifier', plain), *(row(k, right(asked(s))) for k,s in systems(jobs).items())])
 
 # %% ../nbs/11_compare.ipynb #4313a5be
 def resource_table(jobs)->pd.DataFrame:
@@ -341,7 +360,7 @@ def headline(jobs)->list:
     return lines[:5]
 
 # %% ../nbs/11_compare.ipynb #5056ae71
-def _sections(jobs, data, vlm):
+def _sections(jobs, data, vlm, planes):
     "The report's sections, in reading order"
     from fada.data import load_table, read_image
     from fada.registry import model_spec
@@ -378,6 +397,10 @@ def _sections(jobs, data, vlm):
                      *([_table(gains(jobs), 'Gain over the first')] if len(every) > 1 else []),
                      *tuned, _table(resource_table(jobs))],
              figures=[fig(plot_systems(jobs), 'systems'), fig(plot_resources(jobs), 'resources')]),
+        *([dict(title='The plane, beside a plain classifier',
+                text='Question 3 alone, on the images that both answered. The classifier was trained on the same '
+                     'split and can do nothing else. "Plane" leaves standard or not aside; differences are paired.',
+                tables=[_table(planes)])] if len(planes) else []),
         dict(title='Right and wrong', text='Drawn at random from the answers of the first system.',
              cards=cards),
         *([dict(title='Where the answer came from',
@@ -391,7 +414,8 @@ def _sections(jobs, data, vlm):
              tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')]),
         dict(title='The models', text='What is known of each: licence, sharing, strengths, issues, source.',
              tables=[_table(pd.DataFrame(dossier_rows(model_spec(m)), columns=['', 'dossier']), m)
-                     for m in dict.fromkeys(j.config['model'] for j in jobs if j.metrics)])]
+                     for m in dict.fromkeys([*(j.config['model'] for j in jobs if j.metrics),
+                                             *(['plane-classifier'] if len(planes) else [])])])]
 
 # %% ../nbs/11_compare.ipynb #8e73c4ba
 def jobs_split(jobs)->str:
@@ -418,5 +442,5 @@ def write_report(
             ('versions', ', '.join(f'{k} {v}' for k,v in environment().items()))]
     html = Environment(autoescape=True).from_string(TEMPLATE).render(
         title=title, notice=NOTICE+(' '+SYNTHETIC if synthetic else ''), lines=headline(jobs), notes=notes,
-        sections=_sections(jobs, data, vlm), made=made)
+        sections=_sections(jobs, data, vlm, plane_table(run, jobs)), made=made)
     return write_atomic(Path(run)/'report.html', html)

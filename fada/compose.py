@@ -43,8 +43,18 @@ def compose(
                          image_token_index=image_token)
     with torch.device('meta'): model = Blip2ForConditionalGeneration(config)
     model.vision_model,model.qformer,model.query_tokens,model.language_model = vision,q,tokens,language
-    model.language_projection = torch.nn.Linear(q.config.hidden_size, language.config.hidden_size)
+    model.language_projection = _projection(q.config.hidden_size, language)
     return model.eval()
+
+def _projection(width, language):
+    "A new projection whose output is as large as the language model's own words, so that it does not shout them down"
+    import torch
+    words = language.get_input_embeddings(); out = torch.nn.Linear(width, language.config.hidden_size)
+    if words.weight.is_meta: return out.to('meta')
+    with torch.no_grad():   # through the module: Gemma scales its embeddings there
+        size = words(torch.arange(0, words.num_embeddings, max(1, words.num_embeddings//1000))).float().std()
+        out.weight.normal_(0, float(size)/width**.5); out.bias.zero_()   # a Q-Former's output is normalised to 1
+    return out
 
 # %% ../nbs/05c_compose.ipynb #8ed92358
 def fold_dinov2(
@@ -240,7 +250,7 @@ def make_medgemma(spec:ModelSpec, say=lambda line: print(line, file=sys.stderr, 
     ip = processor.image_processor
     return _save_composed(spec, model.to(torch.bfloat16),
                           _processor(tokenizer, ip.size['height'], ip.image_mean, ip.image_std,
-                                     spec.image_tokens), spec.parts)
+                                     blip.config.num_query_tokens), spec.parts)
 
 def get_model(spec:ModelSpec, wheels=None, say=lambda line: print(line, file=sys.stderr, flush=True))->dict:
     "Bring a model's files to this machine: nothing to do for embedded rows, a download, or a composition"

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'answer_labels', 'flatten', 't5_loss', 'T5VLM', 'InstructVLM', 'graph_from', 'attention_layers',
-           'through_qformer', 'through_language', 'qformer_maps', 'Chat', 'append_answers', 'image_grid', 'PaliGemma',
-           'Florence', 'TextLM']
+           'through_qformer', 'through_language', 'qformer_maps', 'Chat', 'append_answers', 'image_grid', 'untile',
+           'PaliGemma', 'Florence', 'places_in_words', 'TextLM']
 
 # %% ../nbs/07a_families.ipynb #70c05adb
 import re
+from math import isqrt
 from .settings import FadaError, digest
 from .vlm import VLM, _as_rgb, bridge, image_hash, pixel_values, project, read_out
 
@@ -195,11 +196,12 @@ def token_maps(self:InstructVLM, image, prompt, ids):
 class Chat(VLM):
     "A chat model: LLaVA, Gemma 3 / MedGemma, Qwen-VL, InternVL, SmolVLM"
     trains_on = 'images'
+    kept = ()   # special tokens that belong to an answer, ids
 
     def identity(self)->dict:
         "What decides an answer: as every model, and the chat template"
-        template = getattr(self.processor, 'chat_template', None)
-        return dict(super().identity(), template=digest(template)) if self.spec.chat else super().identity()
+        own = dict(template=digest(getattr(self.processor, 'chat_template', None))) if self.spec.chat else {}
+        return {**super().identity(), **own, **(dict(tiles=self.spec.tiles) if self.spec.tiles > 1 else {})}
 
     def see(self, images): return [None if i is None else _as_rgb(i) for i in images]
     def from_inputs(self, inputs): return self.see(inputs)
@@ -236,8 +238,26 @@ def render(
     return read, said if answer in said else answer+end
 
 # %% ../nbs/07a_families.ipynb #92596493
-_ONE_TILE = {'smolvlm': dict(do_image_splitting=False),
-             'internvl': dict(crop_to_patches=False)}  # tiles multiply the image tokens
+@patch
+def tiling(self:Chat)->dict:
+    "Arguments of the processor that cut an image into at most `spec.tiles` tiles, the whole image among them"
+    n,ip = self.spec.tiles,self.processor.image_processor
+    if self.spec.architecture == 'internvl':
+        return dict(crop_to_patches=True, min_patches=1, max_patches=n-1) if n > 2 else dict(crop_to_patches=False)
+    if self.spec.architecture != 'smolvlm': return {}
+    side = isqrt(n-1)   # a square of tiles at most: the longest edge decides
+    if side < 2: return dict(do_image_splitting=False)
+    return dict(do_image_splitting=True, size=dict(longest_edge=side*ip.max_image_size['longest_edge']))
+
+@patch
+def tile_grid(self:Chat, image)->tuple:
+    "(rows, columns) of the tiles that `image` is cut into; (1, 1): the whole alone"
+    o,ip = self.tiling(),self.processor.image_processor; w,h = image.size
+    if o.get('do_image_splitting'): return ip.get_number_of_image_patches(h, w, o)[1:]
+    if not o.get('crop_to_patches'): return 1, 1
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+    side = (ip.size['height'], ip.size['width'])
+    return get_optimal_tiled_canvas((h, w), side, o['min_patches'], o['max_patches'])[::-1]
 
 @patch
 def inputs(self:Chat, images, texts):
@@ -245,27 +265,32 @@ def inputs(self:Chat, images, texts):
     or the text is too long"""
     bos = self.tokenizer.bos_token or ''; special = not (bos and texts[0].startswith(bos))
     with_images = images[0] is not None
-    kw = dict(images=[[i] for i in images], **_ONE_TILE.get(self.spec.architecture,
-                                                            {})) if with_images else {}
+    kw = dict(images=[[i] for i in images], **self.tiling()) if with_images else {}
     t = self.processor(text=list(texts), return_tensors='pt', padding=True, add_special_tokens=special, **kw)
     room = getattr(self.core.config.get_text_config(), 'max_position_embeddings',
                    None); longest = t['input_ids'].shape[1]+self.max_new_tokens
     if room and longest > room:
         raise FadaError(f'the question and its answer need {longest} positions', '', f'at most {room}',
                         'shorten the question or lower max_new_tokens')
-    if with_images: self.count_image_tokens(t['input_ids'])
+    if with_images: self.count_image_tokens(t)
     weight = self.core.get_input_embeddings().weight
     return t.to(weight.device).to(self.core.dtype) if with_images else t.to(weight.device)
 
 @patch
-def count_image_tokens(self:Chat, ids)->list:
-    """Image tokens per row; `FadaError` where a row has none: an answer without the image must not pass for
-    one with it"""
-    token = getattr(self.core.config, 'image_token_id', None)
-    n = (ids == token).sum(1).tolist()
+def count_image_tokens(self:Chat, t)->list:
+    """Image tokens per row; `FadaError` where a row has none, or fewer than its tiles stand for: an answer without the
+    image must not pass for one with it"""
+    n = (t['input_ids'] == self.core.config.image_token_id).sum(1).tolist()
     if not all(n):
         raise FadaError('the image is not in the prompt', self.spec.name, 'image tokens in every row',
                         'check processor and chat template')
+    if self.tiling():
+        px = t['pixel_values']   # n × tiles × 3 × side × side with empty tiles as zeros, or all tiles in one row
+        tiles = int((px != 0).flatten(2).any(2).sum()) if px.ndim == 5 else len(px)
+        each = getattr(self.processor, 'image_seq_len', None) or self.processor.image_seq_length
+        if sum(n) != tiles*each:
+            raise FadaError(f'{sum(n)} image tokens for {tiles} tiles', self.spec.name, f'{each} for each tile',
+                            'check processor and chat template')
     return n
 
 # %% ../nbs/07a_families.ipynb #65579941
@@ -307,7 +332,7 @@ def say(self:Chat, inputs)->list:
                                  return_dict_in_generate=True, output_logits=True)
         said = out.sequences[:,-len(out.logits):]
         logp = torch.stack(out.logits, 1).float().log_softmax(-1).gather(2, said[:,:,None])[...,0]
-    return read_out(self.tokenizer, said, logp, self.ends())
+    return read_out(self.tokenizer, said, logp, self.ends(), self.kept)
 
 # %% ../nbs/07a_families.ipynb #a0631615
 _PER_TOKEN = ('attention_mask', 'token_type_ids', 'mm_token_type_ids')
@@ -342,7 +367,17 @@ def image_grid(n:int, grid=None)->tuple:
     for extra in (0, 1):
         side = round((n-extra)**.5)
         if side*side == n-extra: return side, side, extra
-    raise FadaError(f'{n} image tokens', 'attention map', 'a square of tokens, or one more', 'show one tile')
+    raise FadaError(f'{n} image tokens', 'attention map', 'a square of tokens, or one more', '')
+
+def untile(
+    rows,         # over image tokens: tokens × n, tiles row by row, then the whole image
+    grid:tuple,   # (rows, columns) of the tiles
+):                # tokens × rows·side × columns·side
+    "What tiles and the whole image got, put back on one picture; each image token counts once"
+    r,c = grid; side = isqrt(rows.shape[1]//(r*c+1))
+    tiles = rows[:,:-side*side].reshape(-1, r, c, side, side).permute(0, 1, 3, 2, 4).reshape(-1, r*side, c*side)
+    whole = rows[:,-side*side:].reshape(-1, side, side)
+    return tiles+whole.repeat_interleave(r, 1).repeat_interleave(c, 2)/(r*c)
 
 # %% ../nbs/07a_families.ipynb #1b9e234b
 @patch
@@ -362,7 +397,9 @@ def token_maps(self:Chat, image, prompt, ids):
             for _,a in attention_layers(self.core, caught): seen = seen+a@seen
         maps.append(seen[first+k-1][at]); self.core.zero_grad(set_to_none=True)
     g = t.get('image_grid_thw'); merge = getattr(self.core.config.vision_config, 'spatial_merge_size', 1)
-    return self.on_grid(torch.stack(maps), None if g is None else tuple(int(v)//merge for v in g[0,1:]))
+    tiles = self.tile_grid(_as_rgb(image)); rows = torch.stack(maps)
+    if tiles != (1, 1): return untile(rows, tiles).numpy()
+    return self.on_grid(rows, None if g is None else tuple(int(v)//merge for v in g[0,1:]))
 
 @patch
 def on_grid(self:Chat, rows, grid=None):
@@ -386,15 +423,43 @@ class Florence(Chat):
         try: t = self.processor(images=list(images), text=list(texts), return_tensors='pt', padding=True)
         except ValueError as e:
             raise FadaError(str(e), self.spec.name, 'a task prompt alone, or a question', '') from None
-        self.count_image_tokens(t['input_ids'])
+        self.count_image_tokens(t)
         weight = self.core.get_input_embeddings().weight
         return t.to(weight.device).to(self.core.dtype)
+
+    @property
+    def kept(self): return {i for token,i in self.tokenizer.get_vocab().items() if token.startswith('<loc_')}
+
+    def reply(self, seen, at, prompts):
+        "Greedy replies; places that a task prompt found are said in words, with pixels"
+        out = super().reply(seen, at, prompts)
+        return [(self.say_places(text, p, seen[n]), words, c) for (text,words,c),n,p in zip(out, at, prompts)]
 
     def loss(self, inputs, rows):
         "Mean cross-entropy over answer tokens"
         at,prompts,answers = flatten(rows); seen = self.see(inputs)
         t = self.inputs([seen[i] for i in at], list(prompts))
         return self.model(**t, labels=answer_labels(self.tokenizer, answers).to(self.core.device)).loss
+
+# %% ../nbs/07a_families.ipynb #a9f088d1
+def places_in_words(
+    found,     # what Florence-2's processor reads from an answer: a text, or labels with boxes or outlines
+)->str:        # label [x0, y0, x1, y1]; …
+    "Labels and places as one line, in whole pixels from the upper left corner"
+    if isinstance(found, str): return found
+    flat = lambda place: [round(float(v)) for p in place for v in (flat(p) if isinstance(p, (list, tuple)) else [p])]
+    pairs = [(label, place) for kind in ('bboxes','quad_boxes','polygons')
+             for label,place in zip(found.get(f'{kind}_labels', found.get('labels', ())), found.get(kind, ()))]
+    return '; '.join(f'{label} {flat(place)}'.strip() for label,place in pairs)
+
+@patch
+def say_places(self:Florence, text, prompt, image)->str:
+    "An answer with its places read: those of a task prompt in pixels of `image`, none in the answer to a free question"
+    task = re.match(r'<[A-Z_]+>', prompt); plain = re.sub(r'<loc_\d+>', '', text).strip()
+    kinds = self.processor.tasks_answer_post_processing_type
+    if image is None or not task or kinds.get(task[0], 'pure_text') == 'pure_text': return plain
+    found = self.processor.post_process_generation(text, task=task[0], image_size=image.size)[task[0]]
+    return places_in_words(found) or plain
 
 # %% ../nbs/07a_families.ipynb #0b26cec1
 @patch

@@ -18,7 +18,7 @@ from .data import load_table, read_image, table_digest
 
 # %% ../nbs/09b_planes.ipynb #46a0c6c0
 PLANE_QUESTION = 3
-CLASSIFIER = dict(side=96, width=16, epochs=12, batch=32, lr=2e-3)   # pixels, channels of the first layer
+CLASSIFIER = dict(side=80, width=16, epochs=8, batch=32, lr=5e-3)   # pixels, channels of the first layer
 LEAST_STEPS = 100   # on little data
 
 def plane_images(data, categories, split, side:int)->tuple:
@@ -39,28 +39,29 @@ def plane_of(answer:str)->str:
 
 # %% ../nbs/09b_planes.ipynb #92ebf291
 def small_cnn(classes:int, width:int):
-    "Four convolutions with pooling, about 0.1 M parameters"
+    "A stem of stride 2 and three convolutions with pooling, about 0.07 M parameters"
     from torch import nn
-    w = [1, width, 2*width, 4*width, 4*width]
+    w = [width, 2*width, 4*width, 4*width]
     block = lambda a, b: (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
-    return nn.Sequential(*(layer for a,b in zip(w, w[1:]) for layer in block(a, b)), nn.AdaptiveAvgPool2d(3),
-                         nn.Flatten(), nn.Linear(9*w[-1], classes))
+    return nn.Sequential(nn.Conv2d(1, width, 5, stride=2, padding=2), nn.BatchNorm2d(width), nn.ReLU(),
+                         *(layer for a,b in zip(w, w[1:]) for layer in block(a, b)),
+                         nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9*w[-1], classes))
 
 def fit_cnn(x, y, classes, width, epochs, batch, lr, seed=0):
-    "Train `small_cnn` with small shifts as the one augmentation; returns the model in eval mode"
+    "Train `small_cnn` with small shifts as the one augmentation: (model in eval mode, losses)"
     import torch
     import torch.nn.functional as F
     seed_all(seed); rng = np.random.default_rng(seed); model = small_cnn(classes, width)
     steps = max(LEAST_STEPS, len(x)//batch*epochs)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01)
+    opt,losses = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01),[]
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     x,y = torch.from_numpy(x),torch.from_numpy(y)
     for _ in progress(range(steps), 'plane classifier', unit='step'):
         at = torch.from_numpy(rng.choice(len(x), min(batch, len(x)), replace=False)); dx,dy = rng.integers(-4,
                 5, 2)
         loss = F.cross_entropy(model(torch.roll(x[at], (int(dy),int(dx)), (2,3))), y[at])
-        opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
-    return model.eval()
+        opt.zero_grad(); loss.backward(); opt.step(); schedule.step(); losses.append(float(loss.detach()))
+    return model.eval(), losses
 
 # %% ../nbs/09b_planes.ipynb #3e06a54d
 def fit_probe(vlm, data, train, test):
@@ -84,6 +85,7 @@ def train_planes(
 )->dict:                      # what metrics.json holds
     "Train on the training split, answer the plane question of `split`, score with intervals over patients"
     from fada.metrics import mean_interval, score_table
+    from fada.train import _thin
     if kind not in ('cnn','probe'): raise FadaError(f'unknown kind {kind!r}', '', 'cnn or probe', '')
     if kind == 'probe' and vlm is None:
         raise FadaError('a probe needs a model', '', 'a loaded BLIP-2 as `vlm`', '')
@@ -94,33 +96,32 @@ def train_planes(
     if len({plane_of(n) for n in names}) < 2:
         raise FadaError('one plane only', ', '.join(categories), 'categories of at least two planes',
                         'name more categories')
-    said,sure = fit_probe(vlm, data, train, test) if kind == 'probe' else _answer_cnn(x, y, tx, names, o,
-            seed, out)
+    said,sure,losses = (*fit_probe(vlm, data, train, test), []) if kind == 'probe' else _answer_cnn(
+        x, y, tx, names, o, seed, out)
     scored = score_table(test.assign(prediction=said, error=''))
     plane = lambda answers: np.array([plane_of(a) for a in answers])
     common = pd.Series(plane(y)).value_counts().idxmax(); truth = plane(ty)
     over = lambda right: mean_interval(pd.Series(right.astype(float), test.index), test.patient)
     metrics = dict(kind='fada plane classifier', model='plane-classifier', method=kind, classes=names,
                    base=vlm.base if vlm else None, options=o if kind == 'cnn' else {}, split=split,
-                   images=len(test), train_images=len(train), accuracy=over(plane(said) == truth),
+                   losses=_thin(losses), images=len(test), train_images=len(train), accuracy=over(plane(said) == truth),
                    majority=over(truth == common), score=mean_interval(scored.score, scored.patient),
                    trained_on_sha256=table_digest(train), seed=seed,
                    seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())
-    test.assign(prediction=said, confidence=sure)[['image','patient','category','answer','prediction',
-                                                   'confidence']].to_parquet(out/'planes.parquet',
-                                                   index=False)
+    keep = ['image','patient','category','answer','prediction','confidence','score']
+    scored.assign(confidence=sure)[keep].to_parquet(out/'planes.parquet', index=False)
     write_json(out/'metrics.json', metrics)
     return metrics
 
 # %% ../nbs/09b_planes.ipynb #36439cf8
 def _answer_cnn(x, y, tx, names, o, seed, out):
-    "Fit the CNN, keep its weights, answer `tx`: (planes, probabilities)"
+    "Fit the CNN, keep its weights, answer `tx`: (planes, probabilities, losses)"
     import torch
     from safetensors.torch import save_file
-    model = fit_cnn(x, np.array([names.index(v) for v in y]), len(names), o['width'], o['epochs'], o['batch'],
-                    o['lr'], seed)
+    model,losses = fit_cnn(x, np.array([names.index(v) for v in y]), len(names), o['width'], o['epochs'],
+                           o['batch'], o['lr'], seed)
     save_file({k: v.contiguous() for k,v in model.state_dict().items()}, out/'model.safetensors')
     with torch.inference_mode():
         p = torch.cat([model(torch.from_numpy(tx[i:i+256])).softmax(1)
                        for i in range(0, len(tx), 256)]).numpy()
-    return np.array(names)[p.argmax(1)], p.max(1)
+    return np.array(names)[p.argmax(1)], p.max(1), losses

@@ -8,10 +8,12 @@ __all__ = ['STEPS', 'HEADING', 'try_model', 'ticks', 'tick_row', 'tick_table', '
 
 # %% ../nbs/09a_trial.ipynb #841ad71d
 import tempfile, time
+from math import prod
 from pathlib import Path
 from .settings import FadaError, environment, now, read_json, write_atomic
-from .registry import ASSETS, MODELS, PUBLISHED, ModelSpec, count_parameters, dossier, skeleton
-from .checkpoints import access, estimate_bytes, ledger, record
+from .registry import ASSETS, MODELS, PUBLISHED, TILED, ModelSpec, count_parameters, dossier, part_of, skeleton
+from .checkpoints import (access, check_checkpoint, estimate_bytes, ledger, locate, record, weights_bytes)
+from .memory import in_mib, peak_bytes
 
 # %% ../nbs/09a_trial.ipynb #fb9f2b03
 def _answers(vlm):
@@ -45,16 +47,18 @@ def try_model(
     "Answer, train two steps, draw a map: what works on this machine is noted"
     from fada.attention import relevancy
     from fada.vlm import load
-    start = time.perf_counter(); vlm = load(name, weights=weights, precision=precision, device=device,
-                                            max_new_tokens=16)
-    image,said = _answers(vlm); out = dict(answer=True, answers=said)
+    start = time.perf_counter()
+    vlm = load(name, weights=weights, precision=precision, device=device, max_new_tokens=16)
+    out = dict(load_seconds=round(time.perf_counter()-start, 2), weights_bytes=weights_bytes(vlm.core))
+    (image,said),asked = _answers(vlm),time.perf_counter()-start-out['load_seconds']
+    out.update(answer=True, answers=said, seconds_per_question=round(asked/len(said), 4))
     if 'attention' in vlm.spec.capabilities:
         try: out['attention'] = bool((relevancy(vlm, image, 'plane', said[2] or 'plane')[0] >= 0).all())
         except (FadaError, RuntimeError, AttributeError) as e: out['attention'] = str(e)
     if 'train' in vlm.spec.capabilities:
         try: _trains(vlm); out['train'] = True
         except (FadaError, RuntimeError, ValueError) as e: out['train'] = str(e)
-    out.update(precision=vlm.precision, device=vlm.device, canary=getattr(vlm, 'canary', None),
+    out.update(precision=vlm.precision, device=vlm.device, peak_bytes=peak_bytes(), canary=getattr(vlm, 'canary', None),
                seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())
     if keep and not weights: record(name, tests={**ledger(name).get('tests', {}), vlm.precision: out})
     return out
@@ -84,27 +88,53 @@ def tick_table()->str:
 
 # %% ../nbs/09a_trial.ipynb #34b1d1c6
 _STATE = {True: 'downloaded', False: 'not on this machine', None: 'no download'}
+_YES = {True: 'yes', False: 'no', None: 'not asked'}
 
 def _size(n): return f'{n/2**30:,.1f} GiB' if n > 2**30 else f'{n/2**20:,.0f} MiB'
+
+def _parts(spec)->dict:
+    "{part: parameters}: of the published shape, else of the files on this machine; empty where there is neither"
+    if spec.name in PUBLISHED: return count_parameters(skeleton(spec))
+    if not spec.architecture: return {}
+    try: tensors = check_checkpoint(locate(spec), spec)
+    except FadaError: return {}
+    out = {}
+    for name,shape in tensors.items(): out[part_of(name)] = out.get(part_of(name), 0)+prod(shape)
+    return out
+
+def _access(spec, a)->str:
+    "How far this machine is: gate, token, grant, download, test"
+    gate = f'gated (token: {_YES[a["token"]]}, licence accepted and access granted: {_YES[a["granted"]]})' if spec.gated else 'open'
+    return f'{gate}; {_STATE[a["downloaded"]]}; '+('tested in '+', '.join(a['tests']) if a['tests'] else 'not tested here')
+
+def _image_tokens(spec)->str:
+    if spec.architecture not in TILED: return f'{spec.image_tokens or ""}'
+    return f'{spec.image_tokens} a tile, at most {spec.tiles} tile{"s" if spec.tiles > 1 else ""} an image (`tiles` of a row of your own)'
+
+def _measured(t:dict)->str:
+    "What a test on this machine measured, in words"
+    if 'weights_bytes' not in t: return ''
+    return (f'{in_mib(t["weights_bytes"])} of weights, loaded in {t["load_seconds"]:.1f} s, '
+            f'{1000*t["seconds_per_question"]:,.0f} ms a question, peak {in_mib(t["peak_bytes"])} on {t["device"]}')
 
 def dossier_rows(spec:ModelSpec, ask_hub:bool=False)->list:
     "(heading, text) pairs of a model's dossier"
     d,a = dossier(spec),access(spec, ask_hub)
-    parts = count_parameters(skeleton(spec)) if spec.name in PUBLISHED else {}
     revision = spec.revision or ledger(spec.name).get('revision') or 'pinned at the first download'
     passed = lambda t: ', '.join(s for s in ('answer','train','attention') if t.get(s) is True)
     rows = [('family', f'{spec.family}, {spec.architecture or "no architecture of its own"}'),
             ('checkpoint', 'in the package' if spec.embedded else f'{spec.checkpoint}, revision {revision}'
                            if spec.architecture else ''),
             ('parameters', f'{spec.parameters:,}' if spec.parameters else 'unknown'),
-            ('parts', ', '.join(f'{k} {v:,}' for k,v in parts.items())),
+            ('parts', ', '.join(f'{k} {v:,}' for k,v in _parts(spec).items())),
             ('weights take at most', ', '.join(f'{_size(estimate_bytes(spec, p))} in {p}'
                                                for p in spec.precisions)),
-            ('kept in fp32', ', '.join(spec.fp32_parts)),
+            ('image tokens', _image_tokens(spec)), ('kept in fp32', ', '.join(spec.fp32_parts)),
             ('licence', spec.licence),
             ('adapters may be shared', d.share),
-            ('access', f'{"gated" if spec.gated else "open"}; {_STATE[a["downloaded"]]}'),
+            ('access', _access(spec, a)),
             ('tested here', '; '.join(f'{p}: {passed(t)}' for p,t in a['tests'].items())),
+            ('measured here', '; '.join(f'{p}: {m}' for p,t in a['tests'].items() if (m := _measured(t)))),
             ('strengths', d.strengths), ('weaknesses', d.weaknesses), ('source', d.source),
             ('suits', ', '.join(d.suits)), ('notes', spec.notes)]
     rows += [('known issue', f'{issue}. Built in: {mend}.') for issue,mend in d.issues]

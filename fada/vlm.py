@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .settings import FadaError, digest, load_settings, pixels_sha256, read_json, use_threads
 from .clinical import QUESTIONS, question_id
 from .registry import ModelSpec, model_spec
-from .checkpoints import base_identity, load_model, weights_digest
+from .checkpoints import base_identity, load_model, shard_header, weights_digest
 
 # %% ../nbs/07_vlm.ipynb #8670b436
 PROMPT_VERSION = '1'
@@ -151,6 +151,7 @@ def attach(
     about = read_json(folder/'fada.json')
     if not (folder/'adapter_model.safetensors').is_file():
         raise FadaError('no adapter weights', str(folder), 'adapter_model.safetensors', 'train it again')
+    shard_header(folder/'adapter_model.safetensors')   # a damaged file stops here
     for key,mine in (('base', vlm.base), ('prompt_version', PROMPT_VERSION)):
         if about.get(key) != mine:
             raise FadaError(f'the adapter was trained on another {key.replace("_", " ")} '
@@ -259,14 +260,14 @@ def generate(vlm, features, prompts)->list:
         logp = torch.stack(out.logits, 1).float().log_softmax(-1).gather(2, said[:,:,None])[...,0]
     return read_out(tok, said, logp)
 
-def read_out(tok, said, logp, ends=())->list:
-    "(text, tokens, confidence) of generated ids (n × tokens) with log-probabilities, up to the first end"
+def read_out(tok, said, logp, ends=(), kept=())->list:
+    """(text, tokens, confidence) of generated ids (n × tokens) with log-probabilities, up to the first end; special tokens
+    are left out but `kept` ones"""
     ends = {tok.eos_token_id, *ends}; results = []
     for ids,lp in zip(said.tolist(), logp):
         n = next((k+1 for k,i in enumerate(ids) if i in ends), len(ids))
-        words = [tok.decode([i]) for i in ids[:n] if i not in tok.all_special_ids]
-        results.append((tok.decode(ids[:n], skip_special_tokens=True).strip(), words,
-                        float(lp[:n].mean().exp())))
+        words = [i for i in ids[:n] if i in kept or i not in tok.all_special_ids]
+        results.append((tok.decode(words).strip(), [tok.decode([i]) for i in words], float(lp[:n].mean().exp())))
     return results
 
 # %% ../nbs/07_vlm.ipynb #f44c6ce5

@@ -1,5 +1,6 @@
 "Downloads from a hub on loopback, and every checkpoint that must be refused: one clear error each."
 import json, os, shutil, struct, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
@@ -77,9 +78,42 @@ def test_what_the_hub_refuses_says_what_to_do(machine):
     (machine.folder/'models.ini').write_text(row)
     r = machine.fada('models', 'get', 'ours',
                      HF_TOKEN='hf_good'); assert r.returncode == 1 and 'no revision v9' in r.stderr
-    r = machine.fada('ask', str(Path(__file__)), '--model', 'ours'); assert r.returncode == 1
     (machine.folder/'models.ini').write_text('[ours]\nlike = smolvlm-256m\ncheckpoint = group/none\n')
     r = machine.fada('models', 'get', 'ours'); assert r.returncode == 1 and 'no such repository' in r.stderr
+
+def _one_sentence(r, *words):
+    "The error of a command that failed: one line, no traceback, with `words`"
+    lines = r.stderr.strip().splitlines()
+    assert r.returncode == 1 and len(lines) == 1 and lines[0].startswith('error: '), r.stderr
+    assert all(w in lines[0] for w in words), lines[0]
+
+def test_a_row_whose_pin_or_checkpoint_changed(machine, monkeypatch):
+    "What is here is not used for a row that now names another revision or another repository"
+    from fada.checkpoints import base_identity, locate
+    from fada.registry import model_spec
+    ini = machine.folder/'models.ini'; row = ini.read_text()
+    assert machine.fada('models', 'get', 'ours', '--quiet').returncode == 0
+    monkeypatch.chdir(machine.folder); monkeypatch.setenv('XDG_DATA_HOME', str(machine.folder/'state'))
+    assert locate(model_spec('ours')) and base_identity(model_spec('ours')) == f'group/tiny@{machine.commit}'
+    ini.write_text(row+'revision = bada55bada55bada\n')
+    with pytest.raises(FadaError, match='revision c0ffee000000 is here.*bada55bada55, as the row pins.*fada models get ours'):
+        locate(model_spec('ours'))
+    ini.write_text(row.replace('group/tiny', 'group/other'))
+    with pytest.raises(FadaError, match='ours is not downloaded yet.*group/other'): locate(model_spec('ours'))
+
+def test_unknown_names(machine):
+    for words in (('models', 'get', 'smolvlm-255m'), ('evaluate', '--model', 'smolvlm-255m')):
+        _one_sentence(machine.fada(*words), "unknown model 'smolvlm-255m'", 'did you mean', 'smolvlm-256m')
+
+def test_half_of_a_checkpoint_in_the_cache(machine, checkpoint, tmp_path):
+    "Another tool's download that broke off: configuration there, a shard missing"
+    cache = tmp_path/'hf'/'hub'/'models--group--tiny'; snapshot = cache/'snapshots'/machine.commit
+    shutil.copytree(checkpoint, snapshot); (cache/'refs').mkdir(); (cache/'refs'/'main').write_text(machine.commit)
+    shards(snapshot)[1].unlink()
+    r = machine.fada('models', 'test', 'ours', '--precision', 'fp32', HF_HUB_OFFLINE='1')
+    _one_sentence(r, 'shards are missing', 'download it again: `fada models get`')
+    assert machine.fada('models', 'get', 'ours', '--quiet').returncode == 0   # and then it is whole
+    assert json.loads(machine.fada('models', 'access', 'ours', '--json').stdout)['downloaded'] is True
 
 def test_no_network_and_a_damaged_file(machine):
     shard = next(p.name for p in (machine.folder/'repo').glob('*.safetensors')); machine.damage = shard
@@ -131,7 +165,34 @@ def test_missing_and_left_over_weights(copy):
     (copy/'model.safetensors.index.json').write_text(json.dumps(index))
     with pytest.raises(FadaError, match='did not load whole'): _load(copy)
 
-def test_another_architecture_or_revision(copy):
+def test_index_that_points_elsewhere(copy):
+    f = copy/'model.safetensors.index.json'; index = json.loads(f.read_text())
+    index['weight_map'] = {k: '../'+v for k, v in index['weight_map'].items()}; f.write_text(json.dumps(index))
+    with pytest.raises(FadaError, match='the index names'): _load(copy)
+
+def _rewrite(folder, change):
+    "The weights of `folder` as one file, passed through `change`"
+    from safetensors.torch import load_file, save_file
+    weights = {k: v for s in shards(folder) for k, v in load_file(s).items()}
+    for p in folder.glob('model*'): p.unlink()
+    save_file(change(weights), folder/'model.safetensors', metadata={'format': 'pt'})
+
+def test_counters_of_earlier_releases_are_no_weights(copy):
+    import torch
+    _rewrite(copy, lambda w: {**w, 'model.vision_model.embeddings.position_ids': torch.arange(16)[None]})
+    assert _load(copy)[0] is not None
+
+@pytest.mark.parametrize('architecture', ['llava', 'gemma3', 'gemma3-text', 'paligemma'])
+def test_names_as_published(architecture, tmp_path):
+    "The hub's checkpoints were written by earlier releases, whose vision towers lie one level deeper"
+    import torch
+    name, _, folder = tiny(architecture, tmp_path); before = load_model(MODELS[name], folder, device='cpu')[0]
+    deep = lambda k: k.replace('vision_tower.', 'vision_tower.vision_model.') if 'vision_tower.vision_model.' not in k else k
+    _rewrite(folder, lambda w: {deep(k): v for k, v in w.items()})
+    after = load_model(MODELS[name], folder, device='cpu')[0]
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+def test_another_architecture(copy):
     with pytest.raises(FadaError, match="type 'smolvlm'"):
         load_model(MODELS['llava-1.5-7b'], copy, device='cpu')
 
@@ -152,10 +213,29 @@ def test_out_of_memory_names_what_fits(copy, tmp_path):
         except OSError: pytest.skip('this file system holds no sparse file of that size')
     with pytest.raises(FadaError, match='needs about .* GiB and cpu has .* a model that fits'): _load(huge)
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='a limit on address space')
+def test_memory_that_runs_out_while_loading(copy):
+    "A process that may take little more memory than it has: the same sentence, and no traceback"
+    code = f"""
+import resource, sys
+from pathlib import Path
+from fada.checkpoints import load_model
+from fada.registry import MODELS
+from fada.settings import FadaError
+load_model(MODELS['smolvlm-256m'], {str(copy)!r}, device='cpu')
+used = int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used+200_000,)*2)
+try: load_model(MODELS['smolvlm-256m'], {str(copy)!r}, device='cpu')
+except FadaError as e: print(e)
+"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'needs about' in r.stdout and 'a model that fits' in r.stdout, r.stdout+r.stderr[-500:]
+
 def test_device_and_precision_are_pinned(copy):
     for bad in ('gpu', 'cuda:x', 'mps2'):
         with pytest.raises(FadaError, match='unknown device'): resolve_device(bad)
-    with pytest.raises(FadaError, match='does not run in fp16'): load('blip2-nano', precision='fp16')
+    half = replace(MODELS['smolvlm-256m'], precisions=('fp32', 'bf16'))
+    with pytest.raises(FadaError, match='does not run in fp16.*one of fp32, bf16'): load_model(half, copy, 'fp16', 'cpu')
     assert {str(p.device) for p in _load(copy)[0].parameters()} == {'cpu'}
 
 def test_adapter_of_another_base(copy, tmp_path, small_data, monkeypatch):
@@ -166,6 +246,13 @@ def test_adapter_of_another_base(copy, tmp_path, small_data, monkeypatch):
     other = tiny('smolvlm', tmp_path, seed=1)[2]
     with pytest.raises(FadaError, match='trained on another base'):
         load('smolvlm-256m', tmp_path/'adapter', other, 'fp32', 'cpu')
+    from fada.vlm import attach
+    plain = load('smolvlm-256m', weights=copy, device='cpu', precision='fp32'); weights = tmp_path/'adapter'/'adapter_model.safetensors'
+    whole = weights.read_bytes(); weights.write_bytes(whole[:len(whole)//2])
+    with pytest.raises(FadaError, match='a damaged shard.*adapter_model'): attach(plain, tmp_path/'adapter')
+    weights.rename(weights.with_suffix('.bin'))
+    with pytest.raises(FadaError, match='no adapter weights'): attach(plain, tmp_path/'adapter')
+    with pytest.raises(FadaError, match='nowhere'): attach(plain, tmp_path/'nowhere')
 
 def test_a_row_that_is_not_here_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path))

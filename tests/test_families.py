@@ -2,6 +2,7 @@
 ones: it answers, learns a step, keeps its adapter bit for bit, merges, and runs quantised. The table of
 ticks is read from here."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -175,6 +176,101 @@ def test_quantised(architecture, precision, folder):
     l = loss(features, [[(PLAIN, 'axial')]]); l.backward()
     assert torch.isfinite(l) and any(p.grad is not None and p.grad.abs().sum() > 0
                                      for p in vlm.model.parameters() if p.requires_grad)
+
+@pytest.mark.parametrize('architecture', ['smolvlm', 'internvl'])
+def test_tiles(architecture, folder, monkeypatch):
+    """A row with `tiles` cuts an image into that many at most and counts their tokens; answers do not depend on neighbours
+    with other tiles, the map covers the picture, and a step of training takes them"""
+    import torch
+    from fada import registry, train
+    from fada.attention import relevancy
+    name = row(architecture).name
+    monkeypatch.setitem(registry.MODELS, name, replace(registry.MODELS[name], tiles=5))
+    vlm = open_tiny(architecture, folder); square = Image.fromarray(probe_picture()); wide = square.resize((160, 80))
+    tokens = lambda v, im: v.count_image_tokens(v.inputs([im], [v.render(PLAIN, True)[0]]))[0]
+    assert [tokens(vlm, im)//4 for im in (square, wide)] == [2*2+1, 1*2+1] and vlm.identity()['tiles'] == 5
+    together = list(vlm.answer([Request(im, [PLAIN, LONG]) for im in (square, wide)]))
+    alone = [vlm.ask(im, q) for im in (square, wide) for q in (PLAIN, LONG)]
+    assert [(a.text, a.error) for a in together] == [(a.text, '') for a in alone]
+    assert np.allclose([a.confidence for a in together], [a.confidence for a in alone], atol=1e-5)
+    assert [relevancy(vlm, im, PLAIN, 'axial')[0].shape for im in (square, wide)] == [(4, 4), (2, 4)]
+    train.add_lora(vlm, 2); loss = vlm.loss([square, wide], [[(PLAIN, 'axial plane')], [(LONG, 'femur')]]); loss.backward()
+    assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in vlm.model.parameters())
+    t = vlm.inputs([square], [vlm.render(PLAIN, True)[0]]); lost = dict(t, input_ids=t['input_ids'][:, :-20])
+    with pytest.raises(FadaError, match='image tokens for 5 tiles'): vlm.count_image_tokens(lost)
+    monkeypatch.setitem(registry.MODELS, name, replace(registry.MODELS[name], tiles=1))
+    one = open_tiny(architecture, folder); assert tokens(one, square) == 4 and 'tiles' not in one.identity()
+
+def test_tiles_go_back_to_their_place():
+    "One token of one tile lights its own corner; one of the whole image is spread over the place it stands for"
+    import torch
+    from fada.families import untile
+    rows = torch.zeros(2, (2*3+1)*4); rows[0, 5*4+3] = 1; rows[1, 6*4] = 1   # last tile, last token; whole, first token
+    maps = untile(rows, (2, 3)); assert maps.shape == (2, 4, 6) and torch.allclose(maps.sum((1, 2)), torch.ones(2))
+    assert maps[0, 3, 5] == 1 and torch.allclose(maps[1, :2, :3], torch.full((2, 3), 1/6))
+
+def test_florence_says_places_in_words(folder):
+    "Boxes and outlines of its task prompts, from a grid of 1,000 to pixels; a free question keeps none"
+    vlm = open_tiny('florence2', folder); im = Image.new('RGB', (200, 100))
+    at = lambda *n: ''.join(f'<loc_{i}>' for i in n); box = at(100, 200, 300, 400)
+    for task, text, says in (('<OD>', f'stomach{box}spine{at(0, 0, 999, 999)}', 'stomach [20, 20, 60, 40]; spine [0, 0, 199, 99]'),
+                             ('<REGION_PROPOSAL>', box, '[20, 20, 60, 40]'),
+                             ('<CAPTION_TO_PHRASE_GROUNDING>the stomach', f'stomach{box}', 'stomach [20, 20, 60, 40]'),
+                             ('<OCR_WITH_REGION>', f'BPD 52{box}{at(300, 400, 100, 400)}', 'BPD 52 [20, 20, 60, 40, 60, 40, 20, 40]'),
+                             ('<CAPTION>', 'a femur', 'a femur'), (PLAIN, f'a femur{box}', 'a femur')):
+        assert vlm.say_places(text, task, im) == says, task
+    assert not any(a.error for a in vlm.ask(im, ['<OD>', '<DETAILED_CAPTION>', PLAIN]))
+
+def test_the_canary_stops_what_fell_silent(folder, monkeypatch):
+    """Without memory for a reference: no number, no word, and one word to every question are each refused; with one, so is
+    drift"""
+    import torch
+    from fada.canary import check_canary
+    vlm = open_tiny('llava', folder, precision='nf4'); head = vlm.core.get_output_embeddings()
+    weight = head.weight.detach().clone(); big = weight.abs().sum()*100
+    def check(change):
+        with torch.no_grad(): head.weight.copy_(weight); change(head.weight)
+        return check_canary(vlm, tiny('llava', folder)[2])
+    def always(token):   # this token's logit is far above all others, whatever the hidden state
+        def change(w):
+            hidden = []; hook = head.register_forward_pre_hook(lambda m, args: hidden.append(args[0][:, -1].mean(0)))
+            vlm.ask(probe_picture(), PLAIN); hook.remove(); w.zero_(); w[token] = torch.stack(hidden).mean(0)*big
+        return change
+    with pytest.raises(FadaError, match='logits diverge from fp32'): check(lambda w: w.neg_())
+    monkeypatch.setattr('fada.canary.free_bytes', lambda device: 0)
+    assert check(lambda w: None)['reference'] is None
+    with pytest.raises(FadaError, match='no numbers'): check(lambda w: w.fill_(float('nan')))
+    with pytest.raises(FadaError, match='every answer is empty'): check(always(vlm.tokenizer.eos_token_id))
+    with pytest.raises(FadaError, match='the same answer to every question'): check(always(100))
+
+def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data):
+    """`fada models get blip2-medgemma-4b` on tiny checkpoints of both parts: joined, saved, loaded whole, answering; its new
+    projection learns before LoRA does"""
+    import torch
+    from fada import train
+    from fada.checkpoints import record
+    from fada.compose import get_model
+    from fada.registry import MODELS
+    monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path/'state'))
+    parts = {n: tiny(a, tmp_path)[2] for n, a in (('blip2-opt-2.7b', 'blip2-opt'), ('medgemma-4b-text', 'gemma3-text'))}
+    for n, where in parts.items(): record(n, checkpoint=MODELS[n].checkpoint, revision='0'*40, folder=str(where))
+    about = get_model(MODELS['blip2-medgemma-4b'], say=lambda line: None)
+    assert about['parts']['language'] == 'google/medgemma-4b-it'
+    vlm = load('blip2-medgemma-4b', precision='fp32', device='cpu', max_new_tokens=4)
+    eyes, words = (load(n, precision='fp32', device='cpu') for n in parts)
+    for mine, theirs in ((vlm.core.vision_model, eyes.core.vision_model), (vlm.core.qformer, eyes.core.qformer),
+                         (vlm.core.language_model, words.core)):   # in bf16 on disk
+        assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+    heard = vlm.see([probe_picture()]).std()/vlm.core.get_input_embeddings()(torch.arange(5, 300)).std()
+    assert .3 < float(heard) < 3   # the image is as loud as the words
+    monkeypatch.setitem(train.LORA, 'validation_images', 1); monkeypatch.setitem(train.LORA, 'checks', 1)
+    before = {n: p.detach().clone() for n, p in vlm.core.named_parameters()}
+    seen = []; real = train.train_answers
+    monkeypatch.setattr(train, 'train_answers', lambda core, parameters, *a, **k: seen.append(
+        [n for n, p in vlm.model.named_parameters() if any(p is q for q in parameters)]) or real(core, parameters, *a, **k))
+    about = train.finetune(vlm, small_data, ['Femur'], tmp_path/'adapter', rank=2, lr=5e-3, steps=2, batch=2, images=4)
+    assert all('language_projection' in n for n in seen[0]) and any('lora_' in n for n in seen[1])
+    assert set(about['trainable']) == {'projection', 'qformer', 'language_model'}
 
 def test_what_a_model_lacks_names_one_that_has_it(folder):
     """An image for the text model, a merge without an adapter or into quantised weights, a remote row: an

@@ -25,6 +25,7 @@ def test_train(architecture, small_data, tmp_path):
     s = load_settings(data=str(small_data), categories='Femur,Abdomen')
     about = train_job(s, tmp_path/'job', 'planes')
     assert about['method'] == 'cnn' and (tmp_path/'job'/'config.json').is_file()
+    assert about['losses'][-1][1] < about['losses'][0][1]
 
 def test_one_plane_is_nothing_to_tell_apart(tmp_path):
     from fada.data import prepare

@@ -34,6 +34,8 @@ def test_two_lines_of_settings_reach_every_step(project, small_data):
     about = json.loads((run/'lora-Femur'/'adapter'/'fada.json').read_text())
     assert (about['model'] == 'ours' and about['categories'] == ['Femur']
             and (run/'lora-Femur'/'loss.png').stat().st_size > 1000)
+    _run(project, 'train', 'planes', task='planes', categories='Femur,Abdomen')
+    assert (run/'planes-Femur-Abdomen'/'loss.png').stat().st_size > 1000
     _run(project, 'evaluate', 'evaluate-base', control_images=4)
     _run(project, 'evaluate', 'evaluate-lora', categories='Femur', adapter=str(run/'lora-Femur'/'adapter'),
          output=str(run/'evaluate-lora'), control_images=4)
@@ -45,7 +47,7 @@ def test_two_lines_of_settings_reach_every_step(project, small_data):
     _run(project, 'compare', 'compare')
     html = (run/'report.html').read_text()
     assert ('ours fp32 + LoRA per category' in html and 'not a medical device' in html.lower()
-            and 'http' not in html)
+            and 'http' not in html and 'The plane, beside a plain classifier' in html)
 
 def test_arguments_win_over_settings(project):
     "The command line's own option comes before the file"

@@ -13,7 +13,7 @@ LLAMA = dict(model_type='llama', hidden_size=64, num_hidden_layers=2, num_attent
              num_key_value_heads=2, intermediate_size=128,
              pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.1,
              max_position_embeddings=1024)
-T5 = dict(model_type='t5', d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
+T5 = dict(model_type='t5', tie_word_embeddings=False, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
           feed_forward_proj='gated-gelu',
           pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, initializer_factor=1.)
 GEMMA3 = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -76,6 +76,8 @@ def blip2(language, instruct=False):
                                   vocab_size=n, initializer_range=.1, hidden_dropout_prob=0.,
                                   attention_probs_dropout_prob=0.)))
     with torch.no_grad(): m.query_tokens.normal_(0, .5)
+    if t5:   # Flan-T5's output head is not its embedding
+        m.language_model.lm_head.weight = torch.nn.Parameter(m.language_model.shared.weight.detach().flip(0)*.3)
     ip = BlipImageProcessorPil(size=dict(height=56, width=56))
     return m, processor(ip, tok, *([tokenizer()] if instruct else []), num_query_tokens=4)
 
@@ -188,8 +190,10 @@ def florence2():
                 eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2, is_encoder_decoder=True,
                 init_std=.1)
     ip = CLIPImageProcessorPil(size=dict(height=64, width=64), do_center_crop=False, image_seq_length=5)
-    return Florence2ForConditionalGeneration(Florence2Config(vision_config=vision, text_config=text,
-                                                             image_token_id=4)), Florence2Processor(ip, tok)
+    reads = dict.fromkeys(('pure_text','description_with_bboxes','bboxes','phrase_grounding','ocr','polygons',
+                           'description_with_bboxes_or_polygons'), {})   # as the published checkpoints name them
+    m = Florence2ForConditionalGeneration(Florence2Config(vision_config=vision, text_config=text, image_token_id=4))
+    return m, Florence2Processor(ip, tok, post_processor_config=reads)
 
 BUILD = {'blip2-opt': lambda: blip2(OPT), 'blip2-t5': lambda: blip2(T5), 'blip2-llama': lambda: blip2(LLAMA),
          'blip2-gemma3': lambda: blip2(dict(GEMMA3, model_type='gemma3_text')),
