@@ -276,12 +276,12 @@ def plot_attention(vlm, table, data):
 # %% ../nbs/11_compare.ipynb #3e69cbb6
 TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8">\
 <meta name="viewport" content="width=device-width"><title>{{ title }}</title>
-<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem;\
+<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2rem auto;padding:0 1rem;\
 color:#1b1f24;background:#fff}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #d0d7de}
 .notice{background:#fff4ce;border-left:5px solid #bf8700;padding:.6rem 1rem;font-weight:600}\
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:.6rem 0}\
 th,td{border:1px solid #d0d7de;padding:.25rem .5rem;text-align:left;vertical-align:top}
-th{background:#f6f8fa}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amber{color:#7d4e00}\
+th{background:#f6f8fa}.n{white-space:nowrap}td:first-child{min-width:8rem}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amber{color:#7d4e00}\
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:1rem}\
 .card{border:1px solid #d0d7de;border-radius:6px;padding:.6rem}\
 .card img{width:150px;float:left;margin-right:.7rem}
@@ -295,7 +295,7 @@ th{background:#f6f8fa}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amb
 {% for s in sections %}<h2>{{ s.title }}</h2>{% if s.text %}<p>{{ s.text }}</p>{% endif %}
 {% for t in s.tables %}<div class="scroll"><table>{% if t.name %}<caption>{{ t.name }}</caption>{% endif %}\
 <tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr>\
-{% for r in t.rows %}<tr>{% for v in r %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}\
+{% for r in t.rows %}<tr>{% for v in r %}<td{% if v|string|length < 24 %} class="n"{% endif %}>{{ v }}</td>{% endfor %}</tr>{% endfor %}\
 </table></div>{% endfor %}
 {% for f in s.figures %}<p><img alt="{{ f.alt }}" src="data:image/png;base64,{{ f.png }}"></p>{% endfor %}
 {% if s.cards %}<div class="cards">{% for c in s.cards %}<div class="card {{ c.kind }}">\
