@@ -56,6 +56,11 @@ def test_test_ticks_the_row_without_network(machine):
     assert tried['answer'] is True and tried['train'] is True and len(tried['answers']) == 8
     state = json.loads(machine.fada('models', 'access', 'ours', '--json', HF_HUB_OFFLINE='1').stdout)
     assert state['downloaded'] and state['tests']['fp32']['train'] is True and state['next'] == ''
+    shown = machine.fada('models', 'show', 'ours', HF_HUB_OFFLINE='1').stdout   # its dossier, measured rows among it
+    assert 'tested in fp32' in shown and 'fp32: answer, train, attention' in shown and 'ms a question, peak' in shown
+    listed = json.loads(machine.fada('models', '--json', HF_HUB_OFFLINE='1').stdout)
+    assert next(m for m in listed if m['name'] == 'ours')['here'] == 'tested fp32'
+    assert {m['name'] for m in listed} == {*MODELS, 'ours'} and all('fits' in m for m in listed)
 
 def test_a_broken_download_goes_on_where_it_stopped(machine):
     machine.stop_after = 4096

@@ -272,6 +272,17 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     assert all('language_projection' in n for n in seen[0]) and any('lora_' in n for n in seen[1])
     assert set(about['trainable']) == {'projection', 'qformer', 'language_model'}
 
+def test_memory_that_runs_out_in_training(folder, small_data, tmp_path, monkeypatch):
+    "A card's own exception, which cannot be had here, becomes a sentence that says what to lower"
+    import torch
+    from fada import train
+    monkeypatch.setitem(train.LORA, 'validation_images', 1)
+    vlm = open_tiny('smolvlm', folder)
+    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    monkeypatch.setattr(type(vlm), 'loss', full)
+    with pytest.raises(FadaError, match='memory ran out with 2 images a step.*lower the batch'):
+        train.finetune(vlm, small_data, ['Femur'], tmp_path/'a', rank=2, steps=1, batch=2, images=4)
+
 def test_what_a_model_lacks_names_one_that_has_it(folder):
     """An image for the text model, a merge without an adapter or into quantised weights, a remote row: an
     error each, with a way out"""
