@@ -1,5 +1,5 @@
 "Downloads from a hub on loopback, and every checkpoint that must be refused: one clear error each."
-import json, os, shutil, struct, subprocess, sys
+import json, os, re, shutil, struct, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -192,7 +192,7 @@ def test_names_as_published(architecture, tmp_path):
     "The hub's checkpoints were written by earlier releases, whose vision towers lie one level deeper"
     import torch
     name, _, folder = tiny(architecture, tmp_path); before = load_model(MODELS[name], folder, device='cpu')[0]
-    deep = lambda k: k.replace('vision_tower.', 'vision_tower.vision_model.') if 'vision_tower.vision_model.' not in k else k
+    deep = lambda k: re.sub(r'^vision_tower\.(?!vision_model)', 'vision_tower.vision_model.', k)
     _rewrite(folder, lambda w: {deep(k): v for k, v in w.items()})
     after = load_model(MODELS[name], folder, device='cpu')[0]
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
@@ -252,7 +252,8 @@ def test_adapter_of_another_base(copy, tmp_path, small_data, monkeypatch):
     with pytest.raises(FadaError, match='trained on another base'):
         load('smolvlm-256m', tmp_path/'adapter', other, 'fp32', 'cpu')
     from fada.vlm import attach
-    plain = load('smolvlm-256m', weights=copy, device='cpu', precision='fp32'); weights = tmp_path/'adapter'/'adapter_model.safetensors'
+    plain = load('smolvlm-256m', weights=copy, device='cpu', precision='fp32')
+    weights = tmp_path/'adapter'/'adapter_model.safetensors'
     whole = weights.read_bytes(); weights.write_bytes(whole[:len(whole)//2])
     with pytest.raises(FadaError, match='a damaged shard.*adapter_model'): attach(plain, tmp_path/'adapter')
     weights.rename(weights.with_suffix('.bin'))

@@ -213,10 +213,12 @@ def test_florence_says_places_in_words(folder):
     "Boxes and outlines of its task prompts, from a grid of 1,000 to pixels; a free question keeps none"
     vlm = open_tiny('florence2', folder); im = Image.new('RGB', (200, 100))
     at = lambda *n: ''.join(f'<loc_{i}>' for i in n); box = at(100, 200, 300, 400)
-    for task, text, says in (('<OD>', f'stomach{box}spine{at(0, 0, 999, 999)}', 'stomach [20, 20, 60, 40]; spine [0, 0, 199, 99]'),
+    for task, text, says in (('<OD>', f'stomach{box}spine{at(0, 0, 999, 999)}',
+                              'stomach [20, 20, 60, 40]; spine [0, 0, 199, 99]'),
                              ('<REGION_PROPOSAL>', box, '[20, 20, 60, 40]'),
                              ('<CAPTION_TO_PHRASE_GROUNDING>the stomach', f'stomach{box}', 'stomach [20, 20, 60, 40]'),
-                             ('<OCR_WITH_REGION>', f'BPD 52{box}{at(300, 400, 100, 400)}', 'BPD 52 [20, 20, 60, 40, 60, 40, 20, 40]'),
+                             ('<OCR_WITH_REGION>', f'BPD 52{box}{at(300, 400, 100, 400)}',
+                              'BPD 52 [20, 20, 60, 40, 60, 40, 20, 40]'),
                              ('<CAPTION>', 'a femur', 'a femur'), (PLAIN, f'a femur{box}', 'a femur')):
         assert vlm.say_places(text, task, im) == says, task
     assert not any(a.error for a in vlm.ask(im, ['<OD>', '<DETAILED_CAPTION>', PLAIN]))
