@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fada.checkpoints.load_options': ('checkpoints.html#load_options', 'fada/checkpoints.py'),
                                   'fada.checkpoints.load_processor': ('checkpoints.html#load_processor', 'fada/checkpoints.py'),
                                   'fada.checkpoints.locate': ('checkpoints.html#locate', 'fada/checkpoints.py'),
+                                  'fada.checkpoints.no_memory': ('checkpoints.html#no_memory', 'fada/checkpoints.py'),
                                   'fada.checkpoints.prove_processor': ('checkpoints.html#prove_processor', 'fada/checkpoints.py'),
                                   'fada.checkpoints.record': ('checkpoints.html#record', 'fada/checkpoints.py'),
                                   'fada.checkpoints.resolve_device': ('checkpoints.html#resolve_device', 'fada/checkpoints.py'),

@@ -18,7 +18,7 @@ from .data import load_table, read_image, table_digest
 
 # %% ../nbs/09b_planes.ipynb #46a0c6c0
 PLANE_QUESTION = 3
-CLASSIFIER = dict(side=80, width=16, epochs=8, batch=32, lr=5e-3)   # pixels, channels of the first layer
+CLASSIFIER = dict(side=96, width=16, epochs=6, batch=32, lr=5e-3)   # pixels, channels of the first layer
 LEAST_STEPS = 100   # on little data
 
 def plane_images(data, categories, split, side:int)->tuple:

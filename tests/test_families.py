@@ -213,10 +213,12 @@ def test_florence_says_places_in_words(folder):
     "Boxes and outlines of its task prompts, from a grid of 1,000 to pixels; a free question keeps none"
     vlm = open_tiny('florence2', folder); im = Image.new('RGB', (200, 100))
     at = lambda *n: ''.join(f'<loc_{i}>' for i in n); box = at(100, 200, 300, 400)
-    for task, text, says in (('<OD>', f'stomach{box}spine{at(0, 0, 999, 999)}', 'stomach [20, 20, 60, 40]; spine [0, 0, 199, 99]'),
+    for task, text, says in (('<OD>', f'stomach{box}spine{at(0, 0, 999, 999)}',
+                              'stomach [20, 20, 60, 40]; spine [0, 0, 199, 99]'),
                              ('<REGION_PROPOSAL>', box, '[20, 20, 60, 40]'),
                              ('<CAPTION_TO_PHRASE_GROUNDING>the stomach', f'stomach{box}', 'stomach [20, 20, 60, 40]'),
-                             ('<OCR_WITH_REGION>', f'BPD 52{box}{at(300, 400, 100, 400)}', 'BPD 52 [20, 20, 60, 40, 60, 40, 20, 40]'),
+                             ('<OCR_WITH_REGION>', f'BPD 52{box}{at(300, 400, 100, 400)}',
+                              'BPD 52 [20, 20, 60, 40, 60, 40, 20, 40]'),
                              ('<CAPTION>', 'a femur', 'a femur'), (PLAIN, f'a femur{box}', 'a femur')):
         assert vlm.say_places(text, task, im) == says, task
     assert not any(a.error for a in vlm.ask(im, ['<OD>', '<DETAILED_CAPTION>', PLAIN]))
@@ -271,6 +273,17 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     about = train.finetune(vlm, small_data, ['Femur'], tmp_path/'adapter', rank=2, lr=5e-3, steps=2, batch=2, images=4)
     assert all('language_projection' in n for n in seen[0]) and any('lora_' in n for n in seen[1])
     assert set(about['trainable']) == {'projection', 'qformer', 'language_model'}
+
+def test_memory_that_runs_out_in_training(folder, small_data, tmp_path, monkeypatch):
+    "A card's own exception, which cannot be had here, becomes a sentence that says what to lower"
+    import torch
+    from fada import train
+    monkeypatch.setitem(train.LORA, 'validation_images', 1)
+    vlm = open_tiny('smolvlm', folder)
+    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    monkeypatch.setattr(type(vlm), 'loss', full)
+    with pytest.raises(FadaError, match='memory ran out with 2 images a step.*lower the batch'):
+        train.finetune(vlm, small_data, ['Femur'], tmp_path/'a', rank=2, steps=1, batch=2, images=4)
 
 def test_what_a_model_lacks_names_one_that_has_it(folder):
     """An image for the text model, a merge without an adapter or into quantised weights, a remote row: an
