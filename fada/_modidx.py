@@ -263,6 +263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'fada.data.verify': ('data.html#verify', 'fada/data.py')},
             'fada.doctor': { 'fada.doctor.Finding': ('doctor.html#finding', 'fada/doctor.py'),
                              'fada.doctor.Finding.line': ('doctor.html#finding.line', 'fada/doctor.py'),
+                             'fada.doctor._hush': ('doctor.html#_hush', 'fada/doctor.py'),
                              'fada.doctor.cards': ('doctor.html#cards', 'fada/doctor.py'),
                              'fada.doctor.check_bitsandbytes': ('doctor.html#check_bitsandbytes', 'fada/doctor.py'),
                              'fada.doctor.check_browser': ('doctor.html#check_browser', 'fada/doctor.py'),

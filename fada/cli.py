@@ -459,6 +459,7 @@ def measure(
 
     Example: fada measure smolvlm-256m --random --precision bf16"""
     s = _settings(quiet, model=model, precision=precision, device=device, max_new_tokens=new_tokens)
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # the CPU profiler warns of what it did not see begin
     from fada.memory import in_gib
     from fada.plan import measure_model
     r = measure_model(model, task, s.precision, s.device, questions, batch, s.max_new_tokens, side=side, weights=weights,

@@ -8,14 +8,14 @@ __all__ = ['STATES', 'PYTHONS', 'PACKAGES', 'REINSTALL', 'CUDA_WHEEL', 'LEAST_DI
            'check_device', 'check_free', 'check_model', 'check_disk', 'check_downloads', 'check_bitsandbytes',
            'check_browser', 'check_hub', 'examine', 'ready']
 
-# %% ../nbs/06b_doctor.ipynb #02588ad2
+# %% ../nbs/06b_doctor.ipynb #d3f90a64
 import importlib, logging, os, platform, re, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from .settings import FadaError, Settings, load_settings, writable_folder
 from .registry import ASSETS, model_spec
 
-# %% ../nbs/06b_doctor.ipynb #9ba08451
+# %% ../nbs/06b_doctor.ipynb #16e8a414
 STATES = ('ok', 'warns', 'fails')
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def ok(check, found): return Finding(check, 'ok', found)
 def warns(check, found, remedy): return Finding(check, 'warns', found, remedy)
 def fails(check, found, remedy): return Finding(check, 'fails', found, remedy)
 
-# %% ../nbs/06b_doctor.ipynb #f228873e
+# %% ../nbs/06b_doctor.ipynb #3abda707
 PYTHONS = ((3,11), (3,13))
 PACKAGES = ('torch', 'transformers', 'peft', 'accelerate', 'safetensors', 'numpy', 'scipy', 'pandas', 'pyarrow', 'sklearn',
             'PIL', 'pydicom', 'openpyxl', 'matplotlib', 'papermill', 'ipywidgets', 'psutil')
@@ -56,7 +56,7 @@ def check_packages(names=PACKAGES)->Finding:
     if broken: return fails('packages', f'cannot be imported: {", ".join(broken)}', REINSTALL)
     return ok('packages', f'{len(names)} of {len(names)} can be imported')
 
-# %% ../nbs/06b_doctor.ipynb #93241edf
+# %% ../nbs/06b_doctor.ipynb #2032cee8
 CUDA_WHEEL = 'pip install torch --index-url https://download.pytorch.org/whl/cu128'
 _QUERY = ('nvidia-smi', '--query-gpu=name,driver_version,memory.total,memory.used', '--format=csv,noheader,nounits')
 
@@ -93,7 +93,7 @@ def check_torch()->Finding:
         return warns('torch', f'{build}, but it cannot use {here[0][0]}', f'update the driver, or {CUDA_WHEEL}')
     return ok('torch', build)
 
-# %% ../nbs/06b_doctor.ipynb #fa201b33
+# %% ../nbs/06b_doctor.ipynb #4c99466c
 def check_settings(**given)->tuple:
     "(finding, settings or None)"
     try: s = load_settings(**given); spec = model_spec(s.model)
@@ -129,7 +129,7 @@ def check_model(s:Settings)->Finding:
     try: check_checkpoint(locate(spec), None); return ok('model', f'{s.model} is here and whole')
     except FadaError as e: return fails('model', str(e), '' if 'fada models get' in str(e) else f'run `fada models get {s.model}`, or reinstall fada')
 
-# %% ../nbs/06b_doctor.ipynb #14f8ca07
+# %% ../nbs/06b_doctor.ipynb #493be639
 LEAST_DISK = 10**9  # bytes a run may write: answers, adapters, executed notebooks
 
 def check_disk(s:Settings)->Finding:
@@ -152,10 +152,12 @@ def check_downloads(s:Settings)->Finding:
     if free < max(need, LEAST_DISK): return warns('downloads', f'{free/1e9:.1f} GB free in {at}', 'set HF_HOME to a larger disk')
     return ok('downloads', f'{free/1e9:.0f} GB free in {at}')
 
-# %% ../nbs/06b_doctor.ipynb #91ddc74e
+# %% ../nbs/06b_doctor.ipynb #703f6ea7
+def _hush(): logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)  # it remarks on an optional CPU kernel
+
 def check_bitsandbytes(s:Settings|None=None)->Finding:
     "Multiply by a quantised matrix in int8 and nf4 and set it against the plain product"
-    bad = fails if s and s.precision in ('int8','nf4') else warns
+    _hush(); bad = fails if s and s.precision in ('int8','nf4') else warns
     try:
         import torch
         from bitsandbytes import nn
@@ -195,11 +197,10 @@ def check_hub(timeout:float=5.)->Finding:
         return warns('hub', f'{url} cannot be reached ({getattr(e, "reason", None) or type(e).__name__})', f'check network and proxy; {rest}')
     return ok('hub', f'{url} answers; {token}')
 
-# %% ../nbs/06b_doctor.ipynb #d7901566
+# %% ../nbs/06b_doctor.ipynb #6de341bc
 def examine(**given)->list:
     "All findings; `given` as for `load_settings`"
-    logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)  # it remarks on an optional CPU kernel
-    settings,s = check_settings(**given)
+    _hush(); settings,s = check_settings(**given)
     out = [check_python(), check_packages(), check_torch(), check_driver(), settings]
     if s: out += [check_device(s), check_free(s), check_model(s), check_disk(s), check_downloads(s)]
     return [*out, check_bitsandbytes(s), check_browser(), check_hub()]

@@ -9,7 +9,7 @@ __all__ = ['PROMPT', 'ANSWER', 'SIDE', 'TASKS', 'CONTEXT', 'RESERVE', 'TIGHT', '
            'settings_that_fit', 'setting_text', 'plan_text', 'all_plans', 'kept_plans', 'plan_table', 'plan_figure',
            'random_model', 'open_for_measure', 'measure_model']
 
-# %% ../nbs/09c_plan.ipynb #15eaa368
+# %% ../nbs/09c_plan.ipynb #a78f1a80
 import copy, json, math, time, warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from .memory import (allocator_peak, count_weights, in_gb, in_gib, in_mib, kv_by
                          weight_bytes)
 from .vlm import engine
 
-# %% ../nbs/09c_plan.ipynb #5981d0fc
+# %% ../nbs/09c_plan.ipynb #a36a7ade
 _MADE_HERE = {'blip2-mini': dict(   # DINOv2-small, a new Q-Former, SmolLM2-135M
     vision_config=dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
                        image_size=224, patch_size=14, qkv_bias=True),
@@ -49,7 +49,7 @@ def _prove_config(raw, cls, path):
     if missing: raise FadaError(f"a configuration that misses {', '.join(missing)}", str(path),
                                 ', '.join(cls.sub_configs), 'take the whole config.json of the checkpoint')
 
-# %% ../nbs/09c_plan.ipynb #6e6943de
+# %% ../nbs/09c_plan.ipynb #8a053c30
 def shape_of(
     spec:ModelSpec,
     config=None,       # path of a config.json; None: the published shape, else that of the model on this machine
@@ -70,7 +70,7 @@ def shape_of(
         raise FadaError('a configuration that cannot be read', str(path), f'that of a {cls.model_type} model',
                         str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__) from None
 
-# %% ../nbs/09c_plan.ipynb #558e9329
+# %% ../nbs/09c_plan.ipynb #fa0b6883
 PROMPT,ANSWER = 32,8   # tokens of a question in its template, and of an answer to learn from
 SIDE = 448             # pixels a side where a model takes images of any size
 _WORD = 3              # a token that no architecture gives a meaning
@@ -91,7 +91,7 @@ def image_tokens(config, side:int)->int:
     patch = v.patch_size[0] if isinstance(v.patch_size, (list,tuple)) else v.patch_size
     return (side//patch//(c.scale_factor if kind == 'smolvlm' else getattr(v, 'spatial_merge_size', 1)))**2
 
-# %% ../nbs/09c_plan.ipynb #d9fa316f
+# %% ../nbs/09c_plan.ipynb #d3c1f2b8
 class StandIn:
     "Processor and tokenizer in one that know lengths only"
     pad_token_id = eos_token_id = 2; bos_token = eos_token = ''; all_special_ids = (); chat_template = 'stands in'
@@ -118,7 +118,7 @@ class StandIn:
         t = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
         return BatchFeature({**t, **self.pictures(ids)} if images else t)
 
-# %% ../nbs/09c_plan.ipynb #06648577
+# %% ../nbs/09c_plan.ipynb #3a0b0822
 from fastcore.basics import patch
 
 @patch
@@ -136,7 +136,7 @@ def pictures(self:StandIn, ids)->dict:
         return dict(pixel_values=px[:,None], pixel_attention_mask=torch.ones(n, 1, side, side, dtype=torch.long))
     return dict(pixel_values=px, token_type_ids=here) if kind in ('gemma3','paligemma') else dict(pixel_values=px)
 
-# %% ../nbs/09c_plan.ipynb #0ed806b2
+# %% ../nbs/09c_plan.ipynb #894925c1
 def _no_end(model):
     "Let generation go on to its full length"
     for m in (model, getattr(model, 'language_model', None)):
@@ -158,7 +158,7 @@ def run_train(vlm, batch:int, questions:int, update=lambda loss: loss.backward()
     for _ in range(steps): update(loss(x, [[('q', 'a')]*questions]*batch))
     vlm.core.eval()
 
-# %% ../nbs/09c_plan.ipynb #71d91c22
+# %% ../nbs/09c_plan.ipynb #e37a2a67
 _DEPTHS = ('num_hidden_layers', 'num_layers', 'num_decoder_layers', 'encoder_layers', 'decoder_layers')
 TASKS = ('answer', 'train')
 
@@ -194,7 +194,7 @@ def _dtype(precision, half):
     import torch
     return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[half if precision in ('int8','nf4') else precision]
 
-# %% ../nbs/09c_plan.ipynb #1cefb8da
+# %% ../nbs/09c_plan.ipynb #6456dc76
 def _watch_language(vlm, dry):
     "End a phase of `dry` before the decoder's first and before its second pass"
     from torch.nn import ModuleList
@@ -221,7 +221,7 @@ def _dry(task, spec, config, layers, new, precision, half, device, batch, questi
     flops = marks[1]-marks[0] if marks else dry.flops
     return np.array(dry.peaks, float), flops, sum(p.numel()*p.element_size() for p in trained)
 
-# %% ../nbs/09c_plan.ipynb #6ae10d23
+# %% ../nbs/09c_plan.ipynb #55147ef3
 _SHALLOW,_SHORT = (2, 3),(4, 8)  # layers and new tokens that are run
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def dynamic(task, spec, config, new=48, **kw)->Dynamic:
         peaks[-1] += longer*(q-p)[-1]+cache; flops += longer*(g-f)*depth/few[0]
     return Dynamic(round(peaks.max()), round(trained), flops)
 
-# %% ../nbs/09c_plan.ipynb #72be140c
+# %% ../nbs/09c_plan.ipynb #6719fc80
 CONTEXT = 500_000_000    # bytes of a CUDA context with its libraries: usual on current drivers, not measured here
 RESERVE = 1_500_000_000  # bytes of desktop and other processes
 TIGHT = .9               # above this share of the card a plan is tight: allocators lose a few percent to gaps
@@ -275,7 +275,7 @@ class Plan:
         need = self.peak_bytes+self.reserve_bytes
         return 'fits' if need <= TIGHT*card else 'tight' if need <= card else 'no'
 
-# %% ../nbs/09c_plan.ipynb #23e7fd6e
+# %% ../nbs/09c_plan.ipynb #8365c911
 def _quantised_extra(task, precision, c, half_width, tokens)->int:
     "Bytes that bitsandbytes takes for a moment: an unpacked weight, sums in 32 bits with the rounded input"
     unpacked = c.largest*half_width*(precision == 'nf4' or task == 'train')
@@ -303,7 +303,7 @@ def _parts(spec, config, task, precision, batch, questions, new, rank, side, pro
              0 if device == 'cpu' else CONTEXT)
     return dict(zip(PARTS, map(int, parts))), c.parameters, d.flops
 
-# %% ../nbs/09c_plan.ipynb #c375bb61
+# %% ../nbs/09c_plan.ipynb #a6e3232f
 def training_speed(name:str, precision:str)->tuple:
     "(FLOP/s, where they come from) of training"
     seen = ledger(name).get('measured', {}).get(f'train {precision}')
@@ -355,7 +355,7 @@ def plan(
                     config=config, device=device, prompt=prompt, find=False)
     return replace(p, nearest=tuple(settings_that_fit(p, again, spec)))
 
-# %% ../nbs/09c_plan.ipynb #a9d54a2a
+# %% ../nbs/09c_plan.ipynb #611ef7e4
 def _fewer(batch, questions):
     "(batch, questions) with ever fewer rows at a time, the given one first"
     out = [(batch, questions)]
@@ -377,7 +377,7 @@ def settings_that_fit(p:Plan, again, spec:ModelSpec)->list:
                 found.append(dict(precision=precision, batch=b, questions=q, peak_bytes=r.peak_bytes, verdict=r.verdict)); break
     return found
 
-# %% ../nbs/09c_plan.ipynb #7c1dbe31
+# %% ../nbs/09c_plan.ipynb #62536540
 def setting_text(f:dict)->str:
     "A setting in the words of the command line"
     return f"--precision {f['precision']} --batch {f['batch']} --questions {f['questions']} ({in_gib(f['peak_bytes'])}, {f['verdict']})"
@@ -403,7 +403,7 @@ def _repr_markdown_(self:Plan):
     more = '\n\n'+'\n\n'.join(l.strip() for l in plan_text(self).splitlines()[2:])
     return f'**{plan_text(self).splitlines()[0]}**\n\n| part | predicted |\n|---|---|\n{rows}{more}'
 
-# %% ../nbs/09c_plan.ipynb #20f6e8b7
+# %% ../nbs/09c_plan.ipynb #3862c316
 TABLE_PRECISIONS = ('bf16', 'int8', 'nf4')
 
 def all_plans(names=None)->list:
@@ -429,7 +429,7 @@ def plan_table(plans)->str:
         lines.append(f'| {name} | '+' | '.join(f'{p.peak_bytes/2**30:.1f} → {_smallest(p)}' for p in cells)+' |')
     return '\n'.join(lines)
 
-# %% ../nbs/09c_plan.ipynb #cefbf9b4
+# %% ../nbs/09c_plan.ipynb #3be120b1
 _COLOURS = dict(zip(PARTS, ('#0072b2', '#56b4e9', '#e69f00', '#d55e00', '#009e73', '#cc79a7', '#999999')))
 
 def plan_figure(plans, path=None, cards=CARDS):
@@ -453,10 +453,10 @@ def plan_figure(plans, path=None, cards=CARDS):
                ncols=7, fontsize=8, frameon=False)
     fig.suptitle('Predicted peak: one image, eight questions. Dotted: '+', '.join(str(c//2**30) for c in cards)
                  +' GiB cards less 1.5 GB for others', fontsize=9)
-    if path: fig.savefig(path, dpi=110)
+    if path: fig.savefig(path, dpi=80)
     return fig
 
-# %% ../nbs/09c_plan.ipynb #6ef964f5
+# %% ../nbs/09c_plan.ipynb #aed53af6
 def _filled(p, width, device):
     "A parameter with random numbers in the place of a shape, quantised on arrival where its kind is"
     import torch
@@ -485,7 +485,7 @@ def random_model(spec:ModelSpec, config, precision:str='bf16', device:str='cpu',
             if b is not None and b.is_meta: m._buffers[k] = torch.zeros(b.shape, dtype=b.dtype, device=device)
     return model.eval()
 
-# %% ../nbs/09c_plan.ipynb #e09273ee
+# %% ../nbs/09c_plan.ipynb #e8922c21
 def open_for_measure(spec, precision, device, weights=None, random=False, config=None, new_tokens=48, side=None):
     "An engine with a stand-in processor on true or random weights"
     if random: model = random_model(spec, shape_of(spec, config), precision, device)
