@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'data_app', 'Folder',
-           'Reader', 'models_app', 'Name', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask',
-           'biometry', 'data_check', 'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get',
-           'access', 'test', 'show']
+           'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config', 'Side', 'main', 'demo',
+           'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask', 'biometry', 'data_check', 'data_verify',
+           'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
+           'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -419,6 +420,76 @@ def show(name:Annotated[Optional[str], typer.Argument(help='One model; none: all
     spec = model_spec(name) if name else None
     if page: dossier_page(page, [spec] if spec else None)
     _show(dict(page=page, dossier=dossier_rows(spec) if spec else []), json, page or dossier_text(spec))
+
+# %% ../nbs/16_cli.ipynb #e3e92191
+Task = Annotated[str, typer.Option(help='answer or train.')]
+Questions = Annotated[int, typer.Option(help='Questions of each image, asked together.')]
+Batch = Annotated[int, typer.Option(help='Images at a time.')]
+NewTokens = Annotated[Optional[int], typer.Option(help='Longest answer. Default: [generate] max_new_tokens of settings.ini.')]
+Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
+Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models that take images of any size.')]
+
+@app.command()
+def plan(
+    model:Annotated[list[str], typer.Argument(help='Names from `fada models`.')],
+    task:Task='answer',
+    precision:Annotated[str, typer.Option(help='One or several, separated by commas.')]='bf16,int8,nf4',
+    gpu:Annotated[Optional[str], typer.Option(help='Size of the card with its unit, as 8GiB. Default: the card here, else 8GiB.')]=None,
+    questions:Questions=8, batch:Batch=1,
+    reserve:Annotated[str, typer.Option(help='For desktop and other processes.')]='1.5GB',
+    steps:Annotated[int, typer.Option(help='Training steps, for the hours.')]=120, rank:int=8, new_tokens:NewTokens=None,
+    side:Side=None, config:Config=None,
+    figure:Annotated[Optional[str], typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
+    json:Json=False, quiet:Quiet=False,
+):
+    """Predict memory by part and training hours before any download, and what would fit.
+
+    Example: fada plan medgemma-4b llava-1.5-7b --task answer --gpu 8GiB"""
+    s = _settings(quiet, max_new_tokens=new_tokens)
+    from dataclasses import asdict
+    from fada.plan import plan as work, plan_figure, plan_text
+    from fada.registry import model_spec
+    wanted = [p.strip() for p in precision.split(',') if p.strip()] or ['']
+    asked = precision != 'bf16,int8,nf4'   # a default that a model lacks is left out, an asked one is an error
+    plans = [work(m, task, p, gpu, questions, batch, reserve, s.max_new_tokens, steps, rank, side, config)
+             for m in model for p in wanted if asked or p in model_spec(m).precisions or not model_spec(m).precisions]
+    if figure: plan_figure(plans, figure, cards=(plans[0].gpu_bytes,))
+    _show([asdict(p) for p in plans], json, '\n'.join(plan_text(p) for p in plans))
+
+# %% ../nbs/16_cli.ipynb #8a5d7d73
+@app.command()
+def measure(
+    model:Annotated[str, typer.Argument(help='Name from `fada models`.')],
+    task:Task='answer', precision:Precision=None, device:Device=None, questions:Questions=8, batch:Batch=1,
+    new_tokens:NewTokens=None, side:Side=None, weights:Weights=None,
+    random:Annotated[bool, typer.Option('--random', help='Random weights of the true shape: no download.')]=False,
+    config:Config=None, json:Json=False, quiet:Quiet=False,
+):
+    """Run a model for true: load time, seconds a question, peak memory, and how far off the plan was.
+
+    Example: fada measure smolvlm-256m --random --precision bf16"""
+    s = _settings(quiet, model=model, precision=precision, device=device, max_new_tokens=new_tokens)
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # the CPU profiler warns of what it did not see begin
+    from fada.memory import in_gib
+    from fada.plan import measure_model
+    r = measure_model(model, task, s.precision, s.device, questions, batch, s.max_new_tokens, side=side, weights=weights,
+                      random=random, config=config)
+    _show(r, json, f"{model}, {task}, {s.precision} on {r['machine']}{', random weights' if random else ''}: loaded in "
+          f"{r['load_seconds']:.1f} s, {r['seconds_per_question']:.2f} s a question, peak {in_gib(r['peak_bytes'])}, predicted "
+          f"{in_gib(r['predicted_bytes'])} ({100*r['error']:+.1f} %)")
+
+# %% ../nbs/16_cli.ipynb #b2648057
+@app.command()
+def doctor(model:Model=None, precision:Precision=None, device:Device=None, json:Json=False, quiet:Quiet=False):
+    """Say what this machine lacks, one line each with its remedy; exit status 1 where the main job could not run.
+
+    Example: fada doctor"""
+    if quiet: os.environ['FADA_QUIET'] = '1'
+    from dataclasses import asdict
+    from fada.doctor import examine, ready
+    found = examine(model=model, precision=precision, device=device)
+    _show(dict(ready=ready(found), findings=[asdict(f) for f in found]), json, '\n'.join(f.line() for f in found))
+    if not ready(found): raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()
