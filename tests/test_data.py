@@ -43,12 +43,14 @@ def png_bomb(path, side=50_000):
 
 # ---- bad images
 
-@pytest.mark.parametrize('name,make,said', [
-    ('zero.png', lambda p: p.write_bytes(b''), '0 bytes'),
-    ('cut.png', lambda p: p.write_bytes(picture(p).read_bytes()[:900]), 'not a readable image'),
-    ('text.jpg', lambda p: p.write_text('hello'), 'not a readable image'),
-    ('bomb.png', png_bomb, '2500000000 pixels'),
-    ('cut.dcm', lambda p: p.write_bytes(b'\0'*128+b'DICM'+b'\x08\0'), 'DICOM')])
+@pytest.mark.parametrize('name,make,said', [('zero.png', lambda p: p.write_bytes(b''), '0 bytes'),
+                                            ('cut.png',
+                                            lambda p: p.write_bytes(picture(p).read_bytes()[:900]),
+                                            'not a readable image'), ('text.jpg',
+                                            lambda p: p.write_text('hello'), 'not a readable image'),
+                                            ('bomb.png', png_bomb, '2500000000 pixels'),
+                                            ('cut.dcm', lambda p: p.write_bytes(b'\0'*128+b'DICM'+b'\x08\0'),
+                                            'DICOM')])
 def test_a_bad_image_is_named_and_the_rest_goes_through(tmp_path, name, make, said):
     rows = group_folder(tmp_path, 2, ('Femur',)); make(tmp_path/'Femur'/name)
     write_rows(tmp_path, [*rows, ['Femur', name, 'Done', *'abcdefgh']]); r = read_group_folder(tmp_path)
@@ -117,14 +119,15 @@ def test_excel_of_every_kind(tmp_path):
     said = ' | '.join(n['finding'] for n in r.notes)
     assert 'macros, which were not run' in said and 'merged cells A4:A7' in said
 
-@pytest.mark.parametrize('name,raw,said', [
-    ('locked.xlsx', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'+'EncryptedPackage'.encode('utf-16-le'),
-    'a workbook with a password'),
-    ('old.xls', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1', 'the old Excel format'), ('empty.xlsx', b'', '0 bytes'),
-    ('junk.xlsx', b'PK\x03\x04junk', 'not a readable workbook'), ('junk.csv', bytes(range(256))*4,
-    'not a text file'),
-    ('blank.csv', b'\n\n', 'an empty file'), ('other.csv', b'a,b\n1,2\n', 'no image or question column'),
-    ('twice.csv', b'Image Name,Q1,Question 1\nimg_0,a,b\n', 'two columns mean 1')])
+@pytest.mark.parametrize('name,raw,said',
+                         [('locked.xlsx',
+                         b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'+'EncryptedPackage'.encode('utf-16-le'),
+                         'a workbook with a password'), ('old.xls', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1',
+                         'the old Excel format'), ('empty.xlsx', b'', '0 bytes'), ('junk.xlsx',
+                         b'PK\x03\x04junk', 'not a readable workbook'), ('junk.csv', bytes(range(256))*4,
+                         'not a text file'), ('blank.csv', b'\n\n', 'an empty file'), ('other.csv',
+                         b'a,b\n1,2\n', 'no image or question column'), ('twice.csv',
+                         b'Image Name,Q1,Question 1\nimg_0,a,b\n', 'two columns mean 1')])
 def test_a_bad_workbook_is_named_and_the_rest_goes_through(tmp_path, name, raw, said):
     write_rows(tmp_path, group_folder(tmp_path, 2)); (tmp_path/name).write_bytes(raw)
     r = read_group_folder(tmp_path)
