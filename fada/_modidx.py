@@ -152,6 +152,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'fada.checks.Check.text': ('checks.html#check.text', 'fada/checks.py'),
                              'fada.checks._add': ('checks.html#_add', 'fada/checks.py'),
                              'fada.checks._check_question': ('checks.html#_check_question', 'fada/checks.py'),
+                             'fada.checks._draw_findings': ('checks.html#_draw_findings', 'fada/checks.py'),
                              'fada.checks._kind': ('checks.html#_kind', 'fada/checks.py'),
                              'fada.checks.agreement': ('checks.html#agreement', 'fada/checks.py'),
                              'fada.checks.check': ('checks.html#check', 'fada/checks.py'),

@@ -156,8 +156,9 @@ document.addEventListener('keydown', e => {
  if (e.key === 'Enter' && (typing || e.target.tagName !== 'BUTTON')) b = p.querySelector('button.fada-take');
  if (e.key === 'Backspace' && !typing) b = p.querySelector('button.fada-back');
  if (!b || b.style.display === 'none') return;
- e.preventDefault(); e.stopPropagation(); b.click();
- p.tabIndex = -1; p.focus({preventScroll: true}); }, true);  // the choice in focus may be gone next
+ e.preventDefault(); e.stopPropagation(); p.tabIndex = -1;
+ p.focus({preventScroll: true});  // sends what was typed before the button is pressed, and outlives a choice
+ b.click(); }, true);
 document.addEventListener('focusin', e => {  // else two presses of d delete the cell in JupyterLab
  if (panel(e)) e.target.setAttribute('data-lm-suppress-shortcuts', 'true'); }); })()'''
 
@@ -189,7 +190,9 @@ class Annotator:
         self.buttons = [w.Button(layout=w.Layout(width='300px')) for _ in range(12)]
         for k,b in enumerate(self.buttons):
             b.add_class('fada-choice'); b.on_click(lambda _, k=k: self.take(self.options[k]))
-        self.free = w.Text(placeholder='or type an answer, several separated by commas', layout=wide)
+        # sent whole when the field is left: letter by letter, a press of the button would overtake the last ones
+        self.free = w.Text(placeholder='or type an answer, several separated by commas', layout=wide,
+                           continuous_update=False)
         self.enter,self.back = w.Button(description='Take (Enter)'),w.Button(description='Back')
         self.enter.add_class('fada-take'); self.back.add_class('fada-back')
         self.enter.on_click(lambda _: self.take(self.free.value))
@@ -320,9 +323,11 @@ def _controls(self:Explorer):
     self.prev,self.next = w.Button(description='◀'),w.Button(description='▶')
     self.picture,self.plot = w.Image(format='png', width=480),w.Image(format='png', width=620)
     self.info,self.answers,self.state = w.HTML(),w.HTML(),w.HTML()
-    self.who = w.Text(placeholder='your name or initials', description='who')
+    whole = dict(continuous_update=False)  # as in `Annotator`
+    self.who = w.Text(placeholder='your name or initials', description='who', **whole)
     self.which = w.Dropdown(options=keys, description='correct')
-    self.new,self.keep = w.Text(placeholder='the right answer'),w.Button(description='Append correction')
+    self.new = w.Text(placeholder='the right answer', **whole)
+    self.keep = w.Button(description='Append correction')
     change = [w.HBox([self.who]), w.HBox([self.which, self.new, self.keep]), self.state]
     pictures = w.HBox([self.picture, w.VBox([self.info, self.answers, *change])])
     tabs = w.Tab([pictures, self.plot, w.HTML(self._quarantine())])

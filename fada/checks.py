@@ -208,23 +208,28 @@ def _repr_html_(self:Check):
             + f.to_html(escape=True, index=False))
 
 # %% ../nbs/04f_checks.ipynb #54a2842f
+def _draw_findings(ax, findings):
+    "Bars of the findings by kind, coloured by what will happen"
+    kinds = findings.groupby(['kind','action']).size().unstack(fill_value=0)
+    colours = dict(quarantined='#c44e52', repaired='#55a868', kept='#8c8c8c')
+    kinds.plot.barh(stacked=True, ax=ax, color=colours)
+    ax.set(title='findings', ylabel='', xscale='symlog', xlim=(0, 4*max(1, kinds.sum(axis=1).max())))
+    ax.legend(fontsize=7, loc='lower right')
+
 @patch
 def figure(self:Check):
-    "Four panels: images by category, answers by question, findings, brightness"
+    "Images by category, answers by question, findings, brightness; findings alone where nothing was taken"
     import matplotlib.pyplot as plt
-    fig,axs = plt.subplots(2, 2, figsize=(9,5.2)); t = self.table
-    images = t.drop_duplicates('image').category.value_counts().sort_values()
-    axs[0,0].barh(images.index, images, color='#4c72b0'); axs[0,0].set_title('images by category')
-    top = t.groupby('question_id').answer_norm.agg(lambda s: s.value_counts(normalize=True).iloc[0])
-    axs[0,1].bar([QUESTIONS[q].key[:9] for q in top.index], top, color='#dd8452'); axs[0,1].set_ylim(0,1)
-    axs[0,1].set_title('share of the commonest answer'); axs[0,1].tick_params(axis='x', rotation=40)
-    kinds = self.findings.groupby(['kind','action']).size().unstack(fill_value=0)
-    colours = dict(quarantined='#c44e52', repaired='#55a868', kept='#8c8c8c')
-    kinds.plot.barh(stacked=True, ax=axs[1,0], color=colours)
-    axs[1,0].set(title='findings', ylabel='', xscale='symlog', xlim=(0, 4*max(1, kinds.sum(axis=1).max())))
-    axs[1,0].legend(fontsize=7, loc='lower right')
-    axs[1, 1].hist([self.reading.seen[n]['mean'] for n in t.image.unique()], bins=20, color='#4c72b0')
-    axs[1, 1].set_title('mean grey value of the images')
+    t = self.table; fig,axs = plt.subplots(2, 2, figsize=(9,5.2)) if len(t) else plt.subplots(squeeze=False)
+    _draw_findings(axs[-1,0], self.findings)
+    if len(t):
+        images = t.drop_duplicates('image').category.value_counts().sort_values()
+        axs[0,0].barh(images.index, images, color='#4c72b0'); axs[0,0].set_title('images by category')
+        top = t.groupby('question_id').answer_norm.agg(lambda s: s.value_counts(normalize=True).iloc[0])
+        axs[0,1].bar([QUESTIONS[q].key[:9] for q in top.index], top, color='#dd8452')
+        axs[0,1].set(ylim=(0,1), title='share of the commonest answer'); axs[0,1].tick_params(axis='x', rotation=40)
+        axs[1,1].hist([self.reading.seen[n]['mean'] for n in t.image.unique()], bins=20, color='#4c72b0')
+        axs[1,1].set_title('mean grey value of the images')
     for a in axs.flat: a.tick_params(labelsize=7); a.title.set_fontsize(9)
     fig.tight_layout()
     return fig

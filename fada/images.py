@@ -225,8 +225,9 @@ def sector_mask(
     image,        # PIL image or array, rows × columns [× 3], uint8
 )->np.ndarray:    # rows × columns, bool; all False where no sector is found
     "Where the ultrasound sector is; letters outside it are not part of it"
-    from PIL import Image
+    from PIL import Image, ImageDraw
     from scipy import ndimage as nd
+    from scipy.spatial import ConvexHull
     im = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     rgb = np.asarray(im.convert('RGB')); nothing = np.zeros((im.height, im.width), bool)
     def small(a):
@@ -237,13 +238,12 @@ def sector_mask(
     if not n: return nothing
     size = nd.sum_labels(body, lab, range(1, n+1))
     # parts of one sector (a shadow may cut it) are large; a logo is not
-    body = nd.binary_fill_holes(np.isin(lab, [i+1 for i,s in enumerate(size) if s >= .2*size.max()]))
-    body = nd.binary_dilation(body, iterations=1)
-    # shadows that cut into the sector are dark: what is bright in such a bay may be letters beside the sector
-    bay = nd.binary_fill_holes(nd.binary_closing(body, iterations=12)) & ~body
-    body = (body | bay & ~nd.binary_dilation(small(rgb.max(2)), iterations=2))[20:-20,20:-20]
-    if body.mean() < .04: return nothing
-    return np.asarray(Image.fromarray(body).resize(im.size, Image.Resampling.NEAREST))
+    body = np.isin(lab, [i+1 for i,s in enumerate(size) if s >= .2*size.max()])[20:-20,20:-20]
+    # a sector is convex: the hull of its parts holds the dark between them and nothing beside it
+    points = np.argwhere(body)[:,::-1]; hull = Image.new('1', body.shape[::-1])
+    if body.mean() < .02: return nothing
+    ImageDraw.Draw(hull).polygon([tuple(map(int, points[k])) for k in ConvexHull(points).vertices], fill=1)
+    return np.asarray(hull.resize(im.size, Image.Resampling.NEAREST))
 
 # %% ../nbs/04a_images.ipynb #c3e27835
 def blank_outside(
@@ -410,6 +410,7 @@ def look_all(
     names = list(dict.fromkeys(names)); keys = {n: _file_key(folder, n) for n in names}
     seen = {n: known[n] for n in names if n in known and known[n]['key'] == keys[n]}
     todo = [(str(folder), n, keys[n]) for n in names if n not in seen]
+    if not todo: return {n: seen[n] for n in names}
     workers = min(workers or os.cpu_count() or 1, max(1, len(todo)//60))
     pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn')) if workers > 1 else None
     try:
@@ -419,5 +420,5 @@ def look_all(
             if remember and i % KEEP_EVERY == 0: _save_seen(folder, {**known, **seen})
     finally:
         if pool: pool.shutdown(cancel_futures=True)
-        if remember and todo: _save_seen(folder, {**known, **seen})
+        if remember: _save_seen(folder, {**known, **seen})
     return {n: seen[n] for n in names}
