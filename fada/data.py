@@ -343,14 +343,12 @@ def prepare_own(
 
 # %% ../nbs/04_data.ipynb #2990329c
 def prepare(
-    folder,  # data folder
-    n: int,
-    categories,
-    seed: int = 0,
-    workers: int = 1,
-    source: str = 'auto',  # phantoms, folder (the user's own), auto, or a reader such as chat or hc18
-    **options,  # `frames` and `dataset` of the reader, `shares` and `published` of the split
-) -> dict:  # the manifest
+    folder,               # data folder
+    n:int, categories,    # of phantoms, where they are made
+    seed:int=0, workers:int=1,
+    source:str='auto',    # phantoms, folder (the user's own), auto, or a reader such as chat or hc18
+    **options,            # `frames` and `dataset` of the reader, `shares` and `published` of the split
+)->dict:                  # the manifest
     """Make the question table of `folder`: of phantoms, made where they are missing, or of the user's own
     images and workbook.
 
@@ -362,6 +360,8 @@ def prepare(
         source = 'phantoms' if (folder/'phantoms.json').exists() or folder.name == 'phantoms' else 'folder'
     if source != 'phantoms':
         return prepare_own(folder, seed, workers, 'auto' if source == 'folder' else source, **options)
+    if options:
+        raise FadaError(f'options for phantoms: {", ".join(options)}', str(folder), 'a folder of your own', '')
     write_phantoms(folder, n, categories, seed, workers=workers)
     return save_table(split_by_patient(read_phantoms(folder), seed), folder, 'phantoms', seed)
 
