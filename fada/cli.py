@@ -105,16 +105,21 @@ def phantom(
 
 # %% ../nbs/16_cli.ipynb #d0542f6b
 @app.command()
-def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, folder or auto.')]='auto',
-            seed:Seed=None, json:Json=False, quiet:Quiet=False):
-    """Read a folder of category folders and workbooks into a question table.
+def prepare(
+    data:Data=None,
+    source:Annotated[str, typer.Option(help='phantoms, folder, auto, or a reader: chat, datasets, hc18 …')]='auto',
+    frames:Annotated[Optional[str], typer.Option(help='Of a cine: first, middle, all, every K, or a number.')]=None,
+    dataset:Annotated[Optional[str], typer.Option(help='Name of the data set. Default: of the folder.')]=None,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
+    """Read a folder of images and answers into a question table, with its corrections and a split by patient.
 
-    Example: fada prepare --data /scans --source folder"""
+    Example: fada prepare --data /scans --source folder --frames middle"""
     s = _settings(quiet, data=data, seed=seed)
     from fada.data import prepare as work
     from fada.clinical import PHANTOM_CATEGORIES
     m = work(s.data, s.phantoms, PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories,
-             s.seed, s.jobs, source)
+             s.seed, s.jobs, source, **{k: v for k,v in dict(frames=frames, dataset=dataset).items() if v})
     _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions, "
           f"{m['quarantined']} set aside in {s.data}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECIDES', 'TEMPLATE', 'Collected', 'collect', 'systems', 'interval_text', 'quality_table', 'beats_controls',
            'control_table', 'gains', 'plane_table', 'resource_table', 'plot_systems', 'plot_heat', 'plot_resources',
-           'plot_sheet', 'examples', 'energy_ratio', 'plot_attention', 'real_frame', 'headline', 'jobs_split',
+           'shown', 'plot_sheet', 'examples', 'energy_ratio', 'plot_attention', 'real_frame', 'headline', 'jobs_split',
            'write_report']
 
 # %% ../nbs/11_compare.ipynb #70294b64
@@ -210,16 +210,24 @@ def plot_resources(jobs):
     return fig
 
 # %% ../nbs/11_compare.ipynb #9b415fc0
+def shown(
+    data, name,     # data folder and image
+    table,          # question table: pictures of phantoms hold nobody's name
+):                  # PIL image
+    "A picture as the report may show it: see `images.public_picture`"
+    from fada.images import public_picture, read_image
+    return public_picture(read_image(Path(data)/name), set(table.dataset) == {'fada-phantoms'})
+
+# %% ../nbs/11_compare.ipynb #469d8507
 def plot_sheet(table, data, each=5, seed=0):
     "Contact sheet: `each` test images of every category; returns the figure"
     import matplotlib.pyplot as plt
-    from fada.data import read_image
     groups = list(table.drop_duplicates('image').groupby('category')); rng = np.random.default_rng(seed)
     fig,axs = plt.subplots(len(groups), each, figsize=(2*each, 2.15*len(groups)), squeeze=False)
     for row,(name,g) in zip(axs, groups):
         for ax in row: ax.axis('off')
         for ax,p in zip(row, g.image.iloc[rng.permutation(len(g))[:each]]):
-            ax.imshow(read_image(Path(data)/p))
+            ax.imshow(shown(data, p, table))
         row[0].set_title(name, fontsize=9, loc='left')
     fig.tight_layout(pad=.4)
     return fig
@@ -269,7 +277,7 @@ def plot_attention(vlm, table, data):
             if name in side['names']:
                 note = (f"\nenergy on {name}: "
                         f"{energy_ratio(heat, labels == side['names'].index(name)+1):.1f} × chance")
-        overlay(im, heat, ax, f'{r.category}: {a.text}{note}')
+        overlay(shown(data, r.image, table), heat, ax, f'{r.category}: {a.text}{note}')
     fig.tight_layout()
     return fig
 
@@ -327,12 +335,12 @@ def real_frame(vlm):
     """pydicom's bundled ultrasound frame read from DICOM, and the model's eight answers to it: (PIL image,
     rows, remark on its scale)"""
     from pydicom import examples
-    from fada.data import read_dicom
+    from fada.images import public_picture, read_dicom
     image,scale = read_dicom(examples.get_path('palette_color'))
     rows = pd.DataFrame([{'question': a.question, 'answer': a.error or a.text,
                           'confidence': '' if a.confidence is None else f'{a.confidence:.2f}'}
                          for a in vlm.ask(image)])
-    return image, rows, ('no scale: its declared region exceeds the picture' if scale is None
+    return public_picture(image), rows, ('no scale: its declared region exceeds the picture' if scale is None
                          else f'{scale:.3f} mm per pixel')
 
 # %% ../nbs/11_compare.ipynb #775fb1c2
@@ -362,7 +370,7 @@ def headline(jobs)->list:
 # %% ../nbs/11_compare.ipynb #5056ae71
 def _sections(jobs, data, vlm, planes):
     "The report's sections, in reading order"
-    from fada.data import load_table, read_image
+    from fada.data import load_table
     from fada.registry import model_spec
     from fada.trial import dossier_rows
     every = systems(jobs)
@@ -374,7 +382,7 @@ def _sections(jobs, data, vlm, planes):
     tuned = [_table(control_table(v), f'{k}, pooled: each adapter knows its folder')
              for k,v in list(every.items())[1:] if v.adapter.any()]
     cards = [dict(e, confidence=f"{e['confidence']:.2f}" if e['confidence'] == e['confidence'] else '–',
-                  png=_png(read_image(Path(data)/e['image']).resize((150,150)))) for e in examples(scored)]
+                  png=_png(shown(data, e['image'], test).resize((150,150)))) for e in examples(scored)]
     image,rows,scale = real_frame(vlm)
     return [
         dict(title='The images',
