@@ -404,6 +404,7 @@ def look_all(
 )->dict:              # name -> as `look`, with `error` ('' where it opened)
     "Look at many pictures on several cores, with a progress bar; goes on where it was stopped"
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
     from fada.settings import progress
     known = _load_seen(folder) if remember else {}
@@ -418,6 +419,9 @@ def look_all(
         for i,(n,r) in enumerate(progress(found, 'looking at images', total=len(todo), unit='image'), 1):
             seen[n] = r
             if remember and i % KEEP_EVERY == 0: _save_seen(folder, {**known, **seen})
+    except BrokenProcessPool:
+        raise FadaError('a worker process was killed, for want of memory perhaps', str(folder), '',
+                        'the same command goes on where it stopped') from None
     finally:
         if pool: pool.shutdown(cancel_futures=True)
         if remember: _save_seen(folder, {**known, **seen})

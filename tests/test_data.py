@@ -249,3 +249,44 @@ def test_fuzz_nothing_is_lost_or_made_up(tmp_path, seed):
     account(tmp_path, [l for l, x in zip(lines, rows) if any(c.strip() for c in x)], r)
     assert all(' '.join(x['answer'].split()) in given for x in r.rows)      # no answer that nobody gave
     assert all((tmp_path/x['image']).is_file() for x in r.rows) and all(a['reason'] for a in r.aside)
+
+def spoil(d, records, rng):
+    "One thing that goes wrong in chat files"
+    rec = rng.choice(records); turns = rec['conversations']; kind = rng.randrange(13); p = d/'Femur'/f'{rng.randrange(6)}.png'
+    if kind == 0: rec['image'] = rng.choice(['ghost.png', '../out.png', 'https://example.org/x.png', 'data:image/png;base64,AA'])
+    elif kind == 1: rec['image'] = [rec.get('image'), 'Femur/1.png']
+    elif kind == 2: turns.append({'from': 'human', 'value': 'And the image quality?'})           # never answered
+    elif kind == 3 and turns: turns[rng.randrange(len(turns))]['value'] = rng.choice(['', 'N/A', 'What is the weather like?'])
+    elif kind == 4: records.append(json.loads(json.dumps(rec)))
+    elif kind == 5: rec['category'] = 'Nowhere'
+    elif kind == 6: del turns[:1]
+    elif kind == 7: p.exists() and p.write_bytes(p.read_bytes()[:40])
+    elif kind == 8: p.unlink(missing_ok=True)
+    elif kind == 9: rec.pop('image', None)
+    elif kind == 10: turns.clear()
+    else: rec[rng.choice(['image', 'category', 'question_id', 'patient', 'id'])] = rng.choice(
+        [5, -.5, True, [[1]], {'a': [1]}, ['x', None], {'path': 3}])
+
+@pytest.mark.parametrize('seed', range(40))
+def test_fuzz_of_chat_files(tmp_path, seed):
+    "Each question of each record is in the table or set aside, or its whole record or line is"
+    rng = random.Random(seed); pairs = lambda rec: sum(t['from'] == 'human' or k == 0 or rec['conversations'][k-1]['from'] != 'human'
+                                                       for k, t in enumerate(rec['conversations']))
+    for k in range(6): picture(tmp_path/'Femur'/f'{k}.png', k)
+    turn = lambda q, k: [{'from': 'human', 'value': QUESTIONS[q].text}, {'from': 'gpt', 'value': f'answer {q} of {k}'}]
+    records = [dict(image=f'Femur/{k}.png', conversations=turn(1, k)+turn(6, k)) for k in range(6)]
+    for _ in range(rng.randrange(1, 10)): spoil(tmp_path, records, rng)
+    lines = [json.dumps(r) for r in records]; torn = rng.randrange(len(lines)) if seed % 3 == 0 else None
+    if torn is not None: lines[torn] = lines[torn][:-9]
+    (tmp_path/'data.jsonl').write_text('\n'.join(lines)); r = read_any(tmp_path, 'chat')
+    for i, rec in enumerate(records, 1):
+        taken = sum(x['source'] == f'data.jsonl:{i}' for x in r.rows)
+        aside = [a for a in r.aside if (a['file'], a['row']) == ('data.jsonl', i) and a['field'][:1] in ('', 't', 'Q')]
+        whole = [a for a in aside if not a['field']]
+        assert (len(whole) == 1 and not taken) if whole else taken+len(aside) == pairs(rec), (i, rec, aside)
+        assert (i-1 == torn) <= bool(whole)
+    assert all(a['reason'] for a in r.aside) and all(x['answer'].startswith('answer') or x['answer'].startswith('What')
+                                                     for x in r.rows)
+    seen = {x['image'] for x in r.rows}
+    for p in tmp_path.rglob('*.png'):
+        n = p.relative_to(tmp_path).as_posix(); assert (n in seen) != any(a['file'] == n for a in r.aside), n
