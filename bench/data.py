@@ -26,10 +26,11 @@ def sector():
     return ((np.hypot(y+40, x-512) < 760) & (abs(x-512) < .8*(y+40))).astype(np.uint8)
 
 def write(job):
-    "One picture of 1024 × 768, a sector of smoothed speckle over some coarse anatomy, and its row of the workbook"
+    "One picture of 1024 × 768, a sector of smoothed speckle on coarse anatomy, and its row of the workbook"
     from PIL import Image
     folder, k = job; rng = np.random.default_rng(k); c = CATEGORIES[k % 5]
-    grow = lambda a, size: np.asarray(Image.fromarray(a.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    def grow(a, size):
+        return np.asarray(Image.fromarray(a.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     small = rng.gamma(1.5, 40, (192, 256))*grow(rng.gamma(1, 1, (6, 8)), (256, 192))
     im = grow(small.clip(0, 255), (1024, 768)).astype(np.uint8)
     Image.fromarray(im*sector()).save(Path(folder)/c/f'{k:05d}.png', compress_level=1)
@@ -122,9 +123,9 @@ def main():
                versions=environment())
     if a.json: print(json.dumps(out, indent=1))
     else:
-        print(f"{n} images, {answers} answers: check {cost['check'].wall:.0f} s, table {cost['table'].wall:.0f} s more "
-              f'({ms(cost, n):.1f} ms of CPU an image; {ms(few, n//10):.1f} in a tenth of the folder), opened in '
-              f'{opened.wall:.2f} s, peak {peak.peak/2**30:.2f} GiB; cached pixels {decode/read:.0f} times faster '
-              'than decoding')
+        print(f"{n} images, {answers} answers: check {cost['check'].wall:.0f} s, "
+              f"table {cost['table'].wall:.0f} s more ({ms(cost, n):.1f} ms of CPU an image; "
+              f'{ms(few, n//10):.1f} in a tenth of the folder), opened in {opened.wall:.2f} s, '
+              f'peak {peak.peak/2**30:.2f} GiB; cached pixels {decode/read:.0f} times faster than decoding')
 
 if __name__ == '__main__': sys.exit(main())

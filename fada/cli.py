@@ -107,8 +107,8 @@ def phantom(
 @app.command()
 def prepare(
     data:Data=None,
-    source:Annotated[str, typer.Option(help='phantoms, folder, auto, or a reader: chat, datasets, hc18 …')]='auto',
-    frames:Annotated[Optional[str], typer.Option(help='Of a cine: first, middle, all, every K, or a number.')]=None,
+    source:Annotated[str, typer.Option(help='phantoms, folder, auto, or a reader such as hc18.')]='auto',
+    frames:Annotated[Optional[str], typer.Option(help='Of a cine: first, middle, all, every K, a number.')]=None,
     dataset:Annotated[Optional[str], typer.Option(help='Name of the data set. Default: of the folder.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):

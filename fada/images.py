@@ -213,12 +213,14 @@ def public_name(
     return '/'.join([*folders, clean(stem)+ext.lower()])
 
 # %% ../nbs/04a_images.ipynb #d86f1dc6
-def _drawn(rgb):
-    "Where a screen was drawn upon: colour, flat grey such as the bar with the patient's name, sharp strokes"
+def _undrawn(rgb):
+    "Grey values, black where a screen was drawn upon: colour, flat grey such as a bar with a name, sharp strokes"
     from scipy import ndimage as nd
-    grey = rgb.max(2); step = lambda n: nd.maximum_filter(grey, n)-nd.minimum_filter(grey, n)
+    r,g,b = (rgb[...,k] for k in range(3)); grey = np.maximum(np.maximum(r, g), b)
+    colour = grey-np.minimum(np.minimum(r, g), b) > 25
+    step = lambda n: nd.maximum_filter(grey, n)-nd.minimum_filter(grey, n)
     flat = nd.binary_dilation((grey > 10) & (step(5) <= 2), iterations=3)
-    return flat | (step(3) > 160) | (np.ptp(rgb, axis=2) > 25)
+    return grey*~(flat | colour | (step(3) > 160))
 
 # %% ../nbs/04a_images.ipynb #db5df2c5
 def sector_mask(
@@ -229,11 +231,10 @@ def sector_mask(
     from scipy import ndimage as nd
     from scipy.spatial import ConvexHull
     im = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    rgb = np.asarray(im.convert('RGB')); nothing = np.zeros((im.height, im.width), bool)
-    def small(a):
-        a = Image.fromarray(a); a.thumbnail((256, 256), Image.Resampling.BOX)
-        return np.pad(np.asarray(a) > 10, 20)
-    body = nd.binary_opening(nd.binary_closing(small(rgb.max(2)*~_drawn(rgb))), iterations=4)
+    nothing = np.zeros((im.height, im.width), bool)
+    small = Image.fromarray(_undrawn(np.asarray(im.convert('RGB'))))
+    small.thumbnail((256, 256), Image.Resampling.BOX)
+    body = nd.binary_opening(nd.binary_closing(np.pad(np.asarray(small) > 10, 20)), iterations=4)
     lab,n = nd.label(body)
     if not n: return nothing
     size = nd.sum_labels(body, lab, range(1, n+1))
@@ -404,6 +405,7 @@ def look_all(
 )->dict:              # name -> as `look`, with `error` ('' where it opened)
     "Look at many pictures on several cores, with a progress bar; goes on where it was stopped"
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
     from fada.settings import progress
     known = _load_seen(folder) if remember else {}
@@ -418,6 +420,9 @@ def look_all(
         for i,(n,r) in enumerate(progress(found, 'looking at images', total=len(todo), unit='image'), 1):
             seen[n] = r
             if remember and i % KEEP_EVERY == 0: _save_seen(folder, {**known, **seen})
+    except BrokenProcessPool:
+        raise FadaError('a worker process was killed, for want of memory perhaps', str(folder), '',
+                        'the same command goes on where it stopped') from None
     finally:
         if pool: pool.shutdown(cancel_futures=True)
         if remember: _save_seen(folder, {**known, **seen})

@@ -93,12 +93,14 @@ def _put_notebook(lab, name, path, words, **literals):
     book = json.loads(path.read_text()); texts = [''.join(c['source']) for c in book['cells']]
     source = '\n'.join(t for t in texts if any(w in t for w in words))
     for k, v in literals.items(): source = source.replace(f'{k} = ""', f'{k} = {v!r}')
-    book['cells'] = [dict(cell_type='code', id='one', metadata={}, outputs=[], execution_count=None, source=source)]
+    book['cells'] = [dict(cell_type='code', id='one', metadata={}, outputs=[], execution_count=None,
+                          source=source)]
     body = json.dumps(dict(type='notebook', format='json', content=book)).encode()
-    urllib.request.urlopen(urllib.request.Request(f'{lab}/api/contents/app/{name}?token=t0ken', body, method='PUT'))
+    urllib.request.urlopen(urllib.request.Request(f'{lab}/api/contents/app/{name}?token=t0ken', body,
+                                                  method='PUT'))
 
 def test_keys_of_the_annotation_panel(browser, lab, shots, root, tmp_path):
-    "A sonographer reads a picture by keys alone: numbers pick, Enter takes, Backspace goes back, d d deletes no cell"
+    "A picture is read by keys alone: numbers pick, Enter takes, Backspace goes back, d d deletes no cell"
     from fada.annotate import annotations
     from fada.phantoms import make_phantom
     from PIL import Image

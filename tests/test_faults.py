@@ -86,18 +86,20 @@ def test_bad_input_is_one_sentence(words, said, tmp_path, small_data):
 
 @pytest.mark.parametrize('word', ['check', 'prepare'])
 def test_killed_look_at_a_folder_goes_on(tmp_path, word):
-    "What was seen of 2,400 pictures before the kill is not decoded again, and the result is that of an unbroken run"
+    "What was seen of 2,400 pictures before the kill is not decoded again; the result is whole"
     import numpy as np, pandas as pd
     from fada.images import SEEN
     from PIL import Image
     (tmp_path/'Femur').mkdir(); rng = np.random.default_rng(0)
-    for k in range(2400): Image.fromarray(rng.integers(0, 120, (160, 160), np.uint8)).save(tmp_path/'Femur'/f'{k}.png')
+    for k in range(2400):
+        Image.fromarray(rng.integers(0, 120, (160, 160), np.uint8)).save(tmp_path/'Femur'/f'{k}.png')
     pd.DataFrame({'Image Name': [f'{k}.png' for k in range(2400)], 'Q6': 'good'}).to_csv(
         tmp_path/'Femur'/'a.csv', index=False)
     command = [*FADA, 'data', 'check', str(tmp_path), '--json'] if word == 'check' else [
         *FADA, 'prepare', '--data', str(tmp_path), '--source', 'folder', '--json']
     env = dict(os.environ, FADA_QUIET='0')
-    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True)
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
+                         start_new_session=True)
     _wait((tmp_path/SEEN).exists); os.killpg(p.pid, signal.SIGKILL); p.wait()
     done = len(pd.read_parquet(tmp_path/SEEN)); assert 1000 <= done < 2400
     assert not (tmp_path/'questions.parquet').exists()
