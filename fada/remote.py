@@ -29,7 +29,7 @@ class Service:
     "How a service is spoken to: the `service` table of a row"
     sdk: str = 'openai'       # of SDKS: openai (any server that speaks its protocol) or anthropic
     url: str = ''             # where it listens
-    key: str = ''             # name of the environment variable that holds the key
+    key: str = ''             # name of the environment variable that holds the key; '': none is asked for
     sampling: dict = field(default_factory=dict)  # sent with each question, such as {temperature: 0, seed: 0}
     limit: str = ''           # what the protocol calls the longest answer; '': by the host
     max_side: int = 0         # pixels; a larger image is shrunk before it leaves; 0: never
@@ -77,7 +77,7 @@ def read_service(spec:ModelSpec)->Service:
             raise FadaError(f'a {type(v).__name__} as {k}', where, f'a value of type {kinds[k].__name__}', '')
     s = Service(**spec.service)
     if s.sdk not in SDKS: raise FadaError(f'unknown sdk {s.sdk!r}', where, nearest(s.sdk, SDKS), '')
-    if not re.fullmatch('[A-Z][A-Z0-9_]*', s.key):   # it may be the key itself: not repeated
+    if s.key and not re.fullmatch('[A-Z][A-Z0-9_]*', s.key):   # it may be the key itself: not repeated
         raise FadaError('key is no name of an environment variable', where, 'a name such as OPENAI_API_KEY',
                         'put the key into the environment and its name here')
     if s.limit not in ('', 'max_tokens', 'max_completion_tokens'):
@@ -89,8 +89,11 @@ def read_service(spec:ModelSpec)->Service:
 # %% ../nbs/07c_remote.ipynb #19275fb4
 def read_key(service:Service)->str:
     "The key from the environment; `FadaError` where a public service has none"
-    key = os.environ.get(service.key, '').strip()
-    if key or host_kind(service.url) in NEAR: return key or 'none'
+    key = os.environ.get(service.key, '').strip() if service.key else ''; host = host_kind(service.url)
+    if key or host in NEAR: return key or 'none'
+    if not service.key:
+        raise FadaError('no key', f'the service table of {host}', 'key = "NAME" of an environment variable',
+                        "a row of one's own is not given the key of the row that it is like")
     raise FadaError('no key', f'the environment variable {service.key}', 'the key of the service',
                     'set it there: a key is read from the environment alone, and never written')
 

@@ -183,6 +183,16 @@ def test_what_concerns_all_questions_is_one_error(status, message, said, sdk, na
     assert len(d.log) == 1 and KEY not in str(e.value) and 'our-'+sdk in str(e.value)
     assert KEY in json.dumps(d.headers)   # it went where it belongs
 
+def test_the_key_of_one_house_is_not_shown_to_another(nano, femur, door, tmp_path, monkeypatch):
+    "A row like openai with a url of its own is not given OpenAI's key"
+    d = door(of_model(nano)); monkeypatch.setenv('OPENAI_API_KEY', KEY); monkeypatch.chdir(tmp_path)
+    (tmp_path/'settings.ini').write_text('[remote]\nallowed = yes\nkeep_text = yes\nrequests_per_minute = 6000\n')
+    (tmp_path/'models.toml').write_text(f'[ours]\nlike = "openai"\n[ours.service]\nurl = "{d.url}/v1"\n'
+                                        '[far]\nlike = "openai"\nservice = {url = "https://example.org/v1"}\n')
+    assert load('ours').ask(femur, 'plane').text and d.headers and KEY not in json.dumps(d.headers)
+    with pytest.raises(FadaError, match='the service table of example.org'): load('far')
+    assert model_spec('ours').service['sampling'] == dict(temperature=0, seed=0)
+
 def test_no_key(tmp_path, monkeypatch):
     "A public service without a key is refused before anything else; the variable is named"
     for sdk in ('openai', 'anthropic'):
