@@ -404,11 +404,11 @@ def test(name:Name, precision:Precision=None, device:Device=None, weights:Weight
     from fada.registry import model_spec
     from fada.trial import try_model
     spec = model_spec(name)
-    try: locate(spec, weights)
+    try: spec.family in ('api','ensemble') or locate(spec, weights)
     except FadaError: get_model(spec)
     r = try_model(name, s.precision, s.device, weights)
     lines = [f"{k:10} {'passed' if r[k] is True else r[k]}" for k in ('answer','train','attention') if k in r]
-    _show(r, json, '\n'.join(lines+[f"{name} in {r['precision']} on {r['device']}, {r['seconds']:.0f} s"]))
+    _show(r, json, '\n'.join(lines+[f"{name}{' in '+r['precision'] if r['precision'] else ''} on {r['device']}, {r['seconds']:.0f} s"]))
     if any(r.get(k, True) is not True for k in ('answer','train','attention')): raise typer.Exit(1)
 
 @models_app.command()

@@ -29,7 +29,8 @@ class Collected:
     def system(self):
         "What was evaluated, in words"
         c = self.config
-        return f"{c['model']} {c['precision']}" + (' + LoRA per category' if c.get('adapter') else '')
+        precision = self.metrics['identity']['precision'] if self.metrics else c['precision']
+        return f"{c['model']} {precision or 'remote'}" + (' + LoRA per category' if c.get('adapter') else '')
 
 # %% ../nbs/11_compare.ipynb #c07d2bb4
 def collect(
@@ -381,9 +382,9 @@ def _sections(jobs, data, vlm, planes):
     within = [_table(control_table(g), c) for c,g in scored.groupby('category')]
     tuned = [_table(control_table(v), f'{k}, pooled: each adapter knows its folder')
              for k,v in list(every.items())[1:] if v.adapter.any()]
-    cards = [dict(e, confidence=f"{e['confidence']:.2f}" if e['confidence'] == e['confidence'] else '–',
+    cards = [dict(e, confidence='–' if pd.isna(e['confidence']) else f"{e['confidence']:.2f}",
                   png=_png(shown(data, e['image'], test).resize((150,150)))) for e in examples(scored)]
-    image,rows,scale = real_frame(vlm)
+    image,rows,scale = (None, None, '') if vlm.paid else real_frame(vlm)   # no question that costs money
     return [
         dict(title='The images',
              text=f'A sample of the test split ({test.image.nunique()} images, '
@@ -416,10 +417,10 @@ def _sections(jobs, data, vlm, planes):
                      'Attention is not evidence: a map that looks right proves nothing.',
                 figures=[fig(plot_attention(vlm, test, data), 'attention')])]
           if 'attention' in vlm.spec.capabilities else []),
-        dict(title='A real frame',
-             text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike "
-                  "every training image; the answers below show what a model does that cannot say so.",
-             tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')]),
+        *([dict(title='A real frame',
+                text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike "
+                     "every training image; the answers below show what a model does that cannot say so.",
+                tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')])] if image else []),
         dict(title='The models', text='What is known of each: licence, sharing, strengths, issues, source.',
              tables=[_table(pd.DataFrame(dossier_rows(model_spec(m)), columns=['', 'dossier']), m)
                      for m in dict.fromkeys([*(j.config['model'] for j in jobs if j.metrics),

@@ -60,7 +60,7 @@ def try_model(
         except (FadaError, RuntimeError, ValueError) as e: out['train'] = str(e)
     out.update(precision=vlm.precision, device=vlm.device, peak_bytes=peak_bytes(), canary=getattr(vlm, 'canary', None),
                seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())
-    if keep and not weights: record(name, tests={**ledger(name).get('tests', {}), vlm.precision: out})
+    if keep and not weights: record(name, tests={**ledger(name).get('tests', {}), vlm.precision or vlm.device: out})
     return out
 
 # %% ../nbs/09a_trial.ipynb #647e3edf

@@ -67,7 +67,8 @@ def paraphrases(n=200, seed=1)->list:
     for q, s in (rng.choice(found()) for _ in range(n)):
         text = write_answer(q, s)
         if q == 1 and s['structures']:
-            words = [rng.choice([c, *syn.get(c, [])]) for c in s['structures']]; rng.shuffle(words); new = rng.choice(FAIR).format(', '.join(words))
+            words = [rng.choice([c, *syn.get(c, [])]) for c in s['structures']]; rng.shuffle(words)
+            new = rng.choice(FAIR).format(', '.join(words))
         else: new = phrase_answer(q, s, rng.choice([1, 2])) if rng.random() < .7 else rng.choice(FAIR).format(text)
         out.append((q, text, new))
     return out

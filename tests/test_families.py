@@ -292,8 +292,9 @@ def test_what_a_model_lacks_names_one_that_has_it(folder):
     said = text.ask(picture('llava'), PLAIN)
     assert 'sees no image' in said.error and said.stage == 'encode'
     with pytest.raises(FadaError, match='no adapter to merge'): merge(text)
-    for name in ('openai', 'anthropic', 'ensemble', 'plane-classifier'):
-        with pytest.raises(FadaError, match='no engine here yet'): load(name)
+    for name, said in (('openai', r'\[remote\] allowed'), ('anthropic', r'\[remote\] allowed'),
+                       ('ensemble', 'without parts'), ('plane-classifier', 'answers no questions')):
+        with pytest.raises(FadaError, match=said): load(name)
 
 def test_dispatch_of_unknown_names():
     with pytest.raises(FadaError, match='did you mean .*qwen3-vl-2b'): load('qwen3vl-2b')

@@ -54,7 +54,8 @@ def test_an_answer_claims_what_it_claims():
     ('AC 250.0 mm, HC 300.0 mm', 'AC and HC, 250.0 mm and 300.0 mm', 'added'), ('no abnormality seen', 'Normal for gestational age', 'added'),
     ('head left, face up', 'head left, face down', 'added'), ('axial, spine left', 'axial, spine left, head', 'added')])
 def test_one_by_one(source, text, said):
-    r = judge(source, text); assert r.text == source and (r.added if said == 'added' else r.lost) and not r.accepted
+    r = judge(source, text)
+    assert r.text == source and (r.added if said == 'added' else r.lost) and not r.accepted
 
 @pytest.fixture(scope='module')
 def writer(tmp_path_factory):
@@ -74,10 +75,12 @@ def test_a_report_from_findings(writer, door, tmp_path):
     assert write_report(found).text == text and added(text, ' '.join(report_text({q: s}) for q, s in found.items())) == []
     nonsense = write_report(found, writer, 12); assert nonsense.text == text and not nonsense.accepted
     fair = door(lambda body: reply('In this scan: '+words(body).split('Findings: ', 1)[1].replace('moderate', 'fair'), 200, 90))
-    r = write_report(found, service(fair, tmp_path/'a')); assert r.accepted and r.text.startswith('In this scan') and r.text != text
+    r = write_report(found, service(fair, tmp_path/'a'))
+    assert r.accepted and r.text.startswith('In this scan') and r.text != text
     liar = door(lambda body: reply(words(body).split('Findings: ', 1)[1]+' The cerebellum is normal.', 200, 90))
     r = write_report(found, service(liar, tmp_path/'b')); assert r.text == text and 'cerebellum' in r.added
     broken = door(lambda body: reply('x'), faults=1., kinds=('500',))
-    r = write_report(found, service(broken, tmp_path/'c', remote_retries=1)); assert r.text == text and 'answered 500' in r.error
+    r = write_report(found, service(broken, tmp_path/'c', remote_retries=1))
+    assert r.text == text and 'answered 500' in r.error
     with pytest.raises(FadaError, match='is no finding'): report_text({'plane': {'standard': True}})
     with pytest.raises(FadaError, match='did you mean plane'): report_text({'plain': {}})
