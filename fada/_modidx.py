@@ -258,7 +258,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fada.compose': { 'fada.compose._folded_layer': ('compose.html#_folded_layer', 'fada/compose.py'),
                               'fada.compose._positions': ('compose.html#_positions', 'fada/compose.py'),
                               'fada.compose._processor': ('compose.html#_processor', 'fada/compose.py'),
-                              'fada.compose._projection': ('compose.html#_projection', 'fada/compose.py'),
                               'fada.compose._save_composed': ('compose.html#_save_composed', 'fada/compose.py'),
                               'fada.compose.compose': ('compose.html#compose', 'fada/compose.py'),
                               'fada.compose.dinov2_from_onnx': ('compose.html#dinov2_from_onnx', 'fada/compose.py'),

@@ -263,8 +263,6 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     for mine, theirs in ((vlm.core.vision_model, eyes.core.vision_model), (vlm.core.qformer, eyes.core.qformer),
                          (vlm.core.language_model, words.core)):   # in bf16 on disk
         assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
-    heard = vlm.see([probe_picture()]).std()/vlm.core.get_input_embeddings()(torch.arange(5, 300)).std()
-    assert .3 < float(heard) < 3   # the image is as loud as the words
     monkeypatch.setitem(train.LORA, 'validation_images', 1); monkeypatch.setitem(train.LORA, 'checks', 1)
     before = {n: p.detach().clone() for n, p in vlm.core.named_parameters()}
     seen = []; real = train.train_answers
