@@ -2,8 +2,7 @@
 negation, a doubt, a sex, an instruction. And fair paraphrases, which must pass."""
 import random
 from functools import lru_cache
-from fada.clinical import (FINDINGS, GRADES, ORIENTATIONS, PARAMETERS, QUESTIONS, RECOMMENDATIONS, STRUCTURES, CATEGORIES,
-                           find_terms, phrase_answer, write_answer)
+from fada.clinical import CATEGORIES, FINDINGS, PARAMETERS, STRUCTURES, find_terms, phrase_answer, write_answer
 from fada.phantoms import make_phantom
 
 STRANGE = '''hydronephrosis|a cleft lip|polyhydramnios|a small pericardial effusion|an echogenic bowel|spina bifida|oligohydramnios|a two-vessel

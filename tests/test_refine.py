@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from adversarial import attacks, originals, paraphrases
-from services import Door, reply, words
-from test_remote import door, service
+from services import reply, words
+from test_remote import door, service  # noqa: F401, a fixture
 from tiny import tiny
 from fada.clinical import QUESTIONS, parse_answer
 from fada.phantoms import make_phantom
@@ -31,7 +31,8 @@ def test_no_finding_is_added_by_500_rewrites(door, tmp_path):
     assert slipped == []
     assert all(r.attempt and (r.added or r.lost) for r in out)
 
-@pytest.mark.parametrize('seed', [1, *(pytest.param(k, marks=pytest.mark.slow) for k in range(2, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(1, 6))
 def test_other_rewrites(seed):
     "The judgement alone, on other draws"
     slipped = [(t, a) for q, t, a in attacks(1500, seed) if judge(t, a, q).accepted]
@@ -39,7 +40,7 @@ def test_other_rewrites(seed):
 
 def test_fair_paraphrases_pass():
     "Other wordings, spellings and orders of the same: at least nine in ten stand, and each is read as the original"
-    cases = paraphrases(300); said = [judge(t, a, q) for q, t, a in cases]
+    cases = paraphrases(150); said = [judge(t, a, q) for q, t, a in cases]
     assert sum(r.accepted for r in said) >= .9*len(said), [(r.original, r.attempt, r.added, r.lost) for r in said if not r.accepted][:20]
     assert all(parse_answer(q, r.text) == parse_answer(q, t) for (q, t, _), r in zip(cases, said))
 
