@@ -32,7 +32,7 @@ def test_no_finding_is_added_by_500_rewrites(door, tmp_path):
     assert all(r.attempt and (r.added or r.lost) for r in out)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(1, 6))
+@pytest.mark.parametrize('seed', range(1, 4))
 def test_other_rewrites(seed):
     "The judgement alone, on other draws"
     slipped = [(t, a) for q, t, a in attacks(1500, seed) if judge(t, a, q).accepted]
