@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]/'tests'))
 from adversarial import attacks, paraphrases
-from services import Door, TransformersServe, of_model
+from services import Door, TransformersServe
 from test_remote import PRICE, service
 from tiny import tiny
 from fada.clinical import QUESTIONS

@@ -178,6 +178,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'fada.checks.check_confounding': ('checks.html#check_confounding', 'fada/checks.py'),
                              'fada.checks.check_images': ('checks.html#check_images', 'fada/checks.py')},
             'fada.cli': { 'fada.cli._has_cuda': ('cli.html#_has_cuda', 'fada/cli.py'),
+                          'fada.cli._report': ('cli.html#_report', 'fada/cli.py'),
                           'fada.cli._root': ('cli.html#_root', 'fada/cli.py'),
                           'fada.cli._settings': ('cli.html#_settings', 'fada/cli.py'),
                           'fada.cli._show': ('cli.html#_show', 'fada/cli.py'),

@@ -203,7 +203,10 @@ def ask(
         typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
     model:Model=None, weights:Weights=None,
     adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
-    precision:Precision=None, device:Device=None, json:Json=False, quiet:Quiet=False,
+    precision:Precision=None, device:Device=None,
+    report:Annotated[Optional[str],
+                     typer.Option(help='Add a report: templates, or a text model that may rephrase.')]=None,
+    json:Json=False, quiet:Quiet=False,
 ):
     "Ask questions of one image.\n\nExample: fada ask femur.png quality 'What is recommended?'"
     s = _settings(quiet, model=model, precision=precision, device=device)
@@ -213,10 +216,24 @@ def ask(
     from fada.vlm import load
     answers = load(s.model, adapter, weights, s.precision, s.device).ask(
         picture, list(question) if question else list(range(1,9)))
+    written = _report(answers, report, s) if report else None
     _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error,
-                             **({'more': a.more} if a.more else {})) for a in answers], notice=NOTICE), json,
-          '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
+                             **({'more': a.more} if a.more else {})) for a in answers],
+               **({'report': written} if report else {}), notice=NOTICE), json,
+          '\n'.join([*(f'{a.question}\n  {a.error or a.text}' for a in answers),
+                     *([f"Report\n{written['text']}"] if report else []), NOTICE]))
     if all(a.error for a in answers): raise typer.Exit(1)
+
+def _report(answers, writer, s)->dict:
+    "A report from what could be read in `answers`, by templates or by the text model `writer`"
+    from dataclasses import asdict
+    from fada.ensemble import reading
+    from fada.refine import write_report
+    from fada.vlm import load
+    model = None if writer == 'templates' else load(writer, precision=s.precision, device=s.device)
+    good = [a for a in answers if a.question_id and not a.error]
+    r = write_report({a.question_id: f for a in good if (f := reading(a.question_id, a.text))}, model)
+    return dict(asdict(r), accepted=r.accepted)
 
 # %% ../nbs/16_cli.ipynb #7c8372c0
 @app.command()

@@ -209,7 +209,9 @@ def report_text(
         if q is None:
             known = [o.key for o in QUESTIONS.values()]
             raise FadaError(f'unknown question {key!r}', 'findings', nearest(key, known), '')
-        try: lines[q] = f'{_LABELS[q]}: {write_answer(q, s)}.'
+        try:
+            nameless = q == 7 and s['normal'] is False and not s['findings']   # the templates would say normal
+            lines[q] = f"{_LABELS[q]}: {'abnormal' if nameless else write_answer(q, s)}."
         except (KeyError, TypeError) as e:
             raise FadaError(f'{s!r} is no finding', QUESTIONS[q].key, 'a structured answer, see `parse_answer`',
                             f'missing: {e}') from None

@@ -1,13 +1,13 @@
 """Services behind the calls of a local model, against real servers on loopback: what is sent, what comes
 back, what it takes, and what happens when it does not come."""
-import io, json, os, re, signal, subprocess, sys, time
+import io, json, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
-from services import FAULTS, Door, TransformersServe, of_model, picture, reply, words
+from services import FAULTS, Door, of_model, picture, reply, words
 from fada.phantoms import make_phantom
 from fada.registry import model_spec
 from fada.remote import PROBE, Remote

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from services import Door, TransformersServe, of_model, picture, reply, words
-from test_remote import KEY, PRICE, door, service
+from test_remote import KEY, PRICE, service
 from tiny import tiny
 from fada.ensemble import Ensemble
 from fada.evaluate import AnswersLog, evaluate
@@ -190,8 +190,9 @@ def test_the_key_is_nowhere(small_data, tmp_path):
     (('ask', 'IMAGE'), dict(allowed='no'), '[remote] allowed'),
     (('ask', 'IMAGE'), dict(budget='0 tokens'), 'the budget of 0 tokens'),
     (('ask', 'IMAGE'), dict(budget='3 USD'), 'its price is not known'),
-    (('evaluate', '--data', 'DATA'), dict(allowed='no'), '[remote] allowed'),
-    (('evaluate', '--data', 'DATA', '--weights', 'x'), {}, 'neither adapter nor weights'),
+    pytest.param(('evaluate', '--data', 'DATA'), dict(allowed='no'), '[remote] allowed', marks=pytest.mark.slow),
+    pytest.param(('evaluate', '--data', 'DATA', '--weights', 'x'), {}, 'neither adapter nor weights',
+                 marks=pytest.mark.slow),
     (('ask', 'IMAGE', '--model', 'ensemble'), {}, 'without parts'),
     (('ask', 'IMAGE', '--model', 'plane-classifier'), {}, 'answers no questions')])
 def test_bad_input_on_the_command_line(command, remote, said, small_data, tmp_path):
@@ -205,6 +206,15 @@ def test_bad_input_on_the_command_line(command, remote, said, small_data, tmp_pa
     assert r.returncode == 1 and said in r.stderr+r.stdout and d.log == []
     assert 'Traceback' not in r.stderr
     if 'budget of 0' not in said: assert r.stdout == '' and r.stderr.count('error: ') == 1   # else eight records
+
+def test_a_report_on_the_command_line(small_data, tmp_path):
+    "Templates word what was read; a writer that sees nothing and is not there is one sentence"
+    image = str(next(small_data.rglob('*.png')))
+    r = run(tmp_path, "ask", image, "--report", "templates", "--json", "--model", "blip2-nano")
+    assert r.returncode == 0, r.stderr
+    said = json.loads(r.stdout); assert said['report']['text'].startswith('Structures: ') and said['report']['accepted']
+    r = run(tmp_path, 'ask', image, 'plane', '--report', 'medgemma', '--model', 'blip2-nano')
+    assert r.returncode == 1 and 'did you mean medgemma-4b' in r.stderr and r.stdout == ''
 
 @pytest.mark.fault
 def test_a_killed_evaluation_pays_nothing_twice(small_data, tmp_path):
