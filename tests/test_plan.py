@@ -156,6 +156,8 @@ def test_readme_and_kept_plans_are_current():
 def _same(old, new): assert abs(old.peak_bytes/new.peak_bytes-1) < .005, f'{old.model} {old.task} {old.precision}: run python tests/plans.py'
 
 @pytest.mark.slow
-def test_all_kept_plans_are_current():
-    pairs = fresh([m.name for m in MODELS.values() if m.architecture and 'qwen' not in m.name and 'instructblip' not in m.name])
-    for old, new in pairs: _same(old, new)
+def test_kept_plans_of_each_architecture_are_current():
+    "One model an architecture; those whose dry run takes longest are left to tests/plans.py"
+    slow = ('qwen2.5-vl', 'instructblip-t5', 'instructblip-llama', 'gemma3-text')
+    names = [tiny.row(a).name for a in tiny.BUILD if a not in slow]
+    for old, new in fresh(names): _same(old, new)
