@@ -463,7 +463,7 @@ def plan_figure(plans, path=None, cards=CARDS):
                           for k,p in enumerate(mine)], fontsize=6.5)
     handles = {l: h for ax in axes for h,l in zip(*ax.get_legend_handles_labels())}
     names = [p for p in PARTS if p in handles]
-    fig.legend([handles[p] for p in names], names, loc='outside lower center', ncols=7, fontsize=8, frameon=False)
+    fig.legend([handles[p] for p in names], names, loc='outside lower center', ncols=7 if len(tasks) > 1 else 4, fontsize=8, frameon=False)
     said = f"{plans[0].batch} image{'s'*(plans[0].batch > 1)} with {plans[0].questions} questions at a time"
     fig.suptitle(f"Predicted peak, {said}. Dotted: {', '.join(f'{c/2**30:g}' for c in cards)} GiB cards less what others take",
                  fontsize=9)
