@@ -447,7 +447,8 @@ def show(name:Annotated[Optional[str], typer.Argument(help='One model; none: all
 Task = Annotated[str, typer.Option(help='answer or train.')]
 Questions = Annotated[int, typer.Option(help='Questions of each image, asked together.')]
 Batch = Annotated[int, typer.Option(help='Images at a time.')]
-NewTokens = Annotated[Optional[int], typer.Option(help='Longest answer. Default: [generate] max_new_tokens of settings.ini.')]
+NewTokens = Annotated[Optional[int],
+                      typer.Option(help='Longest answer. Default: [generate] max_new_tokens.')]
 Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
 Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models that take images of any size.')]
 
@@ -455,13 +456,15 @@ Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models tha
 def plan(
     model:Annotated[list[str], typer.Argument(help='Names from `fada models`.')],
     task:Task='answer',
-    precision:Annotated[str, typer.Option(help='One or several, separated by commas.')]='bf16,int8,nf4',
-    gpu:Annotated[Optional[str], typer.Option(help='Size of the card with its unit, as 8GiB. Default: the card here, else 8GiB.')]=None,
+    precision:Annotated[str, typer.Option(help='One or several, by commas.')]='bf16,int8,nf4',
+    gpu:Annotated[Optional[str],
+                   typer.Option(help='Size of the card, as 8GiB. Default: the card here, else 8GiB.')]=None,
     questions:Questions=8, batch:Batch=1,
     reserve:Annotated[str, typer.Option(help='For desktop and other processes.')]='1.5GB',
     steps:Annotated[int, typer.Option(help='Training steps, for the hours.')]=120, rank:int=8, new_tokens:NewTokens=None,
     side:Side=None, config:Config=None,
-    figure:Annotated[Optional[str], typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
+    figure:Annotated[Optional[str],
+                     typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
     json:Json=False, quiet:Quiet=False,
 ):
     """Predict memory by part and training hours before any download, and what would fit.

@@ -8,14 +8,14 @@ __all__ = ['STATES', 'PYTHONS', 'PACKAGES', 'REINSTALL', 'CUDA_WHEEL', 'LEAST_DI
            'check_device', 'check_free', 'check_model', 'check_disk', 'check_downloads', 'check_bitsandbytes',
            'check_browser', 'check_hub', 'examine', 'ready']
 
-# %% ../nbs/06b_doctor.ipynb #d3f90a64
+# %% ../nbs/06b_doctor.ipynb #229c9678
 import importlib, logging, os, platform, re, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from .settings import FadaError, Settings, load_settings, writable_folder
 from .registry import ASSETS, model_spec
 
-# %% ../nbs/06b_doctor.ipynb #16e8a414
+# %% ../nbs/06b_doctor.ipynb #9a22a097
 STATES = ('ok', 'warns', 'fails')
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def ok(check, found): return Finding(check, 'ok', found)
 def warns(check, found, remedy): return Finding(check, 'warns', found, remedy)
 def fails(check, found, remedy): return Finding(check, 'fails', found, remedy)
 
-# %% ../nbs/06b_doctor.ipynb #3abda707
+# %% ../nbs/06b_doctor.ipynb #a56712ec
 PYTHONS = ((3,11), (3,13))
 PACKAGES = ('torch', 'transformers', 'peft', 'accelerate', 'safetensors', 'numpy', 'scipy', 'pandas', 'pyarrow', 'sklearn',
             'PIL', 'pydicom', 'openpyxl', 'matplotlib', 'papermill', 'ipywidgets', 'psutil')
@@ -47,29 +47,30 @@ def check_python(version=None)->Finding:
     if PYTHONS[0] <= v <= PYTHONS[1]: return ok('python', f'{said} at {sys.executable}')
     return fails('python', f'{said} is not supported', 'install Python 3.11, 3.12 or 3.13 and set up anew')
 
+def _why(e): return f'{type(e).__name__}: {next(iter(str(e).splitlines()), "")}'
+
 def check_packages(names=PACKAGES)->Finding:
     "Packages that every job needs"
     broken = []
     for n in names:
         try: importlib.import_module(n)
-        except Exception as e: broken.append(f'{n} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})')
+        except Exception as e: broken.append(f'{n} ({_why(e)})')
     if broken: return fails('packages', f'cannot be imported: {", ".join(broken)}', REINSTALL)
     return ok('packages', f'{len(names)} of {len(names)} can be imported')
 
-# %% ../nbs/06b_doctor.ipynb #2032cee8
+# %% ../nbs/06b_doctor.ipynb #079af329
 CUDA_WHEEL = 'pip install torch --index-url https://download.pytorch.org/whl/cu128'
 _QUERY = ('nvidia-smi', '--query-gpu=name,driver_version,memory.total,memory.used', '--format=csv,noheader,nounits')
+
+def _no_driver(why): return FadaError('the NVIDIA driver does not answer', _QUERY[0], 'a list of cards', why)
 
 def cards()->list:
     "[(name, driver, total, used bytes)] as the driver says; empty without a driver, `FadaError` where it does not answer"
     if not shutil.which(_QUERY[0]): return []
     try: r = subprocess.run(_QUERY, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise FadaError('the NVIDIA driver does not answer', _QUERY[0], 'a list of cards', f'{type(e).__name__}: reinstall the driver') from None
+    except (OSError, subprocess.TimeoutExpired) as e: raise _no_driver(type(e).__name__) from None
     rows = [re.split(r',\s*', l.strip()) for l in r.stdout.splitlines() if l.count(',') == 3]
-    if r.returncode or not rows:
-        raise FadaError('the NVIDIA driver does not answer', _QUERY[0], 'a list of cards',
-                        (r.stderr or r.stdout).strip().splitlines()[0] if (r.stderr or r.stdout).strip() else 'reinstall the driver')
+    if r.returncode or not rows: raise _no_driver(next(iter((r.stderr or r.stdout).strip().splitlines()), ''))
     return [(n, d, int(t)*2**20, int(u)*2**20) for n,d,t,u in rows]
 
 def check_driver()->Finding:
@@ -77,7 +78,8 @@ def check_driver()->Finding:
     try: found = cards()
     except FadaError as e: return warns('driver', str(e), 'update or reinstall the NVIDIA driver, then restart')
     if not found: return warns('driver', 'no NVIDIA driver', 'without a card all runs on the CPU: small models only')
-    return ok('driver', ', '.join(f'{n}, driver {d}, {t/2**30:.1f} GiB of which {u/2**30:.1f} GiB are taken' for n,d,t,u in found))
+    return ok('driver', ', '.join(f'{n}, driver {d}, {t/2**30:.1f} GiB of which {u/2**30:.1f} GiB are taken'
+                                  for n,d,t,u in found))
 
 def check_torch()->Finding:
     "torch, with CUDA or not, against the cards that are here"
@@ -93,13 +95,14 @@ def check_torch()->Finding:
         return warns('torch', f'{build}, but it cannot use {here[0][0]}', f'update the driver, or {CUDA_WHEEL}')
     return ok('torch', build)
 
-# %% ../nbs/06b_doctor.ipynb #4c99466c
+# %% ../nbs/06b_doctor.ipynb #d3f19338
 def check_settings(**given)->tuple:
     "(finding, settings or None)"
     try: s = load_settings(**given); spec = model_spec(s.model)
     except FadaError as e: return fails('settings', str(e), 'correct it'), None
     if spec.precisions and s.precision not in spec.precisions:
-        return fails('settings', f'{spec.name} does not run in {s.precision}', 'set precision to '+' or '.join(spec.precisions)), None
+        return fails('settings', f'{spec.name} does not run in {s.precision}',
+                     'set precision to '+' or '.join(spec.precisions)), None
     return ok('settings', f'{s.model} in {s.precision} on {s.device}; from {s.source["model"]}'), s
 
 def check_device(s:Settings)->Finding:
@@ -115,10 +118,12 @@ def check_free(s:Settings)->Finding:
     try: device = resolve_device(s.device); free = free_bytes(device)
     except (FadaError, ImportError) as e: return fails('memory', f'not known: {e}', 'mend the device first')
     spec = model_spec(s.model); need = estimate_bytes(spec, s.precision) if spec.parameters else 0
-    said = f'{free/2**30:.1f} GiB free on {device}, the weights of {s.model} in {s.precision} take up to {need/2**30:.2f} GiB'
-    if spec.parameters and s.precision not in fitting(spec, free):
-        fits = fitting(spec, free)
-        return fails('memory', said, f'take {", ".join(fits)}, or free memory' if fits else f'run `fada plan {s.model}` for what would fit')
+    said = (f'{free/2**30:.1f} GiB free on {device}, the weights of {s.model} in {s.precision} take up to '
+            f'{need/2**30:.2f} GiB')
+    fits = fitting(spec, free)
+    if spec.parameters and s.precision not in fits:
+        return fails('memory', said, f'take {", ".join(fits)}, or free memory' if fits
+                     else f'run `fada plan {s.model}` for what would fit')
     return ok('memory', said)
 
 def check_model(s:Settings)->Finding:
@@ -127,32 +132,34 @@ def check_model(s:Settings)->Finding:
     spec = model_spec(s.model)
     if not spec.architecture: return ok('model', f'{s.model} has no weights here')
     try: check_checkpoint(locate(spec), None); return ok('model', f'{s.model} is here and whole')
-    except FadaError as e: return fails('model', str(e), '' if 'fada models get' in str(e) else f'run `fada models get {s.model}`, or reinstall fada')
+    except FadaError as e: return fails('model', str(e), '' if 'fada models get' in str(e)
+                                        else f'run `fada models get {s.model}`, or reinstall fada')
 
-# %% ../nbs/06b_doctor.ipynb #493be639
+# %% ../nbs/06b_doctor.ipynb #2cb002ef
 LEAST_DISK = 10**9  # bytes a run may write: answers, adapters, executed notebooks
 
 def check_disk(s:Settings)->Finding:
     "Whether the output folder can be written and has room"
-    at = next(p for p in (s.output, *s.output.parents) if p.exists())
+    at = next(p for p in (s.output, *s.output.parents) if p.exists()); other = 'set [output] folder to another disk'
     try:
         writable_folder(at); free = shutil.disk_usage(at).free
         with open(at/f'.fada-doctor-{os.getpid()}', 'wb') as f: f.write(bytes(2**20)); f.flush(); os.fsync(f.fileno())
     except FadaError as e: return fails('disk', str(e), '')
-    except OSError as e: return fails('disk', f'{at} takes no data ({e.strerror})', 'free space, or set [output] folder to another disk')
+    except OSError as e: return fails('disk', f'{at} takes no data ({e.strerror})', f'free space, or {other}')
     finally: (at/f'.fada-doctor-{os.getpid()}').unlink(missing_ok=True)
-    if free < LEAST_DISK: return fails('disk', f'{free/1e9:.2f} GB free in {at}', 'free at least 1 GB, or set [output] folder to another disk')
+    if free < LEAST_DISK: return fails('disk', f'{free/1e9:.2f} GB free in {at}', f'free at least 1 GB, or {other}')
     return ok('disk', f'{free/1e9:.0f} GB free in {at}')
 
 def check_downloads(s:Settings)->Finding:
     "Room for the configured model's download"
-    home = Path(os.environ.get('HF_HOME') or Path.home()/'.cache'/'huggingface'); at = next(p for p in (home, *home.parents) if p.exists())
-    free = shutil.disk_usage(at).free; need = 2*model_spec(s.model).parameters*(not model_spec(s.model).embedded)
+    home = Path(os.environ.get('HF_HOME') or Path.home()/'.cache'/'huggingface'); spec = model_spec(s.model)
+    at = next(p for p in (home, *home.parents) if p.exists())
+    free = shutil.disk_usage(at).free; need = 0 if spec.embedded else 2*spec.parameters
     if not os.access(at, os.W_OK): return warns('downloads', f'{at} cannot be written', 'set HF_HOME to a folder of yours')
     if free < max(need, LEAST_DISK): return warns('downloads', f'{free/1e9:.1f} GB free in {at}', 'set HF_HOME to a larger disk')
     return ok('downloads', f'{free/1e9:.0f} GB free in {at}')
 
-# %% ../nbs/06b_doctor.ipynb #703f6ea7
+# %% ../nbs/06b_doctor.ipynb #924e6f41
 def _hush(): logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)  # it remarks on an optional CPU kernel
 
 def check_bitsandbytes(s:Settings|None=None)->Finding:
@@ -163,14 +170,17 @@ def check_bitsandbytes(s:Settings|None=None)->Finding:
         from bitsandbytes import nn
         device = 'cuda' if torch.cuda.is_available() else 'cpu'; torch.manual_seed(0)
         plain = torch.nn.Linear(128, 128); x = torch.randn(8, 128); off = {}
-        for name,q in (('int8', nn.Linear8bitLt(128, 128, has_fp16_weights=False)), ('nf4', nn.Linear4bit(128, 128, quant_type='nf4'))):
+        for name,q in (('int8', nn.Linear8bitLt(128, 128, has_fp16_weights=False)),
+                       ('nf4', nn.Linear4bit(128, 128, quant_type='nf4'))):
             q.load_state_dict(plain.state_dict())
             with torch.no_grad(): got,want = q.to(device)(x.to(device)).float().cpu(),plain(x)
             off[name] = float((got-want).norm()/want.norm())
-    except Exception as e: return bad('bitsandbytes', f'failed its test ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})',
+    except Exception as e: return bad('bitsandbytes', f'failed its test ({_why(e)})',
                                       'pip install --force-reinstall bitsandbytes, or use bf16')
-    if off['int8'] > .05 or off['nf4'] > .25: return bad('bitsandbytes', f'wrong products {off}', 'reinstall it, or use bf16')
-    return ok('bitsandbytes', f"int8 and nf4 work on {device} (off by {100*off['int8']:.1f} % and {100*off['nf4']:.1f} %)")
+    if off['int8'] > .05 or off['nf4'] > .25:
+        return bad('bitsandbytes', f'wrong products {off}', 'reinstall it, or use bf16')
+    said = f"off by {100*off['int8']:.1f} % and {100*off['nf4']:.1f} %"
+    return ok('bitsandbytes', f'int8 and nf4 work on {device} ({said})')
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome', 'msedge')
 
@@ -194,10 +204,11 @@ def check_hub(timeout:float=5.)->Finding:
     try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=timeout).close()
     except urllib.error.HTTPError: pass   # it answered
     except (OSError, ValueError) as e:
-        return warns('hub', f'{url} cannot be reached ({getattr(e, "reason", None) or type(e).__name__})', f'check network and proxy; {rest}')
+        why = getattr(e, 'reason', None) or type(e).__name__
+        return warns('hub', f'{url} cannot be reached ({why})', f'check network and proxy; {rest}')
     return ok('hub', f'{url} answers; {token}')
 
-# %% ../nbs/06b_doctor.ipynb #6de341bc
+# %% ../nbs/06b_doctor.ipynb #ffa9777b
 def examine(**given)->list:
     "All findings; `given` as for `load_settings`"
     _hush(); settings,s = check_settings(**given)

@@ -9,7 +9,7 @@ __all__ = ['PROMPT', 'ANSWER', 'SIDE', 'TASKS', 'CONTEXT', 'RESERVE', 'TIGHT', '
            'settings_that_fit', 'setting_text', 'plan_text', 'all_plans', 'kept_plans', 'plan_table', 'plan_figure',
            'random_model', 'open_for_measure', 'measure_model']
 
-# %% ../nbs/09c_plan.ipynb #a78f1a80
+# %% ../nbs/09c_plan.ipynb #82d40207
 import copy, json, math, time, warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from .settings import FadaError, PRECISIONS, digest, environment, nearest, now, read_json
 from .registry import ASSETS, MODELS, PUBLISHED, ModelSpec, model_class, model_spec, require
-from .checkpoints import _quiet, keep_fp32, ledger, load_model, load_options, locate, record, resolve_device, weights_bytes
-from .memory import (allocator_peak, count_weights, in_gb, in_gib, in_mib, kv_bytes_per_token, parse_size, resident_bytes,
-                         weight_bytes)
+from .checkpoints import (_quiet, keep_fp32, ledger, load_model, load_options, locate, record,
+                              resolve_device, weights_bytes)
+from .memory import (allocator_peak, count_weights, in_gb, in_gib, in_mib, kv_bytes_per_token, parse_size,
+                         resident_bytes, weight_bytes)
 from .vlm import engine
 
-# %% ../nbs/09c_plan.ipynb #a36a7ade
+# %% ../nbs/09c_plan.ipynb #f5036b6e
 _MADE_HERE = {'blip2-mini': dict(   # DINOv2-small, a new Q-Former, SmolLM2-135M
     vision_config=dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
                        image_size=224, patch_size=14, qkv_bias=True),
@@ -42,21 +43,25 @@ def _within_vocabulary(config):
 def _prove_config(raw, cls, path):
     "`FadaError` where a configuration is of another kind or misses a section"
     if not isinstance(raw, dict) or 'model_type' not in raw:
-        raise FadaError('a configuration without model_type', str(path), "a model's config.json", 'take it from the checkpoint')
+        raise FadaError('a configuration without model_type', str(path), "a model's config.json",
+                        'take it from the checkpoint')
     if raw['model_type'] != cls.model_type:
-        raise FadaError(f"a configuration of type {raw['model_type']!r}", str(path), repr(cls.model_type), 'name the right model')
-    missing = [k for k in cls.sub_configs if not raw.get(k) and not (k == 'text_config' and 'hidden_size' in raw)]
+        raise FadaError(f"a configuration of type {raw['model_type']!r}", str(path), repr(cls.model_type),
+                        'name the right model')
+    flat = 'hidden_size' in raw   # an older layout: the language model's numbers lie at the top
+    missing = [k for k in cls.sub_configs if not raw.get(k) and not (k == 'text_config' and flat)]
     if missing: raise FadaError(f"a configuration that misses {', '.join(missing)}", str(path),
                                 ', '.join(cls.sub_configs), 'take the whole config.json of the checkpoint')
 
-# %% ../nbs/09c_plan.ipynb #8a053c30
+# %% ../nbs/09c_plan.ipynb #49ac8123
 def shape_of(
     spec:ModelSpec,
     config=None,       # path of a config.json; None: the published shape, else that of the model on this machine
 ):                     # configuration of transformers
     "The shape of a model; `FadaError` where it is not known or not whole"
     if spec.family in ('api','ensemble','classifier'):
-        raise FadaError(f'{spec.name} takes no memory of a card', '', 'a model with weights of its own', 'see `fada models`')
+        raise FadaError(f'{spec.name} takes no memory of a card', '', 'a model with weights of its own',
+                        'see `fada models`')
     cls = model_class(spec).config_class
     known = {**PUBLISHED, **_MADE_HERE}.get(spec.name)
     if config is None and known: return _within_vocabulary(cls(**known))
@@ -70,7 +75,7 @@ def shape_of(
         raise FadaError('a configuration that cannot be read', str(path), f'that of a {cls.model_type} model',
                         str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__) from None
 
-# %% ../nbs/09c_plan.ipynb #fa0b6883
+# %% ../nbs/09c_plan.ipynb #c6da07e2
 PROMPT,ANSWER = 32,8   # tokens of a question in its template, and of an answer to learn from
 SIDE = 448             # pixels a side where a model takes images of any size
 _WORD = 3              # a token that no architecture gives a meaning
@@ -91,7 +96,7 @@ def image_tokens(config, side:int)->int:
     patch = v.patch_size[0] if isinstance(v.patch_size, (list,tuple)) else v.patch_size
     return (side//patch//(c.scale_factor if kind == 'smolvlm' else getattr(v, 'spatial_merge_size', 1)))**2
 
-# %% ../nbs/09c_plan.ipynb #d3c1f2b8
+# %% ../nbs/09c_plan.ipynb #47c2a11f
 class StandIn:
     "Processor and tokenizer in one that know lengths only"
     pad_token_id = eos_token_id = 2; bos_token = eos_token = ''; all_special_ids = (); chat_template = 'stands in'
@@ -118,7 +123,7 @@ class StandIn:
         t = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
         return BatchFeature({**t, **self.pictures(ids)} if images else t)
 
-# %% ../nbs/09c_plan.ipynb #3a0b0822
+# %% ../nbs/09c_plan.ipynb #6363875a
 from fastcore.basics import patch
 
 @patch
@@ -136,7 +141,7 @@ def pictures(self:StandIn, ids)->dict:
         return dict(pixel_values=px[:,None], pixel_attention_mask=torch.ones(n, 1, side, side, dtype=torch.long))
     return dict(pixel_values=px, token_type_ids=here) if kind in ('gemma3','paligemma') else dict(pixel_values=px)
 
-# %% ../nbs/09c_plan.ipynb #894925c1
+# %% ../nbs/09c_plan.ipynb #7fea5a47
 def _no_end(model):
     "Let generation go on to its full length"
     for m in (model, getattr(model, 'language_model', None)):
@@ -158,7 +163,7 @@ def run_train(vlm, batch:int, questions:int, update=lambda loss: loss.backward()
     for _ in range(steps): update(loss(x, [[('q', 'a')]*questions]*batch))
     vlm.core.eval()
 
-# %% ../nbs/09c_plan.ipynb #e37a2a67
+# %% ../nbs/09c_plan.ipynb #98ae73b2
 _DEPTHS = ('num_hidden_layers', 'num_layers', 'num_decoder_layers', 'encoder_layers', 'decoder_layers')
 TASKS = ('answer', 'train')
 
@@ -192,19 +197,21 @@ def shell(
 
 def _dtype(precision, half):
     import torch
-    return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[half if precision in ('int8','nf4') else precision]
+    kinds = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+    return kinds[half if precision in ('int8','nf4') else precision]
 
-# %% ../nbs/09c_plan.ipynb #6456dc76
+# %% ../nbs/09c_plan.ipynb #64827c87
 def _watch_language(vlm, dry):
     "End a phase of `dry` before the decoder's first and before its second pass"
     from torch.nn import ModuleList
     from fada.registry import part_of
-    layers = next(m for n,m in vlm.core.named_modules() if isinstance(m, ModuleList) and part_of(n) == 'language_model'
+    layers = next(m for n,m in vlm.core.named_modules()
+                  if isinstance(m, ModuleList) and part_of(n) == 'language_model'
                   and n.endswith(('layers','block')) and 'encoder' not in n.split('.'))
     left = [1, 2]
     layers[0].register_forward_pre_hook(lambda *a: dry.phase() if left and left.pop() else None)
 
-def _dry(task, spec, config, layers, new, precision, half, device, batch, questions, side, prompt, rank):
+def _dry(task, spec, config, layers, new, precision, half, device, batch, questions, side, prompt, rank)->tuple:
     "(peaks of the phases, FLOP of an answer run or of a training step, bytes of what is trained) of a shallow model"
     from fada.dry import DryRun
     vlm = shell(spec, _shallow(config, layers), precision, half, new, side, prompt)
@@ -221,7 +228,7 @@ def _dry(task, spec, config, layers, new, precision, half, device, batch, questi
     flops = marks[1]-marks[0] if marks else dry.flops
     return np.array(dry.peaks, float), flops, sum(p.numel()*p.element_size() for p in trained)
 
-# %% ../nbs/09c_plan.ipynb #55147ef3
+# %% ../nbs/09c_plan.ipynb #d373cee2
 _SHALLOW,_SHORT = (2, 3),(4, 8)  # layers and new tokens that are run
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ def dynamic(task, spec, config, new=48, **kw)->Dynamic:
         peaks[-1] += longer*(q-p)[-1]+cache; flops += longer*(g-f)*depth/few[0]
     return Dynamic(round(peaks.max()), round(trained), flops)
 
-# %% ../nbs/09c_plan.ipynb #6719fc80
+# %% ../nbs/09c_plan.ipynb #5c4a3830
 CONTEXT = 500_000_000    # bytes of a CUDA context with its libraries: usual on current drivers, not measured here
 RESERVE = 1_500_000_000  # bytes of desktop and other processes
 TIGHT = .9               # above this share of the card a plan is tight: allocators lose a few percent to gaps
@@ -275,7 +282,7 @@ class Plan:
         need = self.peak_bytes+self.reserve_bytes
         return 'fits' if need <= TIGHT*card else 'tight' if need <= card else 'no'
 
-# %% ../nbs/09c_plan.ipynb #8365c911
+# %% ../nbs/09c_plan.ipynb #8f1cee89
 def _quantised_extra(task, precision, c, half_width, tokens)->int:
     "Bytes that bitsandbytes takes for a moment: an unpacked weight, sums in 32 bits with the rounded input"
     unpacked = c.largest*half_width*(precision == 'nf4' or task == 'train')
@@ -303,11 +310,11 @@ def _parts(spec, config, task, precision, batch, questions, new, rank, side, pro
              0 if device == 'cpu' else CONTEXT)
     return dict(zip(PARTS, map(int, parts))), c.parameters, d.flops
 
-# %% ../nbs/09c_plan.ipynb #a6e3232f
-def training_speed(name:str, precision:str)->tuple:
+# %% ../nbs/09c_plan.ipynb #74a4f9ea
+def training_speed(name:str, precision:str, device:str='cuda')->tuple:
     "(FLOP/s, where they come from) of training"
     seen = ledger(name).get('measured', {}).get(f'train {precision}')
-    if seen: return seen['flops_per_second'], f"measured here on {seen['machine']}"
+    if seen and seen['device'].startswith(device): return seen['flops_per_second'], f"measured here on {seen['machine']}"
     return PUBLISHED_SPEED, 'the published run of BLIP-2 in int8 on an 8 GB RTX 4070'
 
 def _check(spec, task, precision, batch, questions, new, steps):
@@ -344,18 +351,19 @@ def plan(
     spec = model_spec(model); _check(spec, task, precision, batch, questions, new_tokens, steps)
     size = lambda v, what: v if isinstance(v, int) else parse_size(v, what)
     gpu,reserve = size(this_card() if gpu is None else gpu, '--gpu'),size(reserve, '--reserve')
-    parts,n,flops = _parts(spec, shape_of(spec, config), task, precision, batch, questions, new_tokens, rank, side, prompt, device)
-    speed,source = training_speed(spec.name, precision)
-    p = Plan(spec.name, task, precision, n, parts['weights']+parts['quantisation state'], sum(parts.values()), parts, '',
-             gpu, reserve, batch, questions, flops, steps*flops/speed/3600 if task == 'train' else None,
+    parts,n,flops = _parts(spec, shape_of(spec, config), task, precision, batch, questions, new_tokens, rank, side,
+                           prompt, device)
+    speed,source = training_speed(spec.name, precision, device)
+    p = Plan(spec.name, task, precision, n, parts['weights']+parts['quantisation state'], sum(parts.values()),
+             parts, '', gpu, reserve, batch, questions, flops, steps*flops/speed/3600 if task == 'train' else None,
              source if task == 'train' else '')
     p = replace(p, verdict=p.fits(gpu))
     if p.verdict != 'no' or not find: return p
-    again = partial(plan, model, task, gpu=gpu, reserve=reserve, new_tokens=new_tokens, steps=steps, rank=rank, side=side,
-                    config=config, device=device, prompt=prompt, find=False)
+    again = partial(plan, model, task, gpu=gpu, reserve=reserve, new_tokens=new_tokens, steps=steps, rank=rank,
+                    side=side, config=config, device=device, prompt=prompt, find=False)
     return replace(p, nearest=tuple(settings_that_fit(p, again, spec)))
 
-# %% ../nbs/09c_plan.ipynb #611ef7e4
+# %% ../nbs/09c_plan.ipynb #bf321887
 def _fewer(batch, questions):
     "(batch, questions) with ever fewer rows at a time, the given one first"
     out = [(batch, questions)]
@@ -366,21 +374,24 @@ def _fewer(batch, questions):
 def settings_that_fit(p:Plan, again, spec:ModelSpec)->list:
     "Nearest settings that fit: as many rows at a time as each precision allows, the given precision first"
     order = [q for q in ('fp32', 'bf16', 'fp16', 'int8', 'nf4') if q in spec.precisions]
-    order = [p.precision, *[q for q in order if order.index(q) > order.index(p.precision) and q != 'fp16']]
+    order = [p.precision, *[q for q in order[order.index(p.precision)+1:] if q != 'fp16']]
     found = []
     for precision in order:
         for b,q in _fewer(p.batch, p.questions):
-            if any(f['verdict'] == 'fits' and b*q <= f['batch']*f['questions'] for f in found): break   # no better
+            if any(f['verdict'] == 'fits' and b*q <= f['batch']*f['questions'] for f in found): break  # no better
             r = again(precision=precision, batch=b, questions=q)
             if r.weights_bytes+r.reserve_bytes > r.gpu_bytes: break
             if r.verdict != 'no':
-                found.append(dict(precision=precision, batch=b, questions=q, peak_bytes=r.peak_bytes, verdict=r.verdict)); break
+                found.append(dict(precision=precision, batch=b, questions=q, peak_bytes=r.peak_bytes,
+                                  verdict=r.verdict))
+                break
     return found
 
-# %% ../nbs/09c_plan.ipynb #62536540
+# %% ../nbs/09c_plan.ipynb #bf5318ed
 def setting_text(f:dict)->str:
     "A setting in the words of the command line"
-    return f"--precision {f['precision']} --batch {f['batch']} --questions {f['questions']} ({in_gib(f['peak_bytes'])}, {f['verdict']})"
+    return (f"--precision {f['precision']} --batch {f['batch']} --questions {f['questions']} "
+            f"({in_gib(f['peak_bytes'])}, {f['verdict']})")
 
 def _part(n): return in_gib(n) if n >= 2**30//20 else in_mib(n)
 
@@ -389,12 +400,13 @@ def _hours(h): return f'{h:.1f} h' if h >= 1 else f'{60*h:.0f} min' if h*60 >= 1
 def plan_text(p:Plan)->str:
     "A plan in plain lines"
     need = p.peak_bytes+p.reserve_bytes
-    lines = [f'{p.model}, {p.task}, {p.precision}: {p.verdict}. {in_gib(p.peak_bytes)} at the peak and {in_gb(p.reserve_bytes)} for others '
-             f'= {in_gib(need)} of {in_gib(p.gpu_bytes)}',
+    lines = [f'{p.model}, {p.task}, {p.precision}: {p.verdict}. {in_gib(p.peak_bytes)} at the peak and '
+             f'{in_gb(p.reserve_bytes)} for others = {in_gib(need)} of {in_gib(p.gpu_bytes)}',
              '  '+', '.join(f'{k} {_part(v)}' for k,v in p.parts.items() if v)]
-    if p.hours is not None: lines.append(f'  training: about {_hours(p.hours)} at the speed of {p.speed}')
+    if p.hours is not None: lines.append(f'  training: about {_hours(p.hours)} (speed: {p.speed})')
     if p.verdict == 'no':
-        lines += [f'  fits: {setting_text(f)}' for f in p.nearest] or [f'  no setting of it fits; it needs a card of {math.ceil(need/TIGHT/2**30)} GiB']
+        card = f'  no setting of it fits; it needs a card of {math.ceil(need/TIGHT/2**30)} GiB'
+        lines += [f'  fits: {setting_text(f)}' for f in p.nearest] or [card]
     return '\n'.join(lines)
 
 @patch
@@ -403,7 +415,7 @@ def _repr_markdown_(self:Plan):
     more = '\n\n'+'\n\n'.join(l.strip() for l in plan_text(self).splitlines()[2:])
     return f'**{plan_text(self).splitlines()[0]}**\n\n| part | predicted |\n|---|---|\n{rows}{more}'
 
-# %% ../nbs/09c_plan.ipynb #3862c316
+# %% ../nbs/09c_plan.ipynb #75bf2c44
 TABLE_PRECISIONS = ('bf16', 'int8', 'nf4')
 
 def all_plans(names=None)->list:
@@ -429,7 +441,7 @@ def plan_table(plans)->str:
         lines.append(f'| {name} | '+' | '.join(f'{p.peak_bytes/2**30:.1f} → {_smallest(p)}' for p in cells)+' |')
     return '\n'.join(lines)
 
-# %% ../nbs/09c_plan.ipynb #3be120b1
+# %% ../nbs/09c_plan.ipynb #ac78e8a3
 _COLOURS = dict(zip(PARTS, ('#0072b2', '#56b4e9', '#e69f00', '#d55e00', '#009e73', '#cc79a7', '#999999')))
 
 def plan_figure(plans, path=None, cards=CARDS):
@@ -437,26 +449,28 @@ def plan_figure(plans, path=None, cards=CARDS):
     from matplotlib.figure import Figure
     tasks = [t for t in TASKS if any(p.task == t for p in plans)]
     n = max(sum(p.task == t for p in plans) for t in tasks)
-    fig = Figure(figsize=(6.2*len(tasks), 1.6+.155*n), layout='constrained'); axes = fig.subplots(1, len(tasks), squeeze=False)[0]
+    fig = Figure(figsize=(6.2*len(tasks), 1.6+.155*n), layout='constrained')
+    axes = fig.subplots(1, len(tasks), squeeze=False)[0]
     for ax,task in zip(axes, tasks):
         mine = [p for p in plans if p.task == task]; left = np.zeros(len(mine)); y = np.arange(len(mine))
         for part in PARTS:
             v = np.array([p.parts[part] for p in mine])/2**30
             if v.any(): ax.barh(y, v, .8, left, color=_COLOURS[part], label=part); left += v
-        for c in cards: ax.axvline((c-RESERVE)/2**30, color='#333', lw=.8, ls=':')
-        ax.set(title={'answer': 'Answering', 'train': 'LoRA training'}.get(task, task), xlabel='GiB', ylim=(len(mine)-.5, -.5),
-               xlim=(0, max(1.05*left.max(), (cards[0])/2**30)))
+        for c in cards: ax.axvline((c-plans[0].reserve_bytes)/2**30, color='#333', lw=.8, ls=':')
+        ax.set(title=dict(answer='Answering', train='LoRA training')[task], xlabel='GiB', ylim=(len(mine)-.5, -.5),
+               xlim=(0, max(1.05*left.max(), cards[0]/2**30)))
         ax.set_yticks(y, [f'{p.model}  {p.precision}' if k == 0 or mine[k-1].model != p.model else p.precision
                           for k,p in enumerate(mine)], fontsize=6.5)
     handles = {l: h for ax in axes for h,l in zip(*ax.get_legend_handles_labels())}
-    fig.legend([handles[p] for p in PARTS if p in handles], [p for p in PARTS if p in handles], loc='outside lower center',
-               ncols=7, fontsize=8, frameon=False)
-    fig.suptitle('Predicted peak: one image, eight questions. Dotted: '+', '.join(str(c//2**30) for c in cards)
-                 +' GiB cards less 1.5 GB for others', fontsize=9)
+    names = [p for p in PARTS if p in handles]
+    fig.legend([handles[p] for p in names], names, loc='outside lower center', ncols=7 if len(tasks) > 1 else 4, fontsize=8, frameon=False)
+    said = f"{plans[0].batch} image{'s'*(plans[0].batch > 1)} with {plans[0].questions} questions at a time"
+    fig.suptitle(f"Predicted peak, {said}. Dotted: {', '.join(f'{c/2**30:g}' for c in cards)} GiB cards less what others take",
+                 fontsize=9)
     if path: fig.savefig(path, dpi=80)
     return fig
 
-# %% ../nbs/09c_plan.ipynb #aed53af6
+# %% ../nbs/09c_plan.ipynb #bbf0bb45
 def _filled(p, width, device):
     "A parameter with random numbers in the place of a shape, quantised on arrival where its kind is"
     import torch
@@ -485,7 +499,7 @@ def random_model(spec:ModelSpec, config, precision:str='bf16', device:str='cpu',
             if b is not None and b.is_meta: m._buffers[k] = torch.zeros(b.shape, dtype=b.dtype, device=device)
     return model.eval()
 
-# %% ../nbs/09c_plan.ipynb #e8922c21
+# %% ../nbs/09c_plan.ipynb #425d4afb
 def open_for_measure(spec, precision, device, weights=None, random=False, config=None, new_tokens=48, side=None):
     "An engine with a stand-in processor on true or random weights"
     if random: model = random_model(spec, shape_of(spec, config), precision, device)
@@ -493,16 +507,14 @@ def open_for_measure(spec, precision, device, weights=None, random=False, config
     _no_end(model)
     return engine(spec)(spec, model, StandIn(model.config, side), '', precision, device, new_tokens)
 
-def _learn(vlm, batch, questions, rank):
-    "Two LoRA steps with the optimiser, as `fada.train` takes them; seconds of the second"
+def _learner(vlm, rank):
+    "The two LoRA steps that a measurement takes, as a function of nothing but images and questions"
     import torch
     from fada.train import add_lora
     with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, rank)
-    trained = [p for p in vlm.model.parameters() if p.requires_grad]; at = []
-    opt = torch.optim.AdamW(trained, lr=1e-4)
-    def update(loss): opt.zero_grad(); loss.backward(); opt.step(); at.append(time.perf_counter())
-    run_train(vlm, batch, questions, update)
-    return at[1]-at[0]
+    trained = [p for p in vlm.model.parameters() if p.requires_grad]; opt = torch.optim.AdamW(trained, lr=1e-4)
+    def update(loss): opt.zero_grad(); loss.backward(); opt.step()
+    return lambda batch, questions, steps=2: run_train(vlm, batch, questions, update, steps)
 
 def measure_model(
     model:str,                     # registry name
@@ -517,22 +529,26 @@ def measure_model(
     spec = model_spec(model); _check(spec, task, precision, batch, questions, new_tokens, 1)
     device = resolve_device(device)
     shape = config or (Path(weights) if weights and not random else None)
-    p = plan(model, task, precision, gpu=CARDS[0], questions=questions, batch=batch, new_tokens=new_tokens, rank=rank, side=side,
-             config=shape, device=device.split(':')[0], find=False)
-    _quiet(); start = time.perf_counter(); vlm = open_for_measure(spec, precision, device, weights, random, config, new_tokens, side)
+    p = plan(model, task, precision, gpu=CARDS[0], questions=questions, batch=batch, new_tokens=new_tokens, rank=rank,
+             side=side, config=shape, device=device.split(':')[0], find=False)
+    _quiet(); start = time.perf_counter()
+    vlm = open_for_measure(spec, precision, device, weights, random, config, new_tokens, side)
     loaded = time.perf_counter()-start; stays = weights_bytes(vlm.core)
-    with allocator_peak(device) as a:
-        start = time.perf_counter()
-        each = _learn(vlm, batch, questions, rank) if task == 'train' else run_answer(vlm, batch, questions) and None
-    each = each or (time.perf_counter()-start)/(batch*questions)
+    with allocator_peak(device) as a:   # the adapter and the optimiser come into being in here
+        work = _learner(vlm, rank) if task == 'train' else partial(run_answer, vlm)
+        work(batch, questions)
+    start = time.perf_counter(); work(batch, questions, **(dict(steps=1) if task == 'train' else {}))
+    seconds = time.perf_counter()-start  # a run of its own: counting slows a CPU down
     predicted = p.peak_bytes-p.parts['CUDA context']; peak = stays+a['bytes']
-    out = dict(model=model, task=task, precision=precision, device=device, machine=_machine(device), random_weights=random,
-               batch=batch, questions=questions, new_tokens=new_tokens, load_seconds=round(loaded, 2),
-               seconds_per_question=each/(batch*questions) if task == 'train' else each, seconds_per_step=each if task == 'train' else None,
-               weights_bytes=stays, peak_bytes=peak, predicted_bytes=predicted, error=predicted/peak-1,
+    out = dict(model=model, task=task, precision=precision, device=device, machine=_machine(device),
+               random_weights=random, batch=batch, questions=questions, new_tokens=new_tokens,
+               load_seconds=round(loaded, 2), seconds_per_question=seconds/(batch*questions),
+               seconds_per_step=seconds if task == 'train' else None, weights_bytes=stays, peak_bytes=peak, predicted_bytes=predicted, error=predicted/peak-1,
                activation_bytes=a['bytes'], predicted_activation_bytes=predicted-p.weights_bytes,
-               resident_bytes=resident_bytes(), flops_per_second=p.flops/each if task == 'train' else None, made=now())
-    if keep: record(model, measured={**ledger(model).get('measured', {}), f'{task} {precision}': out})
+               resident_bytes=resident_bytes(), made=now(),
+               flops_per_second=p.flops/seconds if task == 'train' else None)
+    if keep and not config: record(model,   # another shape is another model
+                     measured={**ledger(model).get('measured', {}), f'{task} {precision}': out})
     return out
 
 def _machine(device)->str:

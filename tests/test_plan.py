@@ -79,7 +79,8 @@ def test_middle_sizes_are_reckoned_from_few_layers(architecture, table, mid, tas
     r = measured(architecture, tmp_path, task, batch=2, questions=2)
     assert r['activation_bytes'] > 1e6 and abs(r['predicted_activation_bytes']/r['activation_bytes']-1) < .15, r
 
-@pytest.mark.parametrize('name,task', [('blip2-opt-2.7b', 'train'), ('smolvlm-256m', 'answer')])
+@pytest.mark.parametrize('name,task', [('blip2-opt-2.7b', 'train'),
+                                       pytest.param('smolvlm-256m', 'answer', marks=pytest.mark.slow)])
 def test_few_layers_tell_what_all_take(name, task, monkeypatch):
     "The true depth run on shapes in full, against the reckoning from a few layers: within 1 %"
     from fada import plan as room
@@ -138,7 +139,8 @@ def test_measure_records_what_it_found(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path))
     r = measure_model('blip2-nano', 'train', 'fp32', 'cpu', questions=2)
     assert abs(r['error']) < .05 and r['load_seconds'] > 0 and r['seconds_per_question'] > 0 and r['flops_per_second'] > 0
-    assert 'measured here' in plan('blip2-nano', 'train', 'fp32').speed
+    assert 'measured here' in plan('blip2-nano', 'train', 'fp32', device='cpu').speed
+    assert 'published' in plan('blip2-nano', 'train', 'fp32').speed   # a CPU's speed says nothing of a card
 
 def fresh(names):
     "Kept plans of `names` with their freshly predicted peaks"
@@ -154,6 +156,8 @@ def test_readme_and_kept_plans_are_current():
 def _same(old, new): assert abs(old.peak_bytes/new.peak_bytes-1) < .005, f'{old.model} {old.task} {old.precision}: run python tests/plans.py'
 
 @pytest.mark.slow
-def test_all_kept_plans_are_current():
-    pairs = fresh([m.name for m in MODELS.values() if m.architecture and 'qwen' not in m.name and 'instructblip' not in m.name])
-    for old, new in pairs: _same(old, new)
+def test_kept_plans_of_each_architecture_are_current():
+    "One model an architecture; those whose dry run takes longest are left to tests/plans.py"
+    slow = ('qwen2.5-vl', 'instructblip-t5', 'instructblip-llama', 'gemma3-text')
+    names = [tiny.row(a).name for a in tiny.BUILD if a not in slow]
+    for old, new in fresh(names): _same(old, new)
