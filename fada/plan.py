@@ -364,11 +364,11 @@ def plan(
     return replace(p, nearest=tuple(settings_that_fit(p, again, spec)))
 
 # %% ../nbs/09c_plan.ipynb #bf321887
-def _fewer(batch, questions):
-    "(batch, questions) with ever fewer rows at a time, the given one first"
-    out = [(batch, questions)]
-    while out[-1] != (1, 1):
-        b,q = out[-1]; out.append((max(1, b//2), q) if b > 1 else (1, max(1, q//2)))
+def _fewer(batch, questions, task):
+    "(batch, questions) with ever fewer rows at a time, the given one first; training takes an image's questions together"
+    out,least = [(batch, questions)],(1, questions if task == 'train' else 1)
+    while out[-1] != least:
+        b,q = out[-1]; out.append((b//2, q) if b > 1 else (1, q//2))
     return out
 
 def settings_that_fit(p:Plan, again, spec:ModelSpec)->list:
@@ -377,7 +377,7 @@ def settings_that_fit(p:Plan, again, spec:ModelSpec)->list:
     order = [p.precision, *[q for q in order[order.index(p.precision)+1:] if q != 'fp16']]
     found = []
     for precision in order:
-        for b,q in _fewer(p.batch, p.questions):
+        for b,q in _fewer(p.batch, p.questions, p.task):
             if any(f['verdict'] == 'fits' and b*q <= f['batch']*f['questions'] for f in found): break  # no better
             r = again(precision=precision, batch=b, questions=q)
             if r.weights_bytes+r.reserve_bytes > r.gpu_bytes: break
