@@ -10,7 +10,7 @@ __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shard
            'fetch', 'download', 'access', 'here']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
-import json, math, os, re, shutil, struct, sys
+import json, math, os, re, shutil, struct, sys, warnings
 from pathlib import Path
 from .settings import FadaError, PRECISIONS, digest, now, progress, read_json, sha256_file, write_json
 from .registry import ARCHITECTURES, ASSETS, ModelSpec, model_class, registry
@@ -128,6 +128,8 @@ def locate(
         return str(weights)
     if spec.embedded: return str(ASSETS/spec.checkpoint)
     if Path(spec.checkpoint).is_dir(): return spec.checkpoint
+    if Path(spec.checkpoint).is_absolute() or spec.checkpoint.startswith(('.','~')):
+        raise FadaError('no model in the checkpoint folder', spec.checkpoint, 'config.json and safetensors', f'correct the row of {spec.name}')
     place = state_folder()/spec.name if spec.parts else _snapshot(spec)
     if place and (Path(place)/'config.json').is_file(): return str(place)
     made = 'composed' if spec.parts else 'downloaded'
@@ -247,6 +249,8 @@ def _quiet():
     from transformers.utils import logging
     logging.disable_progress_bar(); logging.set_verbosity_error()
     log.getLogger('bitsandbytes').setLevel(log.CRITICAL)  # it remarks on an optional CPU kernel
+    # peft asks transformers in its old words
+    warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)
 
 def general_nf4(model):
     """Keep bitsandbytes' general nf4 path on CPUs: its packed one (AVX512-BF16) fails at widths such as 4304

@@ -48,11 +48,13 @@ def main():
     "Entry point of `fada`: errors as one sentence on standard error"
     try: app()
     except FadaError as e: print(f'error: {e}', file=sys.stderr); sys.exit(1)
+    except BrokenPipeError: sys.exit(1)
+    except OSError as e:   # a file or folder that cannot be read or written
+        print(f"error: {e.strerror or e}{f' in {e.filename}' if e.filename else ''}", file=sys.stderr); sys.exit(1)
     except SystemExit as e:
         if e.code == 130:  # typer's code for Ctrl-C
             print('stopped; what is done is kept, the same command goes on', file=sys.stderr)
         raise
-    except BrokenPipeError: sys.exit(1)
 
 # %% ../nbs/16_cli.ipynb #30763a7d
 @app.callback(invoke_without_command=True)
@@ -93,12 +95,13 @@ def phantom(
     """Make phantoms with their eight answers, masks, calipers and question table.
 
     Example: fada phantom --n 200 --categories Femur,Abdomen --out data/small"""
-    from fada.clinical import PHANTOM_CATEGORIES
+    from fada.clinical import PHANTOM_CATEGORIES, category
     if n is not None and n < 1: raise FadaError(f'--n {n}', '', 'at least 1', '')
     s = _settings(quiet, data=out, categories=categories, phantoms=n, seed=seed)
     from fada.data import read_phantoms, save_table, split_by_patient
-    from fada.phantoms import write_phantoms
+    from fada.phantoms import enough_patients, write_phantoms
     names = PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories
+    if not (s.data/'phantoms.json').exists(): enough_patients(s.phantoms, [category(c).name for c in names], s.seed)
     write_phantoms(s.data, s.phantoms, names, s.seed, findings, size, s.jobs, overlays)
     m = save_table(split_by_patient(read_phantoms(s.data, phrasings), s.seed), s.data, 'phantoms', s.seed)
     _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions in {s.data}")
@@ -120,7 +123,8 @@ def prepare(
     from fada.clinical import PHANTOM_CATEGORIES
     m = work(s.data, s.phantoms, PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories,
              s.seed, s.jobs, source, **{k: v for k,v in dict(frames=frames, dataset=dataset).items() if v})
-    _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions, "
+    who = f"of {m['patients']} patients" if m['patients_known'] else 'of unknown patients'
+    _show(m, json, f"{m['images']} images {who}, {m['rows']} questions, "
           f"{m['quarantined']} set aside in {s.data}")
 
 # %% ../nbs/16_cli.ipynb #ad968b77
@@ -143,7 +147,9 @@ def train(
            else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
     about = train_job(s, out, task, weights,
                       **({} if task != 'lora' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))
-    _show(about, json, f"{task} trained on {about['images']} images in {about['seconds']:.0f} s: {out}")
+    use = dict(lora=f'; ask and evaluate with --adapter {out}', base=f'; ask, train and evaluate with --weights {out}')
+    _show(about, json, f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: {out}"
+          + use.get(task, ''))
 
 # %% ../nbs/16_cli.ipynb #d7e8d8c0
 @app.command()
@@ -164,8 +170,8 @@ def evaluate(
     Example: fada evaluate --categories Femur --out outputs/run/evaluate-femur"""
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
-    from fada.evaluate import evaluate_job
-    folder = Path(out) if out else s.output/'run'/f"evaluate-{s.model}-{s.precision}-{'-'.join(s.categories)}"
+    from fada.evaluate import evaluate_job, job_name
+    folder = Path(out) if out else s.output/'run'/job_name(s, weights, adapter)
     m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
                      controls=controls, paid_controls=paid_controls)
     from fada.compare import interval_text as score
@@ -212,17 +218,28 @@ def ask(
     s = _settings(quiet, model=model, precision=precision, device=device)
     from fada.data import read_image
     from fada.models import model_spec
-    model_spec(s.model); picture = read_image(image)
+    model_spec(s.model); asked = [_a_question(q) for q in question or ()]; picture = read_image(image)
     from fada.vlm import load
     answers = load(s.model, adapter, weights, s.precision, s.device).ask(
-        picture, list(question) if question else list(range(1,9)))
+        picture, asked or list(range(1,9)))
     written = _report(answers, report, s) if report else None
     _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error,
                              **({'more': a.more} if a.more else {})) for a in answers],
                **({'report': written} if report else {}), notice=NOTICE), json,
-          '\n'.join([*(f'{a.question}\n  {a.error or a.text}' for a in answers),
+          '\n'.join([*(f'{a.question}\n  {a.text}' for a in answers if not a.error),
                      *([f"Report\n{written['text']}"] if report else []), NOTICE]))
+    for a in answers:
+        if a.error: print(f'error: {a.question}: {a.error}', file=sys.stderr)
     if all(a.error for a in answers): raise typer.Exit(1)
+
+def _a_question(q:str)->str:
+    "A question as typed; `FadaError` for one word that is no key: a mistyped key would be answered with nonsense"
+    from fada.clinical import QUESTIONS, question_id
+    from fada.settings import nearest
+    if question_id(q) is None and not any(c in q for c in ' ?<'):
+        raise FadaError(f'unknown question {q!r}', '', nearest(q, [k.key for k in QUESTIONS.values()]),
+                        'a text of your own ends with a question mark')
+    return q
 
 def _report(answers, writer, s)->dict:
     "A report from what could be read in `answers`, by templates or by the text model `writer`"

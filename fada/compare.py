@@ -78,9 +78,9 @@ def quality_table(jobs)->pd.DataFrame:
     for name,scored in systems(jobs).items():
         plain = scored[scored.condition == 'plain']
         rows.append({'system': name, 'images': plain.image.nunique(),
+                     'mean': interval_text(mean_interval(plain.score, plain.patient)),
                      **{f'{q} {QUESTIONS[q].key}': interval_text(mean_interval(g.score, g.patient))
-                        for q,g in plain.groupby('question_id')},
-                     'mean': interval_text(mean_interval(plain.score, plain.patient))})
+                        for q,g in plain.groupby('question_id')}})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #cec82225
@@ -102,7 +102,7 @@ def control_table(scored)->pd.DataFrame:
         rows.append({'question': f"{q} {m['key']}", 'measure': m['measure'],
                      'model': interval_text(m['score']), **{k: f"{m['controls'][k]['mean']:.2f}" for k in d},
                      'smallest gain': interval_text(min(d.values(), key=lambda v: v['mean'])) if d else '–',
-                     'beats all': '–' if b is None else 'yes' if b else 'no',
+                     'beats all' if known else 'beats all but the next': '–' if b is None else 'yes' if b else 'no',
                      'majority in category': f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}" if folder else '–',
                      'gain over it': interval_text(folder) if folder else '–'})
     return pd.DataFrame(rows)
@@ -115,9 +115,9 @@ def gains(jobs)->pd.DataFrame:
         both = first[first.condition == 'plain'].merge(scored[scored.condition == 'plain'],
                                                        on=['image','question_id'], suffixes=('','_b'))
         rows.append({'system': f'{name} − {base}', 'rows': len(both),
+                     'mean': interval_text(difference(both.score_b, both.score, both.patient)),
                      **{f'{q} {QUESTIONS[q].key}': interval_text(difference(g.score_b, g.score, g.patient))
-                        for q,g in both.groupby('question_id')},
-                     'mean': interval_text(difference(both.score_b, both.score, both.patient))})
+                        for q,g in both.groupby('question_id')}})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #34276f2d
@@ -345,6 +345,11 @@ def real_frame(vlm):
                          else f'{scale:.3f} mm per pixel')
 
 # %% ../nbs/11_compare.ipynb #775fb1c2
+def _found(plain)->str:
+    "What a system made of question 7, with counts"
+    n = normality(plain)
+    return f"Abnormal images found: {n['found']} of {n['abnormal']}; normal ones cleared: {n['cleared']} of {n['normal']}."
+
 def headline(jobs)->list:
     "The run in at most five lines, each from its own figures"
     every = systems(jobs)
@@ -353,19 +358,18 @@ def headline(jobs)->list:
     m = summary(scored)
     beats = [f'{q} {v["key"]}' for q,v in m.items()
              if beats_controls(v, knows_folder(scored, scored.adapter.any()))]
+    told = knows_folder(scored, scored.adapter.any())
     lines = [f"{name}: {plain.image.nunique()} test images of {plain.patient.nunique()} patients, "
-             f"mean score {interval_text(mean_interval(plain.score, plain.patient))}.",
-             f"Beats every control, pooled over categories, on: {', '.join(beats) or 'no question'}."]
-    n = normality(plain)
-    lines.append(f"Abnormal images found: {n['found']} of {n['abnormal']}; "
-                 f"normal ones cleared: {n['cleared']} of {n['normal']}.")
+             f"mean score {interval_text(mean_interval(plain.score, plain.patient))}. {_found(plain)}",
+             f"Beats every control{'' if told else ' that, like it, is not told the folder'}, pooled over categories, on: "
+             f"{', '.join(beats) or 'no question'}."]
     for other in list(every)[1:]:
         o = every[other]
         o = o[o.condition == 'plain']
         both = plain.merge(o, on=['image','question_id'], suffixes=('','_b'))
         lines.append(f"{other}: mean score {interval_text(mean_interval(o.score, o.patient))}; "
                      f"against {name} "
-                     f"{interval_text(difference(both.score_b, both.score, both.patient), 3)} (paired).")
+                     f"{interval_text(difference(both.score_b, both.score, both.patient), 3)} (paired). {_found(o)}")
     return lines[:5]
 
 # %% ../nbs/11_compare.ipynb #5056ae71
@@ -392,7 +396,8 @@ def _sections(jobs, data, vlm, planes):
              figures=[fig(plot_sheet(test, data), 'contact sheet')]),
         dict(title='Did the image matter?',
              text=f'{name}, pooled over categories. Beside every score stands what is left of it when '
-                  'the model sees something else, and the commonest training answer. '
+                  'the model sees something else, and the commonest training answer. That of the category knows the '
+                  'folder, which the model is not told: it stands apart, at the end. '
                   'Conditions: ' + '; '.join(f'{k}: {v}' for k,v in CONDITIONS.items()) + '.',
              tables=[_table(control_table(scored))],
              figures=[fig(plot_summary(summary(scored), f'{name}, all categories'), 'scores and controls')]),
@@ -444,7 +449,8 @@ def write_report(
     data = data or c['data']
     vlm = load(c['model'], c['adapter'] or None, c['weights'] or None, c['precision'])
     synthetic = (Path(data)/'phantoms.json').exists()
-    notes = [n for j in jobs if j.metrics and j.system == first.system for n in j.metrics['notes']]
+    notes = [n if j.system == first.system else dict(n, text=f"{j.system}, {', '.join(j.metrics['categories'])}: {n['text']}")
+             for j in jobs if j.metrics for n in j.metrics['notes'] if j.system == first.system or n['level'] == 'red']
     made = [('made', now()), ('run', Path(run).name),
             ('data', f"{Path(data).name}, table {first.metrics['data'][:16]}…"),
             ('base weights', first.metrics['identity']['base'][:16]+'…'), ('seed', c['seed']),

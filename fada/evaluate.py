@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'BLANK', 'SCORED', 'KNOWS_FOLDER', 'SHOWN', 'AnswersLog', 'mean_image', 'donors', 'record_key',
            'ask_table', 'majority', 'ask_controls', 'evaluate', 'spending', 'describe', 'summary', 'knows_folder',
-           'notes', 'evaluate_job', 'plot_summary']
+           'notes', 'job_name', 'evaluate_job', 'plot_summary']
 
 # %% ../nbs/10_evaluate.ipynb #7ae52399
 import json, os, time
@@ -307,6 +307,13 @@ def notes(metrics, scored)->list:
     return out
 
 # %% ../nbs/10_evaluate.ipynb #a3dc9278
+def job_name(s, weights=None, adapter=None)->str:
+    "The folder of an evaluation, told apart by all that is evaluated: model, precision, categories, weights, adapter, data"
+    mine = lambda path, last: Path(path).parent.name if Path(path).name == last else Path(path).name
+    more = [*([mine(weights, 'model')] if weights else []), *([mine(adapter, 'adapter')] if adapter else []),
+            *([f'on-{s.data.name}'] if s.source['data'] == 'given' else [])]
+    return '-'.join(['evaluate', s.model, s.precision, *s.categories, *more])
+
 def evaluate_job(
     s,                   # Settings
     out,                 # job folder

@@ -6,7 +6,7 @@
 __all__ = ['DEGRADED', 'MIN_AREA', 'MIN_CONTRAST', 'P3', 'SHORT_CERVIX', 'DATED_BY', 'FIRST', 'NATIVE', 'TWINS', 'FIXED', 'GROWS',
            'IN_MM', 'REMOVABLE', 'VISITS', 'PLANES', 'DRAWING', 'degrade', 'Overlay', 'draw_overlay', 'Draft',
            'Phantom', 'visible', 'answers_for', 'finish', 'fetus', 'make_draft', 'make_phantom', 'make_native', 'Twins',
-           'make_twins', 'phantom_jobs', 'sidecar', 'write_phantoms']
+           'make_twins', 'phantom_jobs', 'enough_patients', 'sidecar', 'write_phantoms']
 
 # %% ../nbs/03a_phantoms.ipynb #ffe12679
 import hashlib, io
@@ -382,6 +382,15 @@ def phantom_jobs(
         jobs.append(dict(category=name, number=k, visit=visit, frame=fr, patient=f'P{_short(seed,k)}',
                          stem=_short(seed,k,name,visit,fr)))
     return jobs
+
+def enough_patients(n:int, categories, seed:int=0):
+    "`FadaError` where a set of `n` phantoms has fewer than three patients in a category: it could not be split"
+    seen = {c: set() for c in categories}
+    for j in phantom_jobs(n, categories, seed): seen[j['category']].add(j['number'])
+    if min(map(len, seen.values())) > 2: return
+    need = len(seen)*(1+next(i for i,(p,*_) in enumerate(VISITS) if p == 2))
+    raise FadaError(f'{n} phantoms of {len(seen)} categories', '', f'at least {need}: three patients in each category, to train, '
+                    'validate and test on', 'draw more, or fewer categories')
 
 # %% ../nbs/03a_phantoms.ipynb #abf93ad9
 def _ignore_interrupt():

@@ -110,13 +110,16 @@ def _convert(name, text, base, where):
     return str(text).strip()
 
 # %% ../nbs/00_settings.ipynb #f26c43c1
+def _user_level()->Path:
+    "The file that applies where no project has one"
+    return Path(os.environ.get('XDG_CONFIG_HOME') or Path.home()/'.config')/'fada'/'settings.ini'
+
 def find_settings(
     start='.',  # folder to begin at
 )->Path|None:   # path of the file that applies, or None
     "Find the `settings.ini` that applies: from `start` upward, else the user-level one"
     start = Path(start).resolve()
-    home = Path(os.environ.get('XDG_CONFIG_HOME') or Path.home()/'.config')/'fada'/'settings.ini'
-    for p in [d/'settings.ini' for d in (start, *start.parents)] + [home]:
+    for p in [d/'settings.ini' for d in (start, *start.parents)] + [_user_level()]:
         if p.is_file(): return p
 
 # %% ../nbs/00_settings.ipynb #0d8fc63c
@@ -148,15 +151,16 @@ def load_settings(
         if k not in SETTINGS: raise FadaError(f'unknown setting {k!r}', '', '', nearest(k, SETTINGS))
     path = find_settings(start)
     ini = _read_ini(path) if path else {}
+    here = path.parent if path and path != _user_level() else Path.cwd()   # a user's own file is no project's folder
     values,source = {},{}
     for name,(section,key,_,default,_) in SETTINGS.items():
         if given.get(name) not in (None, '', (), []):
             values[name],source[name] = _convert(name, given[name], Path.cwd(), f'option {name}'),'given'
         elif name in ini:
-            values[name],source[name] = _convert(name, ini[name], path.parent,
+            values[name],source[name] = _convert(name, ini[name], here,
                                                  f'{path} [{section}] {key}'),str(path)
         else:
-            values[name],source[name] = _convert(name, default, path.parent if path else Path.cwd(),
+            values[name],source[name] = _convert(name, default, here,
                                                  'built-in default'),'default'
     return Settings(**values, source=source)
 

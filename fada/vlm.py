@@ -113,15 +113,19 @@ def other_engine(spec, settings, adapter=None, weights=None)->VLM:
     return load_ensemble(spec, settings)
 
 # %% ../nbs/07_vlm.ipynb #e5438bb7
+def _inside(folder, part:str):
+    "A job's folder stands for the model or the adapter in it"
+    return folder/part if folder and (folder := Path(folder)).name != part and (folder/part/'fada.json').is_file() else folder
+
 def load(
     name:str=None,        # registry name; None: from settings.ini
-    adapter=None,         # folder of an adapter bundle
-    weights=None,         # folder that takes the checkpoint's place (a model trained here)
+    adapter=None,         # folder of an adapter bundle, or of the job that trained it
+    weights=None,         # folder that takes the checkpoint's place (a model trained here), or of the job that trained it
     precision:str=None, device:str=None, max_new_tokens:int=None,
 )->VLM:
     "Load a model, and an adapter on top of it"
     s = load_settings(model=name, precision=precision, device=device, max_new_tokens=max_new_tokens)
-    spec = model_spec(s.model)
+    spec = model_spec(s.model); weights,adapter = _inside(weights, 'model'),_inside(adapter, 'adapter')
     if spec.family in ('api','ensemble','classifier'): return other_engine(spec, s, adapter, weights)
     use_threads()
     model,processor = load_model(spec, weights, s.precision, s.device)
