@@ -63,8 +63,8 @@ def test_the_picture_tells_plane_standard_and_finding():
                      for r in rows])
     standard = _cnn(x[pick], np.array([int(r[4]) for r in rows])[pick], train[pick], 2)
     assert np.mean(standard) > .65, standard
-    rows = _many([(c, k, .5) for k in range(200) for c in ('Trans-ventricular', 'Standard_NT')])
-    x, train = np.array([r[2] for r in rows]), np.array([r[1] < 140 for r in rows])
+    rows = _many([(c, k, .5) for k in range(320) for c in ('Trans-ventricular', 'Standard_NT')])
+    x, train = np.array([r[2] for r in rows]), np.array([r[1] < 240 for r in rows])
     normal = _cnn(x, np.array([int(r[5]) for r in rows]), train, 2)
     assert np.mean(normal) > .7, normal
 
