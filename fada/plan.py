@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from .settings import FadaError, PRECISIONS, digest, environment, nearest, now, read_json
 from .registry import ASSETS, MODELS, PUBLISHED, ModelSpec, model_class, model_spec, require
-from .checkpoints import (_quiet, keep_fp32, ledger, load_model, load_options, locate, record,
+from .checkpoints import (_quiet, keep_fp32, ledger, load_model, load_options, locate, quantisation_bytes, record,
                               resolve_device, weights_bytes)
 from .memory import (allocator_peak, count_weights, in_gb, in_gib, in_mib, kv_bytes_per_token, parse_size,
                          resident_bytes, weight_bytes)
@@ -102,7 +102,7 @@ class StandIn:
     pad_token_id = eos_token_id = 2; bos_token = eos_token = ''; all_special_ids = (); chat_template = 'stands in'
     def __init__(self, config, side:int=None, prompt:int=PROMPT, answer:int=ANSWER):
         self.config,self.prompt,self.answer = config,prompt,answer
-        self.side = side or image_side(config); self.tokens = image_tokens(config, self.side)
+        self.side = side or image_side(config); self.tokens = self.image_seq_length = image_tokens(config, self.side)  # one tile
         self.tokenizer = self.qformer_tokenizer = self
 
     def decode(self, ids, **kw): return ''
@@ -516,6 +516,12 @@ def _learner(vlm, rank):
     def update(loss): opt.zero_grad(); loss.backward(); opt.step()
     return lambda batch, questions, steps=2: run_train(vlm, batch, questions, update, steps)
 
+def _clock(device)->float:
+    "Seconds, read when a card has done what it was given"
+    import torch
+    if device.startswith('cuda'): torch.cuda.synchronize(device)
+    return time.perf_counter()
+
 def measure_model(
     model:str,                     # registry name
     task:str='answer', precision:str='fp32', device:str='auto',
@@ -531,15 +537,15 @@ def measure_model(
     shape = config or (Path(weights) if weights and not random else None)
     p = plan(model, task, precision, gpu=CARDS[0], questions=questions, batch=batch, new_tokens=new_tokens, rank=rank,
              side=side, config=shape, device=device.split(':')[0], find=False)
-    _quiet(); start = time.perf_counter()
+    _quiet(); start = _clock(device)
     vlm = open_for_measure(spec, precision, device, weights, random, config, new_tokens, side)
-    loaded = time.perf_counter()-start; stays = weights_bytes(vlm.core)
+    loaded = _clock(device)-start; stays = weights_bytes(vlm.core)+quantisation_bytes(vlm.core)
     with allocator_peak(device) as a:   # the adapter and the optimiser come into being in here
         work = _learner(vlm, rank) if task == 'train' else partial(run_answer, vlm)
         work(batch, questions)
-    start = time.perf_counter(); work(batch, questions, **(dict(steps=1) if task == 'train' else {}))
-    seconds = time.perf_counter()-start  # a run of its own: counting slows a CPU down
-    predicted = p.peak_bytes-p.parts['CUDA context']; peak = stays+a['bytes']
+    start = _clock(device); work(batch, questions, **(dict(steps=1) if task == 'train' else {}))
+    seconds = _clock(device)-start       # a run of its own: counting slows a CPU down
+    predicted = p.peak_bytes-p.parts['CUDA context']; peak = a['peak'] or stays+a['bytes']
     out = dict(model=model, task=task, precision=precision, device=device, machine=_machine(device),
                random_weights=random, batch=batch, questions=questions, new_tokens=new_tokens,
                load_seconds=round(loaded, 2), seconds_per_question=seconds/(batch*questions),
@@ -547,7 +553,7 @@ def measure_model(
                activation_bytes=a['bytes'], predicted_activation_bytes=predicted-p.weights_bytes,
                resident_bytes=resident_bytes(), made=now(),
                flops_per_second=p.flops/seconds if task == 'train' else None)
-    if keep and not config: record(model,   # another shape is another model
+    if keep and not (config or weights): record(model,   # another shape is another model
                      measured={**ledger(model).get('measured', {}), f'{task} {precision}': out})
     return out
 
