@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'SMALL', 'notebook_parameters', 'check_parameters', 'Job', 'Result', 'run_job', 'run_jobs', 'stop_running',
-           'run_notebooks', 'code_digest', 'demo_stages', 'run_demo']
+           'run_notebooks', 'demo_stages', 'run_demo']
 
 # %% ../nbs/13_batch.ipynb #6c89d32d
 import ast, os, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from .settings import FadaError, digest, nearest, now, read_json, sha256_file, writable_folder, write_json
+from .settings import FadaError, code_digest, digest, nearest, now, read_json, sha256_file, writable_folder, write_json
 from .clinical import DEMO_CATEGORIES
 
 # %% ../nbs/13_batch.ipynb #0072f266
@@ -182,11 +182,6 @@ DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets
 # enough to run every step, too little to learn
 SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)
 
-def code_digest(modules=DECIDING)->str:
-    "Digest of the modules whose code decides a result, so that an update makes old results stale"
-    here = Path(__file__).parent if '__file__' in globals() else Path('../fada')
-    return digest([sha256_file(here/f'{m}.py') for m in modules])
-
 # %% ../nbs/13_batch.ipynb #94a4e220
 def demo_stages(
     out, data,              # folders of the run and of the phantoms
@@ -194,7 +189,7 @@ def demo_stages(
     phantoms:int=1500,
 ):                          # iterator of (title, list of jobs), each read when the stage before is done
     "The demonstration's stages"
-    nb,out,data,code = run_notebooks(),Path(out).resolve(),Path(data).resolve(),code_digest()
+    nb,out,data,code = run_notebooks(),Path(out).resolve(),Path(data).resolve(),code_digest(DECIDING)
     n = SMALL['phantoms'] if small else phantoms; table,base = data/'questions.parquet',out/'base'/'model'
     short = lambda *keys: {k: SMALL[k] for k in keys} if small else {}
     def job(name, notebook, parameters, inputs=(), outputs=()):

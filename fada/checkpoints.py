@@ -6,8 +6,8 @@
 __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shards', 'wants_remote_code', 'check_checkpoint',
            'weights_digest', 'locate', 'base_identity', 'resolve_device', 'estimate_bytes', 'free_bytes', 'fitting',
            'check_memory', 'too_large', 'load_options', 'general_nf4', 'keep_fp32', 'load_processor', 'no_memory',
-           'load_model', 'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files',
-           'fetch', 'download', 'access', 'here']
+           'load_model', 'prove_processor', 'load_blip2', 'weights_bytes', 'quantisation_bytes', 'wanted_files',
+           'hub_error', 'hub_files', 'fetch', 'download', 'access', 'here']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
 import json, math, os, re, shutil, struct, sys, warnings
@@ -372,6 +372,16 @@ def weights_bytes(model)->int:
     "Bytes that the model's parameters and buffers take in memory now"
     return sum(t.numel()*t.element_size() for t in [*model.parameters(), *model.buffers()])
 
+def quantisation_bytes(model)->int:
+    "Bytes of bitsandbytes' scales, offsets and code books, which are neither parameters nor buffers; shared ones once"
+    found = []
+    for m in model.modules():
+        state = getattr(getattr(m, 'weight', None), 'quant_state', None)   # nf4
+        for s in (state, getattr(state, 'state2', None)):
+            if s is not None: found += [s.absmax, s.code, s.offset]
+        found += [getattr(getattr(m, k, None), 'SCB', None) for k in ('weight', 'state')]   # int8, before and in use
+    return sum({id(t): t.numel()*t.element_size() for t in found if t is not None}.values())
+
 # %% ../nbs/05b_checkpoints.ipynb #bba650b1
 _WANTED = re.compile(r'(qformer_tokenizer/)?[\w.-]+\.(json|txt|model|jinja)')
 
@@ -488,12 +498,8 @@ def access(
     out = dict(model=spec.name, gated=spec.gated, token=bool(get_token()),
                granted=None if spec.gated else True, downloaded=False,
                tests=_entry(spec).get('tests', {}), next='')
-    if spec.family == 'api':
-        from fada.remote import next_step
-        from fada.settings import load_settings
-        return dict(out, granted=None, downloaded=None, next=next_step(spec, load_settings()))
-    if spec.family in ('ensemble','classifier'): return dict(out, granted=None, downloaded=None,
-                                                             next='no download; see its notes')
+    if spec.family in ('api','ensemble','classifier'):
+        return dict(out, granted=None, downloaded=None, next='no download; see its notes')
     try: check_checkpoint(locate(spec), spec); out.update(downloaded=True, granted=True)
     except FadaError as e: out['next'] = str(e)
     asked = [spec] if not spec.parts else [m for m in registry().values() if not m.parts and m.gated

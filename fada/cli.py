@@ -418,10 +418,14 @@ def get(name:Name, wheels:Annotated[Optional[str],
 def access(name:Name, json:Json=False, quiet:Quiet=False):
     """Say what stands between a model and an answer here: licence, token, download, test.\n\nExample: fada
     models access medgemma-4b"""
-    _settings(quiet)
+    s = _settings(quiet)
     from fada.checkpoints import access as state
     from fada.registry import model_spec
-    r = state(model_spec(name)); word = {True: 'yes', False: 'no', None: 'unknown'}
+    spec = model_spec(name); r = state(spec)
+    if spec.family == 'api':
+        from fada.remote import next_step
+        r['next'] = next_step(spec, s)
+    word = {True: 'yes', False: 'no', None: 'unknown'}
     lines = [f'{k:11} {word.get(r[k], r[k])}' for k in ('gated','token','granted','downloaded')]
     _show(r, json, '\n'.join([*lines, f"tested      {', '.join(r['tests']) or 'no'}",
                               *([f"next: {r['next']}"] if r['next'] else [])]))

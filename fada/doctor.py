@@ -126,14 +126,28 @@ def check_free(s:Settings)->Finding:
                      else f'run `fada plan {s.model}` for what would fit')
     return ok('memory', said)
 
-def check_model(s:Settings)->Finding:
-    "Whether the files of the configured model are here and whole"
+def _lacks(spec, s)->str:
+    "What stands between a row and an answer, each part of an ensemble for itself; '' where nothing is known to"
     from fada.checkpoints import check_checkpoint, locate
-    spec = model_spec(s.model)
-    if not spec.architecture: return ok('model', f'{s.model} has no weights here')
-    try: check_checkpoint(locate(spec), None); return ok('model', f'{s.model} is here and whole')
-    except FadaError as e: return fails('model', str(e), '' if 'fada models get' in str(e)
-                                        else f'run `fada models get {s.model}`, or reinstall fada')
+    from fada.ensemble import read_parts
+    from fada.remote import next_step
+    if spec.family == 'api': return (why := next_step(spec, s)) and f'{spec.name} cannot be asked; {why}'
+    try:
+        if spec.family == 'ensemble':
+            votes,route,writer = read_parts(spec); names = [*votes, *route.values(), *([writer] if writer else [])]
+            return '; '.join(filter(None, (_lacks(model_spec(n), s) for n in dict.fromkeys(names))))
+        if spec.architecture: check_checkpoint(locate(spec), None)
+    except FadaError as e:
+        known = not spec.architecture or 'fada models get' in str(e)
+        return str(e) if known else f'{e}; run `fada models get {spec.name}`, or reinstall fada'
+    return ''
+
+def check_model(s:Settings)->Finding:
+    "Whether the configured model can answer: files here and whole, a service allowed with key and SDK, an ensemble's parts"
+    if why := _lacks(spec := model_spec(s.model), s): return fails('model', why, '')
+    if spec.family == 'api': return ok('model', f'{s.model} may be asked; it has no weights here')
+    return ok('model', f'the parts of {s.model} are here' if spec.family == 'ensemble' else
+              f'{s.model} is here and whole' if spec.architecture else f'{s.model} has no weights here')
 
 # %% ../nbs/06b_doctor.ipynb #2cb002ef
 LEAST_DISK = 10**9  # bytes a run may write: answers, adapters, executed notebooks

@@ -76,14 +76,16 @@ def _cpu_peak(prof)->int:
 
 @contextmanager
 def allocator_peak(device:str='cpu'):
-    "Yields a dict that holds `bytes`, the most that torch allocated inside the block beyond what was there before"
+    """Yields a dict that holds `bytes`, the most that torch allocated inside the block beyond what was there before, and
+    `peak`, that with what was there; None on a CPU, where nobody counts it"""
     import torch
-    out = {}
+    out = dict(peak=None)
     if device.startswith('cuda'):
         torch.cuda.synchronize(device); before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield out
-        torch.cuda.synchronize(device); out['bytes'] = torch.cuda.max_memory_allocated(device)-before
+        torch.cuda.synchronize(device); out['peak'] = torch.cuda.max_memory_allocated(device)
+        out['bytes'] = out['peak']-before
     else:
         os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler would report itself on standard error
         kinds = [torch.profiler.ProfilerActivity.CPU]

@@ -79,7 +79,7 @@ def name_facts(
     if re.fullmatch(r'(?i)patient\d{5}_plane\d+_\d+_of_\d+', stem):
         return dict(patient=f'fetal-planes:{m[1]}', dataset='fetal-planes')
     code = re.search(rf"(?i)[ _-]({'|'.join(CENTRES)})(?:[ _-]|$)", stem)
-    if not code: return dict(patient=f'named:{m[1]}')
+    if not code: return dict(patient=hashed(f'named:{m[1]}'))   # a number of the group's own
     site = CENTRES[code[1].upper()]
     return dict(patient=f'african-planes:{site}:{m[1]}', site=site, dataset='african-planes')
 
@@ -100,11 +100,12 @@ def add_answer(
                plane_group=CATEGORIES[cat].group, question_id=q, question=QUESTIONS[q].text, answer=answer,
                structured=structured_json(q, answer), canonical=True,
                source=f'{where[0]}:{where[1]}')
-    for k in ('patient', 'site', 'machine', 'operator', 'mm_per_px'):  # what DICOM said
+    row.update(named)
+    for k in ('patient', 'site', 'machine', 'operator', 'mm_per_px'):  # what DICOM said stands above the file's name
         if seen.get(k) is not None and not pd.isna(seen[k]): row[k] = seen[k]
-    row.update(named); row.update(known)
+    used = [k for k in named if row[k] == named[k]]; row.update(known)
     if dataset: row['dataset'] = dataset
-    if named: r.mapping['file names'] = {**r.mapping.get('file names', {}), **{k: k for k in named}}
+    if used: r.mapping['file names'] = {**r.mapping.get('file names', {}), **{k: k for k in used}}
     first,who = r.taken.setdefault((image, q), row), known.get('annotator')
     if first is row: r.rows.append(row)
     elif who and who != first.get('annotator') and r.taken.setdefault((image, q, who), row) is row:

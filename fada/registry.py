@@ -95,6 +95,7 @@ class ModelSpec:
     trained_parts: tuple = ()  # modules without pretrained weights, trained whole beside LoRA
     service: dict = field(default_factory=dict)  # of the family api: where and how, see `fada.remote`
     tiles: int = 1          # at most that an image is cut into, the whole among them; each costs `image_tokens`
+    like: str = ''          # the built-in row that it runs like; a built-in row is like itself
 
 # %% ../nbs/05a_registry.ipynb #a1f5b70b
 USES = ('production', 'medical terminology', 'small deployment', 'larger hardware', 'demonstration',
@@ -115,7 +116,7 @@ def _tuples(v): return tuple(_tuples(x) for x in v) if isinstance(v, list) else 
 
 def _check_row(row:dict, where:str):
     "Prove a row of a TOML or INI file field by field"
-    kinds = {f.name: f.type for f in fields(ModelSpec) if f.name != 'name'}
+    kinds = {f.name: f.type for f in fields(ModelSpec) if f.name not in ('name', 'like')}
     for k,v in row.items():
         if k not in kinds: raise FadaError(f'unknown field {k!r}', where, nearest(k, [*kinds, 'like']),
                                            'correct the field')
@@ -136,7 +137,7 @@ def _load_rows(path=ASSETS/'models.toml'):
     for name,row in tomllib.loads(path.read_text(encoding='utf-8')).items():
         dossiers[name] = Dossier(**{k: _tuples(v) for k,v in row.pop('dossier').items()})
         _check_row(row, f'{path} [{name}]')
-        rows[name] = ModelSpec(name, **{k: _tuples(v) for k,v in row.items()},
+        rows[name] = ModelSpec(name, like=name, **{k: _tuples(v) for k,v in row.items()},
                                lora=LORA_TARGETS.get(row.get('architecture'), {}))
     return rows, dossiers
 
@@ -145,9 +146,8 @@ MODELS,_DOSSIERS = _load_rows()
 # %% ../nbs/05a_registry.ipynb #57dfd016
 def dossier(spec:ModelSpec)->Dossier:
     "The dossier of a row; a row of the group's own has that of the model it runs like"
-    if spec.name in _DOSSIERS: return _DOSSIERS[spec.name]
-    twin = next(m for m in MODELS.values() if (m.architecture, m.family) == (spec.architecture, spec.family))
-    return replace(_DOSSIERS[twin.name], share=f'see its licence: {spec.licence}', published=())
+    if spec.name == spec.like: return _DOSSIERS[spec.name]
+    return replace(_DOSSIERS[spec.like], share=f'see its licence: {spec.licence}', published=())
 
 # %% ../nbs/05a_registry.ipynb #11c7ed8d
 def _ini_value(kind, text):
@@ -183,7 +183,7 @@ def _own_row(name, row, path)->ModelSpec:
     _check_row(row, where)
     folder = path.parent/row.get('checkpoint', '')
     if row.get('checkpoint') and folder.is_dir(): row.update(checkpoint=str(folder), embedded=False)
-    own = replace(MODELS[like], name=name, **{k: _tuples(v) for k,v in row.items()})
+    own = replace(MODELS[like], name=name, like=like, **{k: _tuples(v) for k,v in row.items()})
     if own.tiles > 1 and own.architecture not in TILED:
         raise FadaError(f'tiles = {own.tiles}', where, 'a model of '+' or '.join(TILED), 'leave `tiles` out')
     service = dict(MODELS[like].service); mine = row.get('service', {})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SETTINGS', 'NOTICE', 'SYNTHETIC', 'FadaError', 'nearest', 'Settings', 'find_settings', 'load_settings',
-           'digest', 'sha256_file', 'pixels_sha256', 'write_atomic', 'write_json', 'read_json', 'writable_folder',
-           'progress', 'seed_all', 'use_threads', 'now', 'environment']
+           'digest', 'sha256_file', 'code_digest', 'pixels_sha256', 'write_atomic', 'write_json', 'read_json',
+           'writable_folder', 'progress', 'seed_all', 'use_threads', 'now', 'environment']
 
 # %% ../nbs/00_settings.ipynb #d2f072e8
 import configparser, difflib, hashlib, json, os, platform, random, sys, tempfile
@@ -178,6 +178,13 @@ def sha256_file(
 )->str:         # 64 hexadecimal digits
     "sha256 of a file's bytes, read in pieces"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def code_digest(
+    modules,    # names of modules of `fada`
+)->str:         # 64 hexadecimal digits
+    "Digest of the modules' files, so that a change of code that decides a result makes an old result stale"
+    here = Path(__file__).parent if '__file__' in globals() else Path('../fada')
+    return digest([sha256_file(here/f'{m}.py') for m in modules])
 
 # %% ../nbs/00_settings.ipynb #126e05da
 def pixels_sha256(

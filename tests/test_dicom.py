@@ -6,7 +6,7 @@ from pydicom import examples
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate_uid
-from fada.images import blank_outside, dicom_facts, dicom_scale, pick_frames, read_dicom, read_image
+from fada.images import blank_outside, dicom_facts, dicom_scale, hashed, pick_frames, read_dicom, read_image
 from fada.readers import read_any
 from fada.settings import FadaError
 
@@ -88,6 +88,16 @@ def test_no_name_survives(tmp_path, monkeypatch):
     t = read_any(tmp_path).table; assert t.patient.nunique() == 1 and not t.to_csv().count('Miller')
     monkeypatch.setenv('FADA_SALT', 'two')
     assert dicom_facts(tmp_path/'Femur'/'0.dcm')['patient'] != facts['patient']
+
+def test_tags_stand_above_the_name_of_a_file(tmp_path, monkeypatch):
+    "One patient by the tags though the names count two; without a PatientID the name's number, hashed"
+    monkeypatch.setenv('FADA_SALT', 'one'); names = ['Patient41_a', 'Patient42_b', 'Patient43_c']
+    for k, n in enumerate(names):
+        write(tmp_path/'Femur'/f'{n}.dcm', RAMP+0*k, **(dict(PatientID='X1', InstitutionName='St Mary') if k < 2 else {}))
+    pd.DataFrame({'Image Name': names, 'Q6': ['good']*3}).to_csv(tmp_path/'Femur'/'a.csv', index=False)
+    r = read_any(tmp_path); who = r.table.set_index('image').patient
+    assert who[:2].unique().tolist() == [hashed('X1')] and who.iloc[2] == hashed('named:43') and who.iloc[2].startswith('p-')
+    assert not any(f'named:{n}' in r.table.to_csv() for n in (41, 42, 43)) and r.mapping['file names'] == {'patient': 'patient'}
 
 @pytest.mark.parametrize('name,text,sector', [
     ('palette_color', [(0, 58, 0, 800), (60, 350, 0, 120), (60, 350, 730, 800), (85, 110, 100, 310)],

@@ -98,6 +98,34 @@ def test_device_memory_and_model(tmp_path, monkeypatch):
     f = doctor.check_model(load_settings(model='bad')); assert f.state == 'fails' and 'damaged shard' in f.found
     assert not ready([f]) and ready([doctor.check_browser()])
 
+def test_a_service_and_an_ensemble_can_run_or_say_why(tmp_path, monkeypatch):
+    "The gate, the key, the SDK; an ensemble by each of its parts"
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path/'state'))
+    (tmp_path/'models.toml').write_text("""[ours]
+like = "openai"
+service = {url = "http://127.0.0.1:9/v1"}
+[both]
+like = "ensemble"
+parts = {structures = "ours", others = "blip2-nano", wording = "medgemma-4b-text"}
+[twice]
+like = "ensemble"
+parts = {structures = "blip2-nano", others = "blip2-nano"}
+[odd]
+like = "ensemble"
+parts = {others = "blip3-nano"}
+""")
+    def look(name, allowed='yes'):
+        (tmp_path/'settings.ini').write_text(f'[remote]\nallowed = {allowed}\n'); return doctor.check_model(load_settings(model=name))
+    assert look('ours').state == look('twice').state == 'ok'
+    f = look('ours', 'no'); assert f.state == 'fails' and '[remote] allowed = yes' in f.found and not ready([f])
+    f = look('both', 'no'); assert f.state == 'fails' and '[remote] allowed' in f.found and 'fada models get medgemma-4b-text' in f.found
+    f = look('both'); assert f.state == 'fails' and '[remote]' not in f.found and 'medgemma-4b-text' in f.found
+    f = look('odd'); assert f.state == 'fails' and 'did you mean blip2-nano' in f.found
+    monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+    f = look('openai'); assert f.state == 'fails' and 'OPENAI_API_KEY' in f.found
+    monkeypatch.setitem(sys.modules, 'openai', None)   # as if it were not installed
+    f = look('ours'); assert f.state == 'fails' and 'pip install' in f.found
+
 def test_a_full_disk(tmp_path):
     "A file system of 64 KiB, written full"
     at = tmp_path/'small'; at.mkdir()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
-from fada.checkpoints import load_model, shard_header, shards
+from fada.checkpoints import ledger, load_model, shard_header, shards
 from fada.memory import count_weights, in_gb, kv_bytes_per_token, published_matrix, weight_bytes
 from fada.plan import PARTS, PUBLISHED_SPEED, dynamic, kept_plans, measure_model, plan, plan_table, plan_text, shape_of
 from fada.registry import MODELS, skeleton
@@ -141,6 +141,29 @@ def test_measure_records_what_it_found(tmp_path, monkeypatch):
     assert abs(r['error']) < .05 and r['load_seconds'] > 0 and r['seconds_per_question'] > 0 and r['flops_per_second'] > 0
     assert 'measured here' in plan('blip2-nano', 'train', 'fp32', device='cpu').speed
     assert 'published' in plan('blip2-nano', 'train', 'fp32').speed   # a CPU's speed says nothing of a card
+
+def test_weights_of_another_shape_are_not_the_row_s(tmp_path, monkeypatch):
+    "Neither a folder of weights nor a configuration is recorded under the row's name"
+    monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path/'state')); name, _, at = tiny.tiny('smolvlm', tmp_path)
+    for given in (dict(weights=at), dict(random=True, config=at)):
+        r = measure_model(name, 'train', 'fp32', 'cpu', questions=1, **given); assert r['flops_per_second'] > 0
+    assert not ledger(name) and 'published' in plan(name, 'train', 'fp32', device='cpu').speed
+
+@pytest.mark.parametrize('precision', ['int8', 'nf4'])
+def test_a_measured_peak_counts_the_state_of_the_quantisation(precision, tmp_path):
+    "Scales, offsets and code books are in the weights measured as they are in those predicted, within 1 %"
+    name, _, at = tiny.tiny('llava', tmp_path)
+    r = measure_model(name, 'answer', precision, 'cpu', questions=1, new_tokens=4, weights=at, keep=False)
+    p = plan(name, 'answer', precision, questions=1, new_tokens=4, config=at, device='cpu', find=False)
+    assert p.parts['quantisation state'] > .015*p.weights_bytes and abs(r['weights_bytes']/p.weights_bytes-1) < .01, r
+    assert r['peak_bytes'] == r['weights_bytes']+r['activation_bytes']
+
+def test_the_clock_waits_for_a_card(monkeypatch):
+    "What a card was given is done before the clock is read, at both ends; a stand-in for the card that is not here"
+    import torch
+    from fada.plan import _clock
+    seen = []; monkeypatch.setattr(torch.cuda, 'synchronize', seen.append); monkeypatch.setattr('time.perf_counter', lambda: len(seen))
+    assert (_clock('cpu'), _clock('cuda:1'), _clock('cuda')) == (0, 1, 2) and seen == ['cuda:1', 'cuda']
 
 def fresh(names):
     "Kept plans of `names` with their freshly predicted peaks"

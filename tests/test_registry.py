@@ -120,6 +120,16 @@ def test_a_row_of_ones_own(name, text, tmp_path, monkeypatch):
     assert own.precisions == ('bf16', 'nf4') and own.lora == base.lora and own.architecture == base.architecture
     assert set(registry()) == {*MODELS, 'ours'} and dossier(own).share.startswith('see its licence')
 
+def test_a_row_has_the_dossier_of_the_row_it_is_like(tmp_path, monkeypatch):
+    "Not that of the first row of its architecture: MedGemma is built like Gemma 3"
+    from fada.registry import model_spec
+    (tmp_path/'settings.ini').touch(); monkeypatch.chdir(tmp_path)
+    (tmp_path/'models.toml').write_text(''.join(f'["our-{n}"]\nlike = "{n}"\n' for n in MODELS))
+    for n in MODELS:
+        own, known = dossier(model_spec(f'our-{n}')), dossier(MODELS[n])
+        assert own.strengths == known.strengths and own.suits == known.suits and own.issues == known.issues
+        assert own.published == () and own.share != known.share
+
 @pytest.mark.parametrize('text,says', [
     ('[ours]\nlike = "smolvlm-256"\n', 'like = .smolvlm-256.'), ('[ours]\ncheckpoint = "x/y"\n', 'like = None'),
     ('[ours]\nlike = "llava-1.5-7b"\ntiles = 4\n', 'a model of smolvlm or internvl'),
