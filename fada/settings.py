@@ -68,7 +68,7 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'remote_text':    ('remote',   'keep_text',      bool, 'no',
                        'whether what is written outside the sector is sent too'),
     'remote_budget':  ('remote',   'budget',         str,  '1000000 tokens',
-                       'most that one service may take, in tokens or money'),
+                       'most that one row of models may take, in tokens or money'),
     'remote_rate':    ('remote',   'requests_per_minute', int, '60',        'requests a minute, at most'),
     'remote_parallel': ('remote',  'parallel',       int,  '4',             'requests under way at a time'),
     'remote_timeout': ('remote',   'timeout',        int,  '60',            'seconds a reply may take'),
