@@ -889,6 +889,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fada.settings.digest': ('settings.html#digest', 'fada/settings.py'),
                                'fada.settings.environment': ('settings.html#environment', 'fada/settings.py'),
                                'fada.settings.find_settings': ('settings.html#find_settings', 'fada/settings.py'),
+                               'fada.settings.fit_text': ('settings.html#fit_text', 'fada/settings.py'),
                                'fada.settings.load_settings': ('settings.html#load_settings', 'fada/settings.py'),
                                'fada.settings.nearest': ('settings.html#nearest', 'fada/settings.py'),
                                'fada.settings.now': ('settings.html#now', 'fada/settings.py'),

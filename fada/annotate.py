@@ -11,7 +11,7 @@ import hashlib, html, io, json, os
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
-from .settings import FadaError, now
+from .settings import FadaError, fit_text, now
 from .clinical import (CATEGORIES, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, RECOMMENDATIONS,
                            STRUCTURES)
 from .images import blank_outside, look_all, public_name, read_image
@@ -35,8 +35,8 @@ def annotate(
     if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', '1 to 8', '')
     if kind == 'correction' and after.strip() == before.strip():
         raise FadaError('nothing was changed', image, 'another answer', '')
-    rec = dict(when=now(), who=who.strip(), kind=kind, image=image, pixels_sha256=sha,
-               question_id=question_id, before=before, after=after.strip())
+    rec = dict(when=now(), who=fit_text(who.strip()), kind=kind, image=image, pixels_sha256=sha,
+               question_id=question_id, before=before, after=fit_text(after.strip()))
     path = Path(folder)/LOG; torn = path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b'\n'
     with open(path, 'ab') as f:
         f.write((b'\n' if torn else b'') + json.dumps(rec).encode() + b'\n')

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 import numpy as np
 from fastcore.basics import patch
-from .settings import FadaError, Settings, digest, nearest, now, writable_folder
+from .settings import FadaError, Settings, digest, fit_text, nearest, now, writable_folder
 from .images import blank_outside
 from .registry import ModelSpec
 from .vlm import VLM, Answer, PROMPT_VERSION, _as_rgb, _prepare, image_hash
@@ -104,8 +104,7 @@ def read_key(service:Service)->str:
 
 def hide(text:str, key:str)->str:
     "`text` without the key, and without anything that looks like one or that no file takes (half a surrogate pair)"
-    text = str(text).encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    text = text.replace(key, '[key]') if key != 'none' else text
+    text = fit_text(text).replace(key, '[key]') if key != 'none' else fit_text(text)
     return re.sub(r'\b(sk|pk|api)-[\w*.-]{6,}|\bBearer \S+', '[key]', text)
 
 # %% ../nbs/07c_remote.ipynb #ca077027

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SETTINGS', 'NOTICE', 'SYNTHETIC', 'FadaError', 'nearest', 'Settings', 'find_settings', 'load_settings',
-           'digest', 'sha256_file', 'pixels_sha256', 'write_atomic', 'write_json', 'read_json', 'writable_folder',
-           'progress', 'seed_all', 'use_threads', 'now', 'environment']
+           'digest', 'sha256_file', 'pixels_sha256', 'fit_text', 'write_atomic', 'write_json', 'read_json',
+           'writable_folder', 'progress', 'seed_all', 'use_threads', 'now', 'environment']
 
 # %% ../nbs/00_settings.ipynb #d2f072e8
 import configparser, difflib, hashlib, json, os, platform, random, sys, tempfile
@@ -186,6 +186,10 @@ def pixels_sha256(
     return h.hexdigest()
 
 # %% ../nbs/00_settings.ipynb #aa09729d
+def fit_text(text)->str:
+    "`text` as a file can hold it: half a surrogate pair becomes U+FFFD"
+    return str(text).encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
 def write_atomic(
     path,       # where the file is to be
     content,    # str, or bytes
