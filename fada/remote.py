@@ -59,11 +59,11 @@ def host_kind(
         raise FadaError('images would travel unencrypted', url, f'https://{host}…', '')
     return kind
 
-# %% ../nbs/07c_remote.ipynb #8f4a184e
 def house(url:str)->str:
     "Where a service stands, for the identity of its answers: this machine, or the host by name"
     return NEAR[0] if host_kind(url) == NEAR[0] else urlsplit(url).hostname
 
+# %% ../nbs/07c_remote.ipynb #8f4a184e
 def _check_price(price, where):
     "Prove a price; nothing is filled in"
     numbers = [price.get(k) for k in PRICE[:2]]
