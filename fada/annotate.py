@@ -11,7 +11,7 @@ import hashlib, html, io, json, os
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
-from .settings import FadaError, now
+from .settings import FadaError, fit_text, now
 from .clinical import (CATEGORIES, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, RECOMMENDATIONS,
                            STRUCTURES)
 from .images import blank_outside, look_all, public_name, read_image
@@ -35,11 +35,11 @@ def annotate(
     if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', '1 to 8', '')
     if kind == 'correction' and after.strip() == before.strip():
         raise FadaError('nothing was changed', image, 'another answer', '')
-    rec = dict(when=now(), who=who.strip(), kind=kind, image=image, pixels_sha256=sha,
-               question_id=question_id, before=before, after=after.strip())
+    rec = dict(when=now(), who=fit_text(who.strip()), kind=kind, image=image, pixels_sha256=sha,
+               question_id=question_id, before=before, after=fit_text(after.strip()))
     path = Path(folder)/LOG; torn = path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b'\n'
     with open(path, 'ab') as f:
-        f.write((b'\n' if torn else b'') + json.dumps(rec, ensure_ascii=False).encode() + b'\n')
+        f.write((b'\n' if torn else b'') + json.dumps(rec).encode() + b'\n')
         f.flush()
         os.fsync(f.fileno())
     return rec
@@ -48,12 +48,12 @@ def annotate(
 def annotations(
     folder,
 )->pd.DataFrame:       # in the order they were made; the index is the line of the log
-    "All annotations of a folder; a torn line is left out and counted in `.attrs['torn']`"
-    path = Path(folder)/LOG; out,torn = {},0
-    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
-    for i,line in enumerate(lines, 1):
+    "All annotations of a folder; torn lines are left out, their numbers are `.attrs['torn']`"
+    path = Path(folder)/LOG; out,torn = {},[]
+    for i,line in enumerate(path.read_bytes().split(b'\n') if path.is_file() else [], 1):
+        if not line.strip(): continue
         try: out[i] = json.loads(line)
-        except ValueError: torn += 1
+        except ValueError: torn.append(i)
     t = pd.DataFrame(list(out.values()), list(out), ['when', 'who', 'kind', 'image', 'pixels_sha256',
                                                      'question_id', 'before', 'after'])
     t.attrs['torn'] = torn
@@ -85,6 +85,7 @@ def corrected(
 )->pd.DataFrame:         # `answer` as corrected; `corrected_from`: as given; `corrected_by`: who changed it
     "Apply the corrections of the log, by pixel hash and question, where they correct the answer that was given"
     a = annotations(folder); chains,fitted = {},set()
+    for i in a.attrs['torn'] if reading else (): reading.set_aside(LOG, i, '', 'a line that is not whole')
     for r in a[a.kind == 'correction'].itertuples():
         chains.setdefault((r.pixels_sha256, r.question_id), []).append(r)
     if not chains: return table
@@ -200,6 +201,8 @@ class Annotator:
         right = [self.head, *self.buttons, self.free, w.HBox([self.enter, self.back]), self.state]
         self.widget = w.HBox([self.picture, w.VBox(right)])
         self.widget.add_class('fada-annotate'); self.go_on(); self.show()
+        if torn := annotations(folder).attrs['torn']:
+            self.state.value = f"<i>{LOG}: not whole, and left out: line {', '.join(map(str, torn))}</i>"
 
 # %% ../nbs/04j_annotate.ipynb #2520dda8
 @patch

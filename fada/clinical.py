@@ -242,7 +242,8 @@ def write_answer(
     if question_id == 5: return _write_age(s)
     if question_id == 6: return s['grade'] + (': ' + _list(s['reasons'], REASONS) if s['reasons'] else '')
     if question_id == 7:
-        return 'abnormal: ' + _list(s['findings'], FINDINGS) if s['findings'] else 'no abnormality seen'
+        if s['findings']: return 'abnormal: ' + _list(s['findings'], FINDINGS)
+        return 'no abnormality seen' if s['normal'] else 'abnormal'
     return RECOMMENDATIONS[s['class']][0]
 
 # %% ../nbs/01_clinical.ipynb #bb2e5975

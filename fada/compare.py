@@ -388,7 +388,7 @@ def _sections(jobs, data, vlm, planes):
              for k,v in list(every.items())[1:] if v.adapter.any()]
     cards = [dict(e, confidence='–' if pd.isna(e['confidence']) else f"{e['confidence']:.2f}",
                   png=_png(shown(data, e['image'], test).resize((150,150)))) for e in examples(scored)]
-    image,rows,scale = (None, None, '') if vlm.paid else real_frame(vlm)   # no question that costs money
+    image,rows,scale = real_frame(vlm) if vlm else (None, None, '')
     return [
         dict(title='The images',
              text=f'A sample of the test split ({test.image.nunique()} images, '
@@ -421,7 +421,7 @@ def _sections(jobs, data, vlm, planes):
                 text='Gradient-weighted relevancy for the answer on orientation, one image a category. '
                      'Attention is not evidence: a map that looks right proves nothing.',
                 figures=[fig(plot_attention(vlm, test, data), 'attention')])]
-          if 'attention' in vlm.spec.capabilities else []),
+          if vlm and 'attention' in vlm.spec.capabilities else []),
         *([dict(title='A real frame',
                 text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike "
                      "every training image; the answers below show what a model does that cannot say so.",
@@ -444,10 +444,12 @@ def write_report(
 )->Path:                 # run/report.html
     "Write the report of a run"
     from jinja2 import Environment
+    from fada.registry import model_spec
     from fada.vlm import load
     jobs = collect(run); first = next(j for j in jobs if j.metrics); c = first.config
     data = data or c['data']
-    vlm = load(c['model'], c['adapter'] or None, c['weights'] or None, c['precision'])
+    far = model_spec(c['model']).family in ('api','ensemble')   # their answers are there: no key, no cost
+    vlm = None if far else load(c['model'], c['adapter'] or None, c['weights'] or None, c['precision'])
     synthetic = (Path(data)/'phantoms.json').exists()
     notes = [n if j.system == first.system else dict(n, text=f"{j.system}, {', '.join(j.metrics['categories'])}: {n['text']}")
              for j in jobs if j.metrics for n in j.metrics['notes'] if j.system == first.system or n['level'] == 'red']

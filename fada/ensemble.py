@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from .settings import FadaError, Settings, digest, nearest
 from .clinical import (FINDINGS, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, REASONS,
                            RECOMMENDATIONS, STRUCTURES, parse_answer, question_id, write_answer)
-from .refine import REFINE, added, refine
+from .refine import REFINE, Refined, added, refine
 from .registry import ModelSpec, model_spec
 from .vlm import VLM, Answer, PROMPT_VERSION, Request, load
 
@@ -86,8 +86,6 @@ def combine(
     readings = [(r, w) for t,w in said if q and (r := reading(q, t))]
     if not readings: return own, '', []
     s = vote(q, readings)
-    if q == 7 and not s['normal'] and not s['findings']:
-        return next(t for t,_ in said if reading(q, t).get('normal') is False), '', []
     text = write_answer(q, s); more = [c for c in added(text, '\n'.join(t for t,_ in said)) if c != ND]
     return (own, text, more) if more else (text, '', [])
 
@@ -136,13 +134,23 @@ def asked(self:Ensemble, q)->list:
     i = _number(q); key = QUESTIONS[i].key if i else 'others'
     return [self.route[k] for k in (key, 'others') if k in self.route][:1]
 
+def _said(m, requests)->list:
+    "Answers of a part; where it can answer nothing more (a service that is down), the error stands in their places"
+    out = []
+    try:
+        for a in m.answer(requests): out.append(a)
+    except FadaError as e:
+        places = [(r, q) for r in requests for q in r.questions][len(out):]
+        out += [Answer(str(q), id=r.id, error=str(e), stage='service') for r,q in places]
+    return out
+
 @patch
 def _ask_parts(self:Ensemble, batch)->dict:
     "{(request, question): {name: Answer}} of a batch"
     out = {}
     for name,m in self.members.items():
         at = [[n for n,q in enumerate(_questions(r)) if name in self.asked(q)] for r in batch]
-        said = m.answer([Request(r.image, [_questions(r)[n] for n in ns], k)
+        said = _said(m, [Request(r.image, [_questions(r)[n] for n in ns], k)
                          for k,(r,ns) in enumerate(zip(batch, at)) if ns])
         places = [(k, n) for k,ns in enumerate(at) for n in ns]
         for place,a in zip(places, said, strict=True): out.setdefault(place, {})[name] = a
@@ -188,10 +196,16 @@ def _answer_batch(self:Ensemble, batch):
     out = [self._joined(r, q, parts.get((k, n), {}))
            for k,r in enumerate(batch) for n,q in enumerate(_questions(r))]
     good = [a for a in out if not a.error] if self.writer else []
-    for a,w in zip(good, refine(self.writer, [(a.question, a.text) for a in good]) if good else []):
-        a.text = w.text
+    for a,w in zip(good, self._refine(good)):
+        a.text = w.text; a.seconds += w.seconds
         a.more['refined'] = dict(asdict(w), accepted=w.accepted)
     yield from out
+
+@patch
+def _refine(self:Ensemble, good)->list:
+    "What the writer makes of good answers; where it can answer nothing, they stand"
+    try: return refine(self.writer, [(a.question, a.text) for a in good]) if good else []
+    except FadaError as e: return [Refined(a.text, a.text, error=str(e)) for a in good]
 
 # %% ../nbs/07e_ensemble.ipynb #eb4f3221
 def read_parts(spec:ModelSpec)->tuple:

@@ -28,7 +28,7 @@ class AnswersLog:
 
     def append(self, records):
         "Write `records` (dicts) and flush them to the disk before returning"
-        text = ''.join(json.dumps(r, ensure_ascii=False, default=str)+'\n' for r in records)
+        text = ''.join(json.dumps(r, default=str)+'\n' for r in records)
         fd = os.open(self.path, os.O_RDWR|os.O_CREAT|os.O_APPEND, 0o644)
         try:
             _lock(fd)
@@ -209,11 +209,11 @@ def evaluate(
 def spending(
     records,      # of an answers log
 )->dict:          # tries, tokens_in, tokens_out, guessed (tokens no reply confirmed), cost {currency: amount}
-    "What services took for the answers of a log, the parts of ensembles too"
+    "What services took for the answers of a log, the parts and writers of ensembles too"
     out = dict(tries=0, tokens_in=0, tokens_out=0, guessed=0, cost={})
     for r in records:
         more = r.get('more') or {}
-        for m in (more, *(p['more'] for p in more.get('parts', []))):
+        for m in (more, *(p['more'] for p in more.get('parts', [])), (more.get('refined') or {}).get('more') or {}):
             for k in ('tries','tokens_in','tokens_out','guessed'): out[k] += m.get(k, 0)
             if m.get('currency'): out['cost'][m['currency']] = out['cost'].get(m['currency'], 0)+m['cost']
     return out

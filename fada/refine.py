@@ -8,7 +8,7 @@ __all__ = ['HARMLESS', 'NEGATIONS', 'STATES', 'REVERSED', 'LEXICON', 'REFINE', '
 
 # %% ../nbs/07d_refine.ipynb #3c2db45e
 import re, unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from .settings import FadaError, nearest
 from .clinical import (CATEGORIES, FINDINGS, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, REASONS,
@@ -154,6 +154,8 @@ class Refined:
     added: list = field(default_factory=list)
     lost: list = field(default_factory=list)
     error: str = ''          # of the model
+    seconds: float = 0.      # of the model, and what it took: see `Answer`
+    more: dict = field(default_factory=dict)
     @property
     def accepted(self): return not (self.added or self.lost or self.error) and self.text == self.attempt
     def _repr_markdown_(self): return self.text+('' if self.accepted else f' *(not refined: {self.attempt!r})*')
@@ -179,10 +181,19 @@ REPORT = ('Write a short report of a fetal ultrasound image from these findings,
           'what they say: add nothing, leave nothing out, keep every number. Findings: {answer}')
 
 def _ask_model(vlm, prompts, longest:int)->list:
-    "Replies (text, error) to prompts without an image, of up to `longest` tokens"
+    "Answers to prompts without an image, of up to `longest` tokens"
     kept,vlm.max_new_tokens = vlm.max_new_tokens,longest
-    try: return [(a.text, a.error) for a in vlm.answer([Request(None, [p]) for p in prompts])]
+    try: return list(vlm.answer([Request(None, [p]) for p in prompts]))
     finally: vlm.max_new_tokens = kept
+
+def _refined(
+    original:str,
+    said,            # the Answer of the model that rewrote it
+    question_id:int=None,
+)->Refined:
+    "The rewrite judged, with what it took"
+    r = Refined(original, original, error=said.error) if said.error else judge(original, said.text, question_id)
+    return replace(r, seconds=said.seconds, more=said.more)
 
 def refine(
     vlm,             # a model that answers without an image
@@ -193,7 +204,7 @@ def refine(
     at = [question_id(q) for q,_ in pairs]
     asked = [REFINE.format(question=QUESTIONS[i].text if i else q, answer=a) for i,(q,a) in zip(at, pairs)]
     said = _ask_model(vlm, asked, longest)
-    return [Refined(a, a, error=e) if e else judge(a, t, i) for i,(_,a),(t,e) in zip(at, pairs, said)]
+    return [_refined(a, s, i) for i,(_,a),s in zip(at, pairs, said, strict=True)]
 
 # %% ../nbs/07d_refine.ipynb #d5faf2ef
 _LABELS = dict(zip(QUESTIONS, ('Structures', 'Orientation', 'Plane', 'Measurements', 'Gestational age',
@@ -209,9 +220,7 @@ def report_text(
         if q is None:
             known = [o.key for o in QUESTIONS.values()]
             raise FadaError(f'unknown question {key!r}', 'findings', nearest(key, known), '')
-        try:
-            nameless = q == 7 and s['normal'] is False and not s['findings']   # the templates would say normal
-            lines[q] = f"{_LABELS[q]}: {'abnormal' if nameless else write_answer(q, s)}."
+        try: lines[q] = f'{_LABELS[q]}: {write_answer(q, s)}.'
         except (KeyError, TypeError) as e:
             raise FadaError(f'{s!r} is no finding', QUESTIONS[q].key, 'a structured answer, see `parse_answer`',
                             f'missing: {e}') from None
@@ -225,5 +234,4 @@ def write_report(
     "A report from structured findings; what a model adds or leaves out makes the templates' wording stand"
     text = report_text(findings)
     if vlm is None: return Refined(text, text, text)
-    said,error = _ask_model(vlm, [REPORT.format(answer=' '.join(text.split('\n')))], longest)[0]
-    return Refined(text, text, error=error) if error else judge(text, said)
+    return _refined(text, _ask_model(vlm, [REPORT.format(answer=' '.join(text.split('\n')))], longest)[0])

@@ -175,6 +175,9 @@ def _read_rows(path)->dict:
 def _own_row(name, row, path)->ModelSpec:
     "One row of the group's own file"
     where = f'{path} [{name}]'
+    if not re.fullmatch(r'\w[\w.+-]*', name):   # it names files and folders
+        raise FadaError(f'{name!r} as the name of a row', where, 'letters, digits and . _ + - after the first one',
+                        'rename the row; what a model is called elsewhere is its checkpoint')
     if not isinstance(row, dict): raise FadaError(f'{name} = {row!r} outside a table', str(path),
                                                   '[name] tables with key = value lines', '')
     like,row = row.get('like'),{k: v for k,v in row.items() if k != 'like'}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRICE', 'NEAR', 'Reply', 'SDKS', 'PASSES', 'CONCERNS_ALL', 'PROBE', 'Job', 'LONGEST_WAIT', 'Service', 'host_kind',
-           'read_service', 'read_key', 'hide', 'outgoing', 'as_base64', 'import_sdk', 'limit_name', 'Trouble',
-           'retry_after', 'as_trouble', 'Journal', 'read_budget', 'money', 'Meter', 'Pace', 'Remote', 'next_step']
+           'house', 'read_service', 'read_key', 'hide', 'outgoing', 'as_base64', 'import_sdk', 'open_client',
+           'limit_name', 'Trouble', 'retry_after', 'as_trouble', 'Journal', 'read_budget', 'money', 'Meter', 'Pace',
+           'Remote', 'next_step']
 
 # %% ../nbs/07c_remote.ipynb #6537d4be
 import base64, importlib, io, json, math, os, random, re, threading, time
@@ -15,10 +16,10 @@ from dataclasses import dataclass, field, fields
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 import numpy as np
 from fastcore.basics import patch
-from .settings import FadaError, Settings, digest, nearest, now, writable_folder
+from .settings import FadaError, Settings, digest, fit_text, nearest, now, writable_folder
 from .images import blank_outside
 from .registry import ModelSpec
 from .vlm import VLM, Answer, PROMPT_VERSION, _as_rgb, _prepare, image_hash
@@ -57,6 +58,10 @@ def host_kind(
     if p.scheme == 'http' and kind not in NEAR:
         raise FadaError('images would travel unencrypted', url, f'https://{host}…', '')
     return kind
+
+def house(url:str)->str:
+    "Where a service stands, for the identity of its answers: this machine, or the host by name"
+    return NEAR[0] if host_kind(url) == NEAR[0] else urlsplit(url).hostname
 
 # %% ../nbs/07c_remote.ipynb #8f4a184e
 def _check_price(price, where):
@@ -98,8 +103,8 @@ def read_key(service:Service)->str:
                     'set it there: a key is read from the environment alone, and never written')
 
 def hide(text:str, key:str)->str:
-    "`text` without the key, and without anything that looks like one"
-    text = str(text).replace(key, '[key]') if key != 'none' else str(text)
+    "`text` without the key, and without anything that looks like one or that no file takes (half a surrogate pair)"
+    text = fit_text(text).replace(key, '[key]') if key != 'none' else fit_text(text)
     return re.sub(r'\b(sk|pk|api)-[\w*.-]{6,}|\bBearer \S+', '[key]', text)
 
 # %% ../nbs/07c_remote.ipynb #ca077027
@@ -166,6 +171,19 @@ def import_sdk(name:str):
         raise FadaError(f'the package {name} is not installed', '', 'the extra api',
                         'pip install "fada[api]"') from None
 
+def open_client(service:Service, key:str, timeout:float):
+    "The SDK's client, which goes where its row says and nowhere else, with no header from the environment"
+    sdk = import_sdk(service.sdk); host = host_kind(service.url); headers = f'{service.sdk.upper()}_CUSTOM_HEADERS'
+    if os.environ.get(headers):   # the SDK reads it, whatever the address
+        raise FadaError(f'{service.sdk} would send what it holds to {urlsplit(service.url).hostname}',
+                        f'the environment variable {headers}', 'none', 'unset it: headers may hold a key')
+    straight = sdk.DefaultHttpxClient(follow_redirects=False)   # else an image is sent on to where a reply says
+    made = getattr(sdk, SDKS[service.sdk][0])(api_key=key, base_url=service.url, max_retries=0, timeout=timeout,
+                                              http_client=straight)
+    # read from OPENAI_ORG_ID and OPENAI_PROJECT_ID, whatever the address
+    if service.sdk == 'openai' and host != 'api.openai.com': made.organization = made.project = None
+    return made
+
 def limit_name(service:Service)->str:
     "What the protocol calls the longest answer: OpenAI's host renamed it, other servers know the old name"
     renamed = host_kind(service.url) == 'api.openai.com'
@@ -181,9 +199,10 @@ class Trouble(Exception):
         paid:bool=False,    # a reply may have been paid for
         tokens:tuple=None,  # (in, out) that it took, where that is known
         stage:str='service',
+        do:str='',          # what to do about it
     ):
         super().__init__(why); self.why,self.again,self.wait,self.fatal = why,again,wait,fatal
-        self.paid,self.tokens,self.stage = paid,tokens,stage
+        self.paid,self.tokens,self.stage,self.do = paid,tokens,stage,do
 
 def retry_after(headers)->float|None:
     "Seconds that a service asks to wait: `retry-after-ms`, or `Retry-After` as seconds or as a date (RFC 9110)"
@@ -192,6 +211,26 @@ def retry_after(headers)->float|None:
     except ValueError: pass
     try: return max(0., parsedate_to_datetime(said).timestamp()-time.time())
     except (TypeError, ValueError): return None
+
+# %% ../nbs/07c_remote.ipynb #c41d9a07
+def _no_connection(e)->Trouble:
+    "What kept an SDK from connecting: the cause that its error hides"
+    causes = [e.__cause__]
+    while nxt := causes[-1].__cause__ or causes[-1].__context__: causes.append(nxt)
+    if any(isinstance(c, ConnectionRefusedError) for c in causes):
+        return Trouble('nothing listens there', again=True, fatal=True,
+                       do='start the server, or correct url in its service table')
+    said = next((s for c in causes if (s := ' '.join(str(c).split()))), type(causes[-1]).__name__)
+    return Trouble(f'no connection ({said[:300]})', again=True, fatal=True,
+                   do='check the network, and url in its service table')
+
+def _moved(e)->Trouble:
+    "A redirection, which is not followed"
+    at = str(e.request.url); to = urljoin(at, e.response.headers.get('location', ''))
+    new = urlsplit(to).netloc.rpartition('@')[2]
+    return Trouble(f'the service sends on to {"another path of " if new == urlsplit(at).netloc else ""}{new} '
+                   f'({e.status_code})', fatal=True,
+                   do='nothing was sent there; where it is right, correct url in its service table')
 
 # %% ../nbs/07c_remote.ipynb #7152afc8
 PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -205,11 +244,11 @@ def as_trouble(
 )->Trouble:
     "What an SDK's error means for the question, and for the next ones"
     if isinstance(e, sdk.APIConnectionError):
-        absent = type(e.__cause__).__name__ in ('ConnectError', 'ConnectTimeout')
+        if type(e.__cause__).__name__ in ('ConnectError', 'ConnectTimeout'): return _no_connection(e)
         late = isinstance(e, sdk.APITimeoutError)
-        why = 'nothing listens there' if absent else 'no reply in time' if late else 'the connection broke'
-        return Trouble(why, again=True, fatal=absent, paid=not absent)
+        return Trouble('no reply in time' if late else 'the connection broke', again=True, paid=True)
     said = hide(' '.join(str(e).split()), key)[:300]; code = getattr(e, 'status_code', None)
+    if code and 300 <= code < 400: return _moved(e)
     if code in CONCERNS_ALL: return Trouble(f'{CONCERNS_ALL[code]} ({said})', fatal=True)
     if 'insufficient_quota' in said: return Trouble(f"the service's quota is used up ({said})", fatal=True)
     if code in PASSES:
@@ -251,7 +290,7 @@ class Journal:
         "Write one record and flush it to the disk before returning"
         with self._lock:
             self.refresh(); torn = self.path.exists() and self.path.stat().st_size > self._at
-            line = ('\n' if torn else '')+json.dumps(record, ensure_ascii=False)+'\n'
+            line = ('\n' if torn else '')+json.dumps(record)+'\n'
             fd = os.open(self.path, os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600)
             try: os.write(fd, line.encode()); os.fsync(fd)
             finally: os.close(fd)
@@ -321,10 +360,10 @@ class Meter:
 class Pace:
     "At most so many requests a minute, evenly spaced, over all threads"
     def __init__(self, per_minute:int): self.gap,self._next,self._lock = 60/per_minute,0.,threading.Lock()
-    def wait(self):
-        "Sleep until it is this request's turn"
+    def wait(self, halt)->bool:
+        "Wait until it is this request's turn; whether `halt`, an Event, was set before"
         with self._lock: at = max(time.monotonic(), self._next); self._next = at+self.gap
-        time.sleep(max(0., at-time.monotonic()))
+        return halt.wait(max(0., at-time.monotonic()))
     def hold(self, seconds:float):
         "Let nobody send for so long: the service asked for it"
         with self._lock: self._next = max(self._next, time.monotonic()+seconds)
@@ -345,11 +384,9 @@ class Remote(VLM):
                             'set it where images may leave this machine')
         self.spec,self.settings,self.backoff,self.max_new_tokens = spec,s,backoff,s.max_new_tokens
         self.service = read_service(spec); budget = read_budget(s.remote_budget, self.service.price)
-        self._sdk = import_sdk(self.service.sdk); client,route,self._body,self._read = SDKS[self.service.sdk]
+        self._sdk = import_sdk(self.service.sdk); _,route,self._body,self._read = SDKS[self.service.sdk]
         self._key = read_key(self.service)
-        made = getattr(self._sdk, client)(api_key=self._key, base_url=self.service.url, max_retries=0,
-                                          timeout=s.remote_timeout)
-        self._create = route(made).with_raw_response.create
+        self._create = route(open_client(self.service, self._key, s.remote_timeout)).with_raw_response.create
         self.base = f'{self.service.sdk}:{spec.checkpoint}'
         self.journal = Journal(writable_folder(s.output/'remote')/f'{spec.name}.jsonl')
         self.meter = Meter(budget, self.service.price, self.journal); self.pace = Pace(s.remote_rate)
@@ -361,7 +398,7 @@ class Remote(VLM):
         return dict(model=self.spec.name, base=self.base, adapter=None, precision=None,
                     prompt_version=PROMPT_VERSION, prompt=self.spec.prompt,
                     generation=dict(max_new_tokens=self.max_new_tokens, **sv.sampling),
-                    service=dict(sdk=sv.sdk, model=self.spec.checkpoint, host=host_kind(sv.url)),
+                    service=dict(sdk=sv.sdk, model=self.spec.checkpoint, host=house(sv.url)),
                     image=dict(format='PNG', text=text, max_side=sv.max_side),
                     processor=None, processor_backend=None)
 
@@ -386,50 +423,53 @@ def send(self:Remote, job:Job)->Reply:
 LONGEST_WAIT = 600.   # seconds; a service that asks for more is not waited for
 
 @patch
-def ask_once(self:Remote, job:Job)->dict:
+def ask_once(self:Remote, job:Job,
+    halt,            # an Event that ends all waiting and further tries
+)->dict:
     "The journal's record of `job`: read there or asked now; `FadaError` for what concerns all questions"
     self.journal.refresh()
     if known := self.journal.answers.get(job.key): return dict(known, replayed=True)
     tries,took,guessed,start = 0,np.zeros(2, int),0,time.perf_counter(); end = None   # a Reply or a Trouble
-    while not isinstance(end, Reply) and not self.stopped:
+    while not isinstance(end, Reply) and not self.stopped and not halt.is_set():
         try: need = self.meter.reserve(job.size, job.sha is not None, self.max_new_tokens)
         except Trouble as t: end = t; break
-        self.pace.wait(); tries += 1
+        if self.pace.wait(halt): self.meter.settle(need, (0,0)); break
+        tries += 1
         try: end = self.send(job); paid = True
         except Trouble as t: end = t; paid = t.paid
         used = np.array(end.tokens) if end.tokens else need if paid else np.zeros(2, int)
         self.meter.settle(need, used); took += used; guessed += 0 if end.tokens else int(used.sum())
-        if isinstance(end, Trouble) and not self._wait(end, tries): break
+        if isinstance(end, Trouble) and not self._wait(end, tries, halt): break
     record = self._record(job, end, tries=tries, tokens=took.tolist(), guessed=guessed,
                           seconds=round(time.perf_counter()-start, 3))
     self.meter.close(record, took)
-    if isinstance(end, Trouble) and end.fatal: self.stopped = self._fatal(end)
+    if isinstance(end, Trouble) and end.fatal: self.stopped = self._fatal(end); halt.set()
     if self.stopped: raise self.stopped
     return record
 
 # %% ../nbs/07c_remote.ipynb #aa4140a9
 @patch
-def _wait(self:Remote, t:Trouble, tries:int)->bool:
+def _wait(self:Remote, t:Trouble, tries:int, halt)->bool:
     "Wait before the next try; whether there is to be one"
     if not t.again or tries > self.settings.remote_retries: return False
     pause = t.wait if t.wait is not None else min(60., self.backoff*2**(tries-1))*(.5+random.random()/2)
     if pause > LONGEST_WAIT: t.why += f', and asks to wait {pause:,.0f} s'; return False
     if t.wait: self.pace.hold(pause)   # for everybody: the limit is the service's, not the question's
-    else: time.sleep(pause)
+    else: halt.wait(pause)
     return True
 
 @patch
 def _fatal(self:Remote, t:Trouble)->FadaError:
     "The one error for all questions"
-    do = ('start the server, or correct url in its service table' if t.why == 'nothing listens there'
-          else f'check {self.service.key}, and checkpoint and url of its row')
+    do = t.do or f'check {self.service.key or "its key"}, and checkpoint and url of its row'
     return FadaError(t.why, f'{self.spec.name} at {self.service.url}', '', do)
 
 @patch
 def _record(self:Remote, job, end, **took)->dict:
     "What the journal keeps of a question that ended in a Reply or a Trouble, or was stopped (None)"
     said = isinstance(end, Reply); out = dict(text='', error='stopped', stage='service', told=None, served=None)
-    if said: out.update(text=hide(end.text, self._key), error='', stage='', told=end.tokens, served=end.served)
+    if said: out.update(text=hide(end.text, self._key), error='', stage='', told=end.tokens,
+                      served=end.served and hide(end.served, self._key))
     elif end: out.update(error=end.why, stage=end.stage, told=end.tokens)
     if said and end.refused:
         out.update(text='', error=f'the service refused: {hide(end.refused, self._key)}', stage='refused')
@@ -437,23 +477,32 @@ def _record(self:Remote, job, end, **took)->dict:
 
 # %% ../nbs/07c_remote.ipynb #8939fdf2
 @patch
-def prove_vision(self:Remote):
+def prove_vision(self:Remote, halt):
     "`FadaError` where the service does not count an image, `Trouble` where that cannot be found out now"
     if self.seen or not self.service.check_vision: return
     from PIL import Image
-    grey = as_base64(Image.new('RGB', (64,64), (90,90,90))); tokens = []
+    grey = as_base64(Image.new('RGB', (64,64), (90,90,90))); said = []
     for png in (grey, ''):
-        r = self.ask_once(self.job(PROBE, PROBE, 'probe' if png else None, png, (64,64) if png else (0,0)))
-        if r['stage'] == 'rejected' and png:
-            raise FadaError(f'{self.spec.checkpoint} takes no image: {r["error"]}', self.spec.name,
-                            'a model with vision', '')
-        if r['error'] and r['stage'] != 'refused' and not r['told']: raise Trouble(r['error'], stage=r['stage'])
-        tokens.append(r['told'] and r['told'][0])
+        r = self.ask_once(self.job(PROBE, PROBE, 'probe' if png else None, png, (64,64) if png else (0,0)), halt)
+        if r['error'] and r['stage'] not in ('refused', 'rejected') and not r['told']:
+            raise Trouble(r['error'], stage=r['stage'])
+        said.append(r)
+    self._must_take(*said); tokens = [r['told'] and r['told'][0] for r in said]
     if None not in tokens and tokens[0] <= tokens[1]:
         raise FadaError(f'{self.spec.checkpoint} answers without the image: with it and without it, a question '
                         f'takes {tokens[1]} tokens', self.spec.name, 'a model with vision',
                         'or, where the server does not count images, check_vision = false in its service table')
     self.seen = True
+
+@patch
+def _must_take(self:Remote, seen, blind):
+    "`FadaError` where the probe was rejected: vision is to blame only where the one without an image passes"
+    if seen['stage'] != 'rejected': return
+    if blind['stage'] == 'rejected':
+        raise FadaError(blind['error'], self.spec.name, 'a question that it takes',
+                        'see sampling and limit of its service table, and checkpoint')
+    raise FadaError(f'{self.spec.checkpoint} takes no image: {seen["error"]}', self.spec.name,
+                    'a model with vision', '')
 
 # %% ../nbs/07c_remote.ipynb #e795784a
 @patch
@@ -469,18 +518,18 @@ def answer(
     batch_images:int=1,     # not used: a service is asked question by question
 ):                          # iterator of Answer, in the order asked
     "Answer every question; what fails becomes an Answer with `error`, what concerns all questions a `FadaError`"
-    self.stopped = None; begun,under_way = deque(),{}
+    self.stopped = None; begun,under_way,halt = deque(),{},threading.Event()
     pool = ThreadPoolExecutor(self.settings.remote_parallel)
     try:
         for r in requests:
-            begun.extend(self._begin(pool, r, under_way))
+            begun.extend(self._begin(pool, r, under_way, halt))
             while len(begun) > 2*self.settings.remote_parallel: yield self._end(begun.popleft())
         while begun: yield self._end(begun.popleft())
-    finally: pool.shutdown(cancel_futures=True)   # who stops listening pays for no more
+    finally: halt.set(); pool.shutdown(cancel_futures=True)   # what is under way is still written down
 
 # %% ../nbs/07c_remote.ipynb #415bab3b
 @patch
-def _begin(self:Remote, pool, r, under_way:dict)->list:
+def _begin(self:Remote, pool, r, under_way:dict, halt)->list:
     "For each question of one request what `_end` makes an Answer from, or an Answer where it failed already"
     try:
         asked = _prepare(self, r); sha = image_hash(r.image); png,size = '',(0,0)
@@ -490,13 +539,15 @@ def _begin(self:Remote, pool, r, under_way:dict)->list:
     except FadaError as e:
         return [Answer(str(q), id=r.id, error=str(e), stage='read') for q in (r.questions or [''])]
     try:
-        if png: self.prove_vision()
+        if png: self.prove_vision(halt)
     except Trouble as t:
         return [Answer(text, '', i, r.id, sha, error=t.why, stage=t.stage) for i,text,_ in asked]
-    jobs = [self.job(text, prompt, sha, png, size) for _,text,prompt in asked]
-    for j in jobs:
-        if j.key not in under_way: under_way[j.key] = pool.submit(self.ask_once, j)   # none is sent twice
-    return [(under_way[j.key], text, i, r.id, sha) for (i,text,_),j in zip(asked, jobs)]
+    out = []
+    for i,text,prompt in asked:
+        j = self.job(text, prompt, sha, png, size); again = j.key in under_way
+        if not again: under_way[j.key] = pool.submit(self.ask_once, j, halt)   # none is sent twice
+        out.append((under_way[j.key], again, text, i, r.id, sha))
+    return out
 
 @patch
 def _end(self:Remote, begun)->Answer:
@@ -504,9 +555,9 @@ def _end(self:Remote, begun)->Answer:
     return begun if isinstance(begun, Answer) else self._as_answer(begun[0].result(), *begun[1:])
 
 @patch
-def _as_answer(self:Remote, record, text, question_id, id, sha)->Answer:
-    "An Answer from a journal record, with what it took"
-    if record.get('replayed'): record = dict(record, tokens=[0,0], guessed=0, tries=0, seconds=0.)
+def _as_answer(self:Remote, record, again, text, question_id, id, sha)->Answer:
+    "An Answer from a journal record, with what it took: nothing where it was read there, or asked `again`"
+    if again or record.get('replayed'): record = dict(record, tokens=[0,0], guessed=0, tries=0, seconds=0.)
     price,(read,said) = self.service.price,record['tokens']
     cost = dict(cost=money((read, said), price), currency=price['currency']) if price else {}
     return Answer(text, record['text'], question_id, id, sha, seconds=record['seconds'], error=record['error'],

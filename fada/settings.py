@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'SETTINGS', 'NOTICE', 'SYNTHETIC', 'FadaError', 'nearest', 'Settings', 'find_settings', 'load_settings',
-           'digest', 'sha256_file', 'code_digest', 'pixels_sha256', 'write_atomic', 'write_json', 'read_json',
-           'writable_folder', 'progress', 'seed_all', 'use_threads', 'now', 'environment']
+           'digest', 'sha256_file', 'code_digest', 'pixels_sha256', 'fit_text', 'write_atomic', 'write_json',
+           'read_json', 'writable_folder', 'progress', 'seed_all', 'use_threads', 'now', 'environment']
 
 # %% ../nbs/00_settings.ipynb #d2f072e8
 import configparser, difflib, hashlib, json, os, platform, random, sys, tempfile
@@ -68,7 +68,7 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'remote_text':    ('remote',   'keep_text',      bool, 'no',
                        'whether what is written outside the sector is sent too'),
     'remote_budget':  ('remote',   'budget',         str,  '1000000 tokens',
-                       'most that one service may take, in tokens or money'),
+                       'most that one row of models may take, in tokens or money'),
     'remote_rate':    ('remote',   'requests_per_minute', int, '60',        'requests a minute, at most'),
     'remote_parallel': ('remote',  'parallel',       int,  '4',             'requests under way at a time'),
     'remote_timeout': ('remote',   'timeout',        int,  '60',            'seconds a reply may take'),
@@ -197,6 +197,10 @@ def pixels_sha256(
     return h.hexdigest()
 
 # %% ../nbs/00_settings.ipynb #aa09729d
+def fit_text(text)->str:
+    "`text` as a file can hold it: half a surrogate pair becomes U+FFFD"
+    return str(text).encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
 def write_atomic(
     path,       # where the file is to be
     content,    # str, or bytes

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 from openpyxl import Workbook
-from fada.annotate import annotate
+from fada.annotate import LOG, annotate, annotations
 from fada.checks import check
 from fada.clinical import QUESTIONS
 from fada.data import load_table, prepare, split_table, verify
@@ -115,6 +115,18 @@ def test_a_name_or_an_exif_says_who_and_where(tmp_path):
     assert 'file names' in r.mapping
     assert t.machine['img_1.jpg'] == 'GE Voluson E10' and t.machine.notna().sum() == 1
     assert not r.table.to_csv().count('Miller')
+
+def test_a_log_of_annotations_takes_any_text_and_names_torn_lines(tmp_path):
+    "Line breaks of Unicode and half a surrogate pair are text; a line that is not whole is named by its number"
+    rows = group_folder(tmp_path, 4); write_rows(tmp_path, rows); prepare(tmp_path, 0, [])
+    t = load_table(tmp_path); r = t[t.question_id == 6].iloc[0]; said = ['a\u2028b', 'c\x85d', 'e\ud83d']
+    for s in said: annotate(tmp_path, 'Ada', r.image, r.pixels_sha256, 6, s)
+    a = annotations(tmp_path); assert a.after.tolist() == [*said[:2], 'e\ufffd'] and a.attrs['torn'] == []
+    with open(tmp_path/LOG, 'ab') as f: f.write('{"after": "é'.encode()[:-1])
+    annotate(tmp_path, 'Ada', r.image, r.pixels_sha256, 6, 'moderate', r.answer)
+    a = annotations(tmp_path); assert a.attrs['torn'] == [4] and list(a.index) == [1, 2, 3, 5]
+    c = check(tmp_path).findings; c = c[c.finding.str.contains('not whole')]; assert len(c) == 1, c
+    assert c.action.iloc[0] == 'quarantined' and '4' in str(c.iloc[0].to_dict())
 
 def test_corrections_are_applied_and_traceable(tmp_path):
     rows = group_folder(tmp_path, 4); write_rows(tmp_path, rows); prepare(tmp_path, 0, [])

@@ -8,7 +8,7 @@ from adversarial import attacks, originals, paraphrases
 from services import reply, words
 from test_remote import door, service  # noqa: F401, a fixture
 from tiny import tiny
-from fada.clinical import QUESTIONS, parse_answer
+from fada.clinical import QUESTIONS, parse_answer, write_answer
 from fada.phantoms import make_phantom
 from fada.refine import added, claims, judge, lost, refine, report_text, write_report
 from fada.settings import FadaError
@@ -82,10 +82,14 @@ def test_a_report_from_findings(writer, door, tmp_path):
     fair = door(lambda body: reply('In this scan: '+given(body).replace('moderate', 'fair'), 200, 90))
     r = write_report(found, service(fair, tmp_path/'a'))
     assert r.accepted and r.text.startswith('In this scan') and r.text != text
+    assert (r.more['tokens_in'], r.more['tokens_out']) == (200, 90) and r.seconds > 0   # what it took is told
     liar = door(lambda body: reply(given(body)+' The cerebellum is normal.', 200, 90))
     r = write_report(found, service(liar, tmp_path/'b')); assert r.text == text and 'cerebellum' in r.added
     broken = door(lambda body: reply('x'), faults=1., kinds=('500',))
     r = write_report(found, service(broken, tmp_path/'c', remote_retries=1))
     assert r.text == text and 'answered 500' in r.error
+    for nothing in ([], ['short femur']):
+        s = dict(normal=False, findings=nothing); assert parse_answer(7, write_answer(7, s)) == s
+    assert report_text({7: dict(normal=False, findings=[])}) == 'Findings: abnormal.'
     with pytest.raises(FadaError, match='is no finding'): report_text({'plane': {'standard': True}})
     with pytest.raises(FadaError, match='did you mean plane'): report_text({'plain': {}})

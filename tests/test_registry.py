@@ -137,6 +137,8 @@ def test_a_row_has_the_dossier_of_the_row_it_is_like(tmp_path, monkeypatch):
     ('[ours]\nlike = "smolvlm-256m"\ntiles = "many"\n', 'a value of type int'),
     ('[ours]\nlike = "smolvlm-256m"\nprecisions = ["int4"]\n', 'int4.*did you mean'),
     ('[ours]\nlike = "smolvlm-256m"\narchitecture = "gpt"\n', 'architecture = .gpt'),
+    ('["org/model"]\nlike = "openai"\n', "'org/model' as the name of a row"),
+    ('["../x"]\nlike = "openai"\n', "'../x' as the name of a row"), ('[".."]\nlike = "openai"\n', 'name of a row'),
     ('ours = 3\n', 'outside a table'), ('[ours\n', 'not valid TOML')])
 def test_a_row_that_cannot_be(text, says, tmp_path):
     "File, row and field are named"

@@ -60,13 +60,87 @@ def test_answer(name, nano, femur, door, tmp_path):
     if name == 'ensemble':
         assert all({p['model'] for p in x.more['parts']} == {'here', 'there'} for x in a)
     else:
-        assert all(x.more['tokens_in'] > 0 and x.more['cost'] > 0 for x in a)
+        new = [x for k, x in enumerate(a) if k not in (3, 7)]   # question 1 again costs nothing
+        assert all(x.more['tokens_in'] > 0 and x.more['cost'] > 0 for x in new)
         # one question asked twice is sent once; two for the proof of vision
         assert len(d.answered) == len(set(d.answered)) == 7+2
         identity = vlm.identity()
         assert identity['service'] == dict(sdk=sdk, model='served', host='this machine')
         assert str(d.server.server_port) not in json.dumps(identity)   # another port is the same server
     assert vlm.identity() == vlm.identity() and vlm.paid and vlm.identity()['model']
+
+def test_what_is_asked_once_is_counted_once(door, tmp_path):
+    "Sixteen equal questions in one go are one request, and the answers' tokens are the journal's less the probes"
+    d = door(lambda body: reply('femur', 60 if picture(body) else 10))
+    vlm = service(d, tmp_path, table=dict(price=PRICE))
+    a = list(vlm.answer([Request(None, ['Is it?'], k) for k in range(16)])); assert len(d.log) == 1
+    assert [x.text for x in a] == ['femur']*16
+    a += vlm.ask(Image.fromarray(make_phantom('Femur', (7, 1, 0)).image), [1, 1, 2])
+    probes = [r for r in vlm.journal.answers.values() if r['question'] == PROBE]; assert len(probes) == 2
+    took = vlm.journal.took-np.sum([p['tokens'] for p in probes], 0)
+    assert [sum(x.more[k] for x in a) for k in ('tokens_in', 'tokens_out')] == took.tolist() == [130, 15]
+    assert sum(x.more['tries'] for x in a) == len(d.log)-2 == 3
+    assert sum(x.more['cost'] for x in a) == pytest.approx(vlm.meter.worth(took) if vlm.meter.unit == 'USD' else
+                                                           (130*2.5+15*10)/1e6)
+
+def test_half_a_surrogate_pair_is_kept(door, tmp_path):
+    "A reply that no file can hold as it is: written, read again, and not paid for twice"
+    from fada.evaluate import AnswersLog
+    d = door(lambda body: reply('femur \ud83d', 20)); a = service(d, tmp_path).ask(None, 'plane')
+    assert (a.text, a.error) == ('femur \ufffd', '') and service(d, tmp_path).ask(None, 'plane').text == a.text
+    assert len(d.log) == 1
+    log = AnswersLog(tmp_path/'a.jsonl'); log.append([dict(text='\ud83d')]); assert log.read() == ([dict(text='\ud83d')], 0)
+
+@pytest.mark.parametrize('sdk', ['openai', 'anthropic'])
+def test_a_redirection_is_not_followed(sdk, nano, femur, door, tmp_path):
+    "Nothing reaches the other origin; the one error names it"
+    other = door(of_model(nano))
+    to = dict(Location=other.url+'/v1/chat/completions?key=1')
+    d = door(of_model(nano), special=lambda *_: (307, b'', to))
+    with pytest.raises(FadaError, match=f'sends on to {other.url[7:]}') as e:
+        service(d, tmp_path, sdk, table=dict(check_vision=False), remote_parallel=1).ask(femur)
+    assert other.bodies == [] and len(d.log) == 1 and 'key=1' not in str(e.value)
+
+@pytest.mark.parametrize('sdk', ['openai', 'anthropic'])
+def test_no_header_of_the_environment_goes_along(sdk, nano, door, tmp_path, monkeypatch):
+    "What the SDKs read from the environment besides their address never reaches a row's host"
+    for name in ('OPENAI_ORG_ID', 'OPENAI_PROJECT_ID', 'OPENAI_ADMIN_KEY', 'ANTHROPIC_AUTH_TOKEN'):
+        monkeypatch.setenv(name, KEY)
+    d = door(of_model(nano)); assert service(d, tmp_path, sdk, table=dict(key='')).ask(None, 'plane').text
+    assert d.headers and KEY not in json.dumps(d.headers)
+    name = f'{sdk.upper()}_CUSTOM_HEADERS'; monkeypatch.setenv(name, f'X-Token: {KEY}')
+    with pytest.raises(FadaError, match=name) as e: service(d, tmp_path, sdk)
+    assert KEY not in str(e.value)
+
+@pytest.mark.parametrize('slow', [dict(backoff=30.), dict(remote_rate=2)])
+def test_who_stops_listening_waits_for_nothing(slow, nano, femur, door, tmp_path):
+    "A loop that is left ends the waiting of every thread, before a further try and before its turn"
+    special = None if 'remote_rate' in slow else lambda body, *_: None if 'plane' in words(body) else (500, b'{}')
+    d = door(of_model(nano), special=special)
+    vlm = service(d, tmp_path, table=dict(check_vision=False), **slow)
+    said = vlm.answer([Request(femur, ['plane', 1, 2, 3, 4, 5, 6])]); assert next(said).text
+    start = time.monotonic(); said.close(); assert time.monotonic()-start < 3
+    n = len(d.log); time.sleep(.3); assert len(d.log) == n and vlm.meter.under_way.tolist() == [0, 0]
+
+def test_why_there_is_no_connection(door, tmp_path):
+    "Refused, no such host, no TLS: each in its own words"
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); free = s.getsockname()[1]
+    class Front: url = f'http://127.0.0.1:{free}'
+    quick = dict(remote_retries=1, remote_parallel=1, table=dict(check_vision=False))
+    with pytest.raises(FadaError, match='nothing listens there.*start the server'):
+        service(Front, tmp_path, **quick).ask(None, 'plane')
+    Front.url = 'http://no-such-host-of-ours'
+    with pytest.raises(FadaError, match=r'no connection \(.*(resolution|known|Name)') as e:
+        service(Front, tmp_path/'b', **quick).ask(None, 'plane')
+    Front.url = door(lambda body: reply('x')).url.replace('http:', 'https:')
+    with pytest.raises(FadaError, match=r'no connection \(.*SSL'): service(Front, tmp_path/'c', **quick).ask(None, 'plane')
+
+def test_two_hosts_of_a_private_network_are_two(tmp_path):
+    "The host by name, without its port; all of this machine is one"
+    at = lambda url: service(type('Front', (), dict(url=url)), tmp_path).identity()['service']['host']
+    urls = ('http://gpu-box:1', 'http://gpu-box:2', 'http://192.168.1.7:1', 'http://localhost:1', 'http://127.0.0.1:2')
+    assert [at(u) for u in urls] == ['gpu-box', 'gpu-box', '192.168.1.7', 'this machine', 'this machine']
 
 def test_gate_refuses_before_anything_leaves(nano, door, tmp_path, monkeypatch):
     d = door(of_model(nano))
@@ -223,6 +297,9 @@ def test_a_model_without_vision(nano, femur, door, tmp_path):
     with pytest.raises(FadaError, match='takes no image.*image input is not supported'):
         service(d, tmp_path/'b').ask(femur, 'plane')
     assert service(d, tmp_path/'b').ask(None, 'plane').text                       # words it takes
+    d = door(of_model(nano), special=refuses(400, 'temperature is not supported'))
+    with pytest.raises(FadaError, match='temperature is not supported') as e: service(d, tmp_path/'t').ask(femur, 1)
+    assert 'takes no image' not in str(e.value) and len(d.log) == 2
     trusted = service(door(lambda body: reply('femur', 20)), tmp_path/'c', table=dict(check_vision=False))
     assert trusted.ask(femur, 'plane').text == 'femur'
 

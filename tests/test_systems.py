@@ -145,6 +145,40 @@ def test_two_ensembles_keep_their_parts(serve, weights, small_data, tmp_path, tm
         assert all(ms & said or 'not determinable' in str(ms) for ms, _ in claims(r['text'])), (r['text'], parts)
     assert m['coverage']['answered'] == 40
 
+def report_of_paid_answers(vlm, data, run, monkeypatch):
+    "Evaluate as a job of `run`, then write the report where nothing may be loaded"
+    from fada import vlm as room
+    from fada.compare import write_report
+    from fada.settings import load_settings, write_json
+    out = run/'job'; out.mkdir(parents=True); m = evaluate(vlm, data, out, images=5, controls=False)
+    write_json(out/'config.json', dict(kind='evaluate', model=vlm.spec.name, weights='', adapter='', precision='fp32',
+                                       categories=['all'], seed=0, data=str(data), load_seconds=0.,
+                                       load_grown_bytes=0, weights_bytes=0))
+    monkeypatch.setattr(room, 'load', None)
+    write_report(run, data); monkeypatch.undo()
+    return m
+
+def test_a_writer_that_is_paid_and_a_part_that_is_down(small_data, tmp_path, monkeypatch):
+    """What the writer took is in the spending; a part whose key is refused leaves an error in its places and takes
+    nobody's answers with it; the report of it all needs neither key nor gate"""
+    nano = load('blip2-nano'); d = Door(lambda body: reply('nonsense', 100, 30)); special = lambda *_: (401, b'{}')
+    shut = Door(lambda body: reply('x'), special=special)
+    try:
+        writer, down = through(d, tmp_path/'w'), through(shut, tmp_path/'d', table=dict(check_vision=False))
+        e = Ensemble(model_spec('ensemble'), dict(here=nano, down=down), votes=dict(here=1, down=9), writer=writer)
+        m = report_of_paid_answers(e, small_data, tmp_path/'run', monkeypatch)
+        records = AnswersLog(tmp_path/'run'/'job'/'answers.jsonl').read()[0]; took = m['spending']
+        gone = Ensemble(model_spec('ensemble'), dict(here=nano), votes=dict(here=1),
+                        writer=through(shut, tmp_path/'g')).ask(None, 'plane')
+    finally: d.close(); shut.close()
+    assert len(records) == 40 and m['coverage']['answered'] == 40
+    for r in records:
+        parts = {p['model']: p for p in r['more']['parts']}; assert 'key was refused' in parts['down']['error']
+        assert r['text'] and not parts['here']['error'] and r['more']['refined']['attempt'] == 'nonsense'
+    assert took['tries'] == len(d.log) and [took['tokens_in'], took['tokens_out']] == writer.journal.took.tolist()
+    assert took['tokens_in'] == 100*len(d.log) > 0 and took['cost']['USD'] > 0
+    assert gone.text and not gone.error and 'key was refused' in gone.more['refined']['error']
+
 def project(folder, url, **remote):
     "A group's folder: settings, a row of its own"
     folder.mkdir(exist_ok=True)
