@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'fada.plan.StandIn.__init__': ('plan.html#standin.__init__', 'fada/plan.py'),
                            'fada.plan.StandIn.apply_chat_template': ('plan.html#standin.apply_chat_template', 'fada/plan.py'),
                            'fada.plan.StandIn.decode': ('plan.html#standin.decode', 'fada/plan.py'),
+                           'fada.plan.StandIn.get_vocab': ('plan.html#standin.get_vocab', 'fada/plan.py'),
                            'fada.plan.StandIn.image_processor': ('plan.html#standin.image_processor', 'fada/plan.py'),
                            'fada.plan.StandIn.pictures': ('plan.html#standin.pictures', 'fada/plan.py'),
                            'fada.plan._blanks': ('plan.html#_blanks', 'fada/plan.py'),

@@ -106,6 +106,7 @@ class StandIn:
         self.tokenizer = self.qformer_tokenizer = self
 
     def decode(self, ids, **kw): return ''
+    def get_vocab(self): return {}
     def apply_chat_template(self, messages, **kw): return 'q'+'a'*(messages[-1]['role'] == 'assistant')
 
     def image_processor(self, images, return_tensors=None):

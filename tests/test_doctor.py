@@ -80,9 +80,10 @@ def test_python(version, state): assert doctor.check_python(version).state == st
 
 @pytest.mark.parametrize('settings,said', [
     ('[model]\nprecision = int4\n', 'int4'), ('[model]\nname = blip-nano\n', 'did you mean blip2-nano'), ('[modle]\nname = x\n', 'unknown setting'),
-    ('[model]\nprecision = fp16\n', 'does not run in fp16'), ('no section', 'not a readable settings file')])
+    ('[model]\nname = half\nprecision = fp16\n', 'does not run in fp16'), ('no section', 'not a readable settings file')])
 def test_settings_that_cannot_be_used(settings, said, tmp_path, monkeypatch):
     (tmp_path/'settings.ini').write_text(settings); monkeypatch.chdir(tmp_path)
+    (tmp_path/'models.toml').write_text('[half]\nlike = "blip2-nano"\nprecisions = ["fp32", "bf16"]\n')
     f, s = doctor.check_settings(); assert f.state == 'fails' and said in f.found and s is None
 
 def test_device_memory_and_model(tmp_path, monkeypatch):
