@@ -100,6 +100,7 @@ def image_tokens(config, side:int)->int:
 class StandIn:
     "Processor and tokenizer in one that know lengths only"
     pad_token_id = eos_token_id = 2; bos_token = eos_token = ''; all_special_ids = (); chat_template = 'stands in'
+    tasks_answer_post_processing_type = {}   # Florence-2: no task prompt is asked
     def __init__(self, config, side:int=None, prompt:int=PROMPT, answer:int=ANSWER):
         self.config,self.prompt,self.answer = config,prompt,answer
         self.side = side or image_side(config); self.tokens = self.image_seq_length = image_tokens(config, self.side)  # one tile
