@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_VERSION', 'build_prompt', 'Request', 'Answer', 'VLM', 'engine', 'no_engine', 'other_engine', 'load',
-           'adapter_digest', 'attach', 'merge', 'image_hash', 'pixel_values', 'project', 'bridge', 'encode', 'generate',
-           'read_out', 'reference_answers']
+           'adapter_digest', 'attach', 'merge', 'image_hash', 'pixel_values', 'project', 'bridge', 'encode',
+           'check_room', 'begin_features', 'wording', 'reference_said', 'reference_answers']
 
 # %% ../nbs/07_vlm.ipynb #97c3e99e
 import time
@@ -17,6 +17,8 @@ from fastcore.basics import patch
 from .settings import FadaError, digest, load_settings, pixels_sha256, read_json, use_threads
 from .clinical import QUESTIONS, question_id
 from .registry import ModelSpec, model_spec
+from .decode import (Pairs, Rows, Words, capped, costs_of, end_ids, finish, in_parts, read_prefix,
+                     right_padded)
 from .checkpoints import base_identity, load_model, shard_header, weights_digest
 
 # %% ../nbs/07_vlm.ipynb #8670b436
@@ -62,6 +64,8 @@ class VLM:
     trains_on = 'features'  # what training computes once per image and keeps: features of the vision tower
     loss = None             # families whose loss differs from a BLIP-2 decoder's bring their own
     paid = False            # whether a question may cost money
+    kept = ()               # special tokens that belong to an answer, ids
+    budget = None           # memory for what is asked together, bytes; None: half of what is free
     def __init__(self, spec, model, processor, base, precision, device, max_new_tokens=48, adapter=None):
         # base: identity of the weights
         self.spec,self.model,self.processor,self.base = spec,model,processor,base
@@ -238,37 +242,34 @@ def encode(vlm, images):
     return rows.to(weight.dtype)
 
 # %% ../nbs/07_vlm.ipynb #55a922b4
-def generate(vlm, features, prompts)->list:
-    """Greedy answers to `prompts`, row by row with `features` (n × queries × width): list of (text,
-    tokens, confidence)"""
-    import torch
-    tok,core = vlm.processor.tokenizer,vlm.core
-    t = tok(prompts, return_tensors='pt', padding=True).to(core.device)
-    longest = features.shape[1]+t['input_ids'].shape[1]+vlm.max_new_tokens
-    room = getattr(core.config.text_config, 'max_position_embeddings', longest)  # T5's positions are relative
-    if longest > room:
-        raise FadaError(f'the question and its answer need {longest} positions', '', f'at most {room}',
-                        'shorten the question or lower max_new_tokens')
-    with torch.inference_mode():
-        x = torch.cat([features, core.get_input_embeddings()(t['input_ids'])], 1)
-        mask = torch.cat([torch.ones(features.shape[:2], dtype=torch.long, device=x.device),
-                          t['attention_mask']], 1)
-        out = core.language_model.generate(
-            inputs_embeds=x, attention_mask=mask, max_new_tokens=vlm.max_new_tokens, do_sample=False,
-            pad_token_id=tok.pad_token_id, return_dict_in_generate=True, output_logits=True)
-        said = out.sequences[:,-len(out.logits):]  # an encoder–decoder puts its start token first
-        logp = torch.stack(out.logits, 1).float().log_softmax(-1).gather(2, said[:,:,None])[...,0]
-    return read_out(tok, said, logp)
+def check_room(vlm, tokens:int, config):
+    "`FadaError` where image, question and answer need more positions than the language model has"
+    room = getattr(config, 'max_position_embeddings', None)  # T5's positions are relative
+    if room and tokens+vlm.max_new_tokens > room:
+        raise FadaError(f'the question and its answer need {tokens+vlm.max_new_tokens} positions', '',
+                        f'at most {room}', 'shorten the question or lower max_new_tokens')
 
-def read_out(tok, said, logp, ends=(), kept=())->list:
-    """(text, tokens, confidence) of generated ids (n × tokens) with log-probabilities, up to the first end; special tokens
-    are left out but `kept` ones"""
-    ends = {tok.eos_token_id, *ends}; results = []
-    for ids,lp in zip(said.tolist(), logp):
-        n = next((k+1 for k,i in enumerate(ids) if i in ends), len(ids))
-        words = [i for i in ids[:n] if i in kept or i not in tok.all_special_ids]
-        results.append((tok.decode(words).strip(), [tok.decode([i]) for i in words], float(lp[:n].mean().exp())))
-    return results
+def begin_features(vlm, features, at, prompts, most):
+    "Answers to `prompts` about `features[at[i]]` (n × queries × width), before their first step"
+    import torch
+    tok,core,words = vlm.processor.tokenizer,vlm.core,vlm.words(); lm = core.language_model
+    ids = [tok(p)['input_ids'] for p in prompts]; device = features.device
+    check_room(vlm, features.shape[1]+max(map(len, ids)), core.config.text_config)
+    if core.config.text_config.is_encoder_decoder:
+        t,valid = right_padded(ids, tok.pad_token_id, device)
+        x = torch.cat([features[at], words.embed(t)], 1)
+        valid = torch.cat([valid.new_ones(len(x), features.shape[1]), valid], 1)
+        hidden = lm.get_encoder()(inputs_embeds=x, attention_mask=valid).last_hidden_state
+        return Pairs(words, lm, hidden, valid, most)
+    used = sorted(set(at)); features = features[used]
+    valid = torch.ones(features.shape[:2], dtype=torch.long, device=device)
+    prefix = read_prefix(lambda **kw: words.decoder(inputs_embeds=features, attention_mask=valid, **kw), valid)
+    return Rows(words, prefix, [used.index(n) for n in at], ids, most)
+
+def wording(tok, ids, logp, kept=())->tuple:
+    "(text, tokens, confidence) of an answer's ids and log-probabilities; special tokens are left out but `kept` ones"
+    words = [i for i in ids if i in kept or i not in tok.all_special_ids]
+    return tok.decode(words).strip(), [tok.decode([i]) for i in words], float(np.exp(np.mean(logp)))
 
 # %% ../nbs/07_vlm.ipynb #f44c6ce5
 def _prepare(vlm, request):
@@ -283,19 +284,60 @@ def _prepare(vlm, request):
 
 # %% ../nbs/07_vlm.ipynb #228e088b
 @patch
+def words(self:VLM)->Words:
+    "The parts that turn token ids into logits"
+    lm = self.core.language_model
+    return Words(lm.get_decoder(), lm.get_input_embeddings(),
+                 capped(lm.get_output_embeddings(), getattr(lm.config, 'final_logit_softcapping', None)),
+                 end_ids(lm.generation_config), self.processor.tokenizer.pad_token_id, settings=lm.generation_config)
+
+@patch
 def see(self:VLM, images):
     "What is computed once per image (None: no image), in the order of `images`"
     return encode(self, images)
 
 @patch
-def reply(self:VLM, seen, at, prompts)->list:
-    "Greedy replies to `prompts`, each about `seen[at[i]]`: list of (text, tokens, confidence)"
-    return generate(self, seen[at], prompts)
+def begin(self:VLM, seen, at, prompts, most):
+    "Answers to `prompts`, each about `seen[at[i]]`, before their first step"
+    return begin_features(self, seen, at, prompts, most)
+
+@patch
+def image_tokens(self:VLM)->int:
+    "Tokens that an image takes in the language model, about"
+    return self.core.config.num_query_tokens
 
 @patch
 def from_inputs(self:VLM, inputs):
     "What `see` gives, made from kept vision features (n × patches × width)"
     return project(self, inputs)
+
+# %% ../nbs/07_vlm.ipynb #a6d10b01
+@patch
+def apart(self:VLM, seen, at)->list:
+    "Lists of rows that can be answered together"
+    return [list(range(len(at)))]
+
+@patch
+def said(self:VLM, seen, at, prompts, most=None)->list:
+    "Greedy answers as (token ids, log-probabilities), each prompt about `seen[at[i]]`"
+    import torch
+    out,most = [None]*len(at),[self.max_new_tokens]*len(at) if most is None else most
+    costs = costs_of(self.words(), self.image_tokens())
+    def run(rows):
+        with torch.inference_mode():
+            steps = self.begin(seen, [at[i] for i in rows], [prompts[i] for i in rows], [most[i] for i in rows])
+        return finish(steps)
+    for rows in self.apart(seen, at):
+        tokens = [len(prompts[i])//2+most[i] for i in rows]
+        for i,r in zip(rows, in_parts(self, [at[i] for i in rows], tokens, costs,
+                                      lambda part: run([rows[k] for k in part]))): out[i] = r
+    return out
+
+@patch
+def reply(self:VLM, seen, at, prompts, most=None)->list:
+    "Greedy replies to `prompts`, each about `seen[at[i]]`: list of (text, tokens, confidence)"
+    tok,kept = getattr(self.processor, 'tokenizer', self.processor),self.kept
+    return [wording(tok, *s, kept) for s in self.said(seen, at, prompts, most)]
 
 # %% ../nbs/07_vlm.ipynb #82126b9e
 @patch
@@ -348,16 +390,24 @@ def ask(self:VLM, image, questions=tuple(QUESTIONS)):
     return answers[0] if one else answers
 
 # %% ../nbs/07_vlm.ipynb #05285c7f
-def reference_answers(vlm, image, questions)->list:
-    "The plain loop that the engine is measured against: one processor call and one `generate` per question"
+def reference_said(
+    vlm, image,     # None: for a model that reads words alone
+    question, **kw, # settings for `generate`
+)->tuple:           # (token ids, log-probabilities)
+    "One question through the plain path that the engine is measured against: one processor call, one `generate`"
     import torch
-    out = []
-    for q in questions:
-        i = question_id(q)
-        t = vlm.processor(images=_as_rgb(image), text=build_prompt(vlm.spec, QUESTIONS[i].text if i else q),
-                          return_tensors='pt').to(vlm.core.device)
-        with torch.inference_mode():
-            g = vlm.core.generate(**t, max_new_tokens=vlm.max_new_tokens, do_sample=False)
-        out.append(vlm.processor.tokenizer.decode(g[0, t['input_ids'].shape[1]:],
-                                                  skip_special_tokens=True).strip())
-    return out
+    i = question_id(question); prompt = build_prompt(vlm.spec, QUESTIONS[i].text if i else question)
+    if hasattr(vlm, 'inputs'): t = vlm.inputs([image and _as_rgb(image)], [vlm.render(prompt, image is not None)[0]])
+    else: t = vlm.processor(images=_as_rgb(image), text=prompt, return_tensors='pt').to(vlm.core.device)
+    t.pop('labels', None)
+    with torch.inference_mode():
+        out = vlm.core.generate(**t, **{**dict(max_new_tokens=vlm.max_new_tokens, do_sample=False, num_beams=1), **kw},
+                                return_dict_in_generate=True, output_logits=True)
+    ids = out.sequences[0,-len(out.logits):]
+    logp = torch.cat(out.logits).float().log_softmax(-1).gather(1, ids[:,None])[:,0]
+    return ids.tolist(), logp.tolist()
+
+def reference_answers(vlm, image, questions)->list:
+    "Answers of the plain loop, question by question"
+    tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
+    return [wording(tok, *reference_said(vlm, image, q), vlm.kept)[0] for q in questions]
