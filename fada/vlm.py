@@ -253,7 +253,7 @@ def begin_features(vlm, features, at, prompts, most):
     "Answers to `prompts` about `features[at[i]]` (n × queries × width), before their first step"
     import torch
     tok,core,words = vlm.processor.tokenizer,vlm.core,vlm.words(); lm = core.language_model
-    ids = [tok(p)['input_ids'] for p in prompts]; device = features.device
+    ids = tok(list(prompts))['input_ids']; device = features.device
     check_room(vlm, features.shape[1]+max(map(len, ids)), core.config.text_config)
     if core.config.text_config.is_encoder_decoder:
         t,valid = right_padded(ids, tok.pad_token_id, device)
@@ -397,7 +397,7 @@ def reference_said(
     "One question through the plain path that the engine is measured against: one processor call, one `generate`"
     import torch
     i = question_id(question); prompt = build_prompt(vlm.spec, QUESTIONS[i].text if i else question)
-    if hasattr(vlm, 'inputs'): t = vlm.inputs([image and _as_rgb(image)], [vlm.render(prompt, image is not None)[0]])
+    if hasattr(vlm, 'inputs'): t = vlm.inputs([None if image is None else _as_rgb(image)], [vlm.render(prompt, image is not None)[0]])
     else: t = vlm.processor(images=_as_rgb(image), text=prompt, return_tensors='pt').to(vlm.core.device)
     t.pop('labels', None)
     with torch.inference_mode():
