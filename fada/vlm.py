@@ -19,6 +19,7 @@ from .clinical import QUESTIONS, question_id
 from .registry import ModelSpec, model_spec
 from .decode import (Pairs, Rows, Words, capped, costs_of, end_ids, finish, in_parts, read_prefix,
                      right_padded)
+from .linears import quick_linears
 from .checkpoints import base_identity, load_model, shard_header, weights_digest
 
 # %% ../nbs/07_vlm.ipynb #8670b436
@@ -230,7 +231,7 @@ def encode(vlm, images):
     import torch
     keys = [image_hash(i) for i in images]
     new = {k: im for k,im in zip(keys, images) if k is not None and k not in vlm._features}
-    with torch.inference_mode():
+    with torch.inference_mode(), quick_linears(vlm.core):
         if new:
             out = project(vlm, vlm.core.vision_model(pixel_values(vlm, list(new.values()))).last_hidden_state)
             vlm._features.update(zip(new, out))
@@ -324,9 +325,8 @@ def said(self:VLM, seen, at, prompts, most=None)->list:
     out,most = [None]*len(at),[self.max_new_tokens]*len(at) if most is None else most
     costs = costs_of(self.words(), self.image_tokens())
     def run(rows):
-        with torch.inference_mode():
-            steps = self.begin(seen, [at[i] for i in rows], [prompts[i] for i in rows], [most[i] for i in rows])
-        return finish(steps)
+        with torch.inference_mode(), quick_linears(self.core):
+            return finish(self.begin(seen, [at[i] for i in rows], [prompts[i] for i in rows], [most[i] for i in rows]))
     for rows in self.apart(seen, at):
         tokens = [len(prompts[i])//2+most[i] for i in rows]
         for i,r in zip(rows, in_parts(self, [at[i] for i in rows], tokens, costs,
