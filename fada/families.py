@@ -58,13 +58,13 @@ class InstructVLM(VLM):
         "Vision features, one per image: patches × width, or None without an image; each image computed once"
         import torch
         keys = [image_hash(i) for i in images]
-        new = {k: im for k,im in zip(keys, images) if k is not None and k not in self._features}
+        new = {k: im for k,im in zip(keys, images) if k is not None and self.recall(k) is None}
         with torch.inference_mode():
             if new:
-                self._features.update(zip(new, self.core.vision_model(pixel_values(self,
-                        list(new.values()))).last_hidden_state))
-        seen = [None if k is None else self._features[k] for k in keys]
-        while len(self._features) > self.cache_images: self._features.popitem(last=False)
+                out = self.core.vision_model(pixel_values(self, list(new.values()))).last_hidden_state
+                for k,o in zip(new, out): self.remember(k, [o])
+        seen = [None if k is None else self._features[k][0] for k in keys]
+        self.forget()
         return seen
 
     def from_inputs(self, inputs): return list(inputs.to(self.core.device))
@@ -315,13 +315,16 @@ def count_image_tokens(self:Chat, t)->list:
 def layout(self:Chat, image, texts)->tuple:
     """(what the processor makes of an image with the first of its texts, token ids of every text); the image is processed
     once"""
+    for text in texts:
+        if text.count(self.processor.image_token) != 1:
+            raise FadaError('a question with an image token in it', text[-60:], 'words', 'leave the token out')
     t = self.inputs([image], texts[:1], return_text_replacement_offsets=True); place = t.pop('text_replacement_offsets')[0][0]
     head = t['input_ids'][0].tolist(); special = self.adds_special(texts)
     def expand(text): return text.replace(place['text'], place['replacement'], 1)
     ids = self.tokenizer([expand(x) for x in texts], add_special_tokens=special)['input_ids']
-    for text,row in zip(texts, ids):
-        if row[:self.image_end(head)] != head[:self.image_end(head)] or self.image_end(row) != self.image_end(head):
-            raise FadaError('a question with an image token in it', text[-60:], 'words', 'leave the token out')
+    end = self.image_end(head)
+    if any(row[:end] != head[:end] or self.image_end(row) != end for row in ids):
+        raise FadaError('questions of one image begin differently', self.spec.name, 'a template that puts the image before the question', '')
     check_room(self, max(map(len, ids)), self.core.config.get_text_config())
     return t, ids
 
@@ -335,20 +338,20 @@ _NO_PIXELS = ('input_ids','attention_mask','token_type_ids','mm_token_type_ids',
 
 @patch
 def features(self:Chat, images, inputs)->list:
-    """What the language model reads of each image, (tokens × width, deep features): kept for images seen before, the vision
+    """What the language model reads of each image, [tokens × width, deep features …]: kept for images seen before, the vision
     tower takes pictures of one shape together"""
     import torch
     keys = [image_hash(i) for i in images]; groups = {}
     for k,t in zip(keys, inputs):
-        if k not in self._features: groups.setdefault(tuple(t['pixel_values'].shape), {})[k] = t
+        if self.recall(k) is None: groups.setdefault(tuple(t['pixel_values'].shape), {})[k] = t
     for new in groups.values():
         px = {n: torch.cat([t[n] for t in new.values()]) for n in next(iter(new.values())) if n not in _NO_PIXELS}
         out = self.core.model.get_image_features(**px)
         flat = lambda x: (torch.cat(list(x)) if isinstance(x, (list, tuple)) else x).flatten(0, -2).chunk(len(new))
         deep = list(zip(*map(flat, getattr(out, 'deepstack_features', None) or ()))) or [()]*len(new)
-        self._features.update((k, (f, d)) for k,f,d in zip(new, flat(out.pooler_output), deep))
+        for k,f,d in zip(new, flat(out.pooler_output), deep): self.remember(k, [f, *d])
     seen = [self._features[k] for k in keys]
-    while len(self._features) > self.cache_images: self._features.popitem(last=False)
+    self.forget()
     return seen
 
 # %% ../nbs/07a_families.ipynb #a6d10b03
@@ -363,8 +366,8 @@ def read_images(self:Chat, ids, features, inputs, head=None):
         if name in inputs[0]:
             more[name] = left_padded([x[name][0,:len(i)].tolist() for x,i in zip(inputs, ids)], **on)[0]
     if 'image_grid_thw' in inputs[0]: more['image_grid_thw'] = torch.cat([x['image_grid_thw'] for x in inputs])
-    out = SimpleNamespace(pooler_output=[f for f,_ in features],
-                          deepstack_features=[list(d) for d in zip(*(d for _,d in features))])
+    out = SimpleNamespace(pooler_output=[f[0] for f in features],
+                          deepstack_features=[list(d) for d in zip(*(f[1:] for f in features))])
     if not self.lists_features: out.pooler_output = torch.cat(out.pooler_output)[None]
     if not words.mrope: more['position_ids'] = (valid.cumsum(1)-1).clamp(min=0)+self.first_position
     model = self.core.model
@@ -410,9 +413,9 @@ def blind(vlm):
     import torch
     projector = next(m for n,m in vlm.core.named_modules() if n.endswith('multi_modal_projector'))
     hook = projector.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-    kept,vlm._features = vlm._features,type(vlm._features)()
+    kept,store = vlm._features,vlm.store; vlm._features,vlm.store = type(kept)(),None
     try: yield
-    finally: hook.remove(); vlm._features = kept
+    finally: hook.remove(); vlm._features,vlm.store = kept,store
 
 # %% ../nbs/07a_families.ipynb #a0631615
 _PER_TOKEN = ('attention_mask', 'token_type_ids', 'mm_token_type_ids')
@@ -534,7 +537,7 @@ class Florence(Chat):
         import torch
         t = self.inputs([images[n] for n in at], texts); used = sorted(set(at)); words = self.words()
         one = [{k: v[at.index(n)][None] for k,v in t.items()} for n in used]
-        seen = dict(zip(used, (f for f,_ in self.features([images[n] for n in used], one))))
+        seen = dict(zip(used, (f[0] for f in self.features([images[n] for n in used], one))))
         ids,valid = right_padded([r[m.bool()].tolist() for r,m in zip(t['input_ids'], t['attention_mask'])], words.pad,
                                  words.device)
         x = words.embed(ids); pixels = (ids == self.core.config.image_token_id)[...,None].expand_as(x)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .settings import FadaError, digest, load_settings, pixels_sha256, read_json, use_threads
+from .settings import FadaError, digest, load_settings, pixels_sha256, read_json, use_threads, write_atomic
 from .clinical import QUESTIONS, question_id
 from .registry import ModelSpec, model_spec
 from .decode import (Pairs, Rows, Words, capped, costs_of, end_ids, finish, in_parts, read_prefix,
@@ -72,6 +72,7 @@ class VLM:
     paid = False            # whether a question may cost money
     kept = ()               # special tokens that belong to an answer, ids
     limits = LIMITS         # tokens of an answer by question, where fewer than `max_new_tokens`
+    store = None            # folder in which features are kept; None: in memory alone
     budget = None           # memory for what is asked together, bytes; None: half of what is free
     def __init__(self, spec, model, processor, base, precision, device, max_new_tokens=48, adapter=None):
         # base: identity of the weights
@@ -133,6 +134,7 @@ def load(
     adapter=None,         # folder of an adapter bundle
     weights=None,         # folder that takes the checkpoint's place (a model trained here)
     precision:str=None, device:str=None, max_new_tokens:int=None,
+    features=None,        # folder in which features of images are kept from one day to the next
 )->VLM:
     "Load a model, and an adapter on top of it"
     s = load_settings(model=name, precision=precision, device=device, max_new_tokens=max_new_tokens)
@@ -146,6 +148,7 @@ def load(
         from fada.canary import check_canary
         check_canary(vlm, weights)
     if adapter: attach(vlm, adapter)
+    vlm.store = features
     return vlm
 
 # %% ../nbs/07_vlm.ipynb #06ce3249
@@ -236,21 +239,56 @@ def bridge(core, q):
     return core.language_projection(q.to(weight.dtype) if weight.is_floating_point() else q)
 
 # %% ../nbs/07_vlm.ipynb #38c32d4c
+@patch
+def feature_file(self:VLM, key:str):
+    "Where features of the image with hash `key` lie on disk: their name says pixels, processor and weights; None: nowhere"
+    if self.store is None: return None
+    i = self.identity()
+    return Path(self.store)/f"{digest([key, *(i.get(k) for k in ('processor','processor_backend','tiles')), self.base, self.adapter, self.precision])}.safetensors"
+
+@patch
+def recall(self:VLM, key:str):
+    "Features kept for the image with hash `key`, a list of tensors, from memory or disk; None where there are none"
+    if key in self._features: self._features.move_to_end(key); return self._features[key]
+    path = self.feature_file(key)
+    if path is None or not path.is_file(): return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try: kept = load_file(path, device=str(self.core.device))
+    except SafetensorError as e: raise FadaError(f'damaged features ({e})', str(path), 'a safetensors file', 'delete it') from None
+    self._features[key] = [kept[str(n)] for n in range(len(kept))]
+    return self._features[key]
+
+@patch
+def remember(self:VLM, key:str, features):
+    "Keep features of the image with hash `key`: in memory, and on disk where `store` names a folder"
+    self._features[key] = list(features); path = self.feature_file(key)
+    if path is None: return
+    from safetensors.torch import save
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save({str(n): f.contiguous().cpu() for n,f in enumerate(features)}))
+
+# %% ../nbs/07_vlm.ipynb #a6d10b04
 def encode(vlm, images):
     "Prompt features of `images` (None gives zeros), n × queries × language width, each image computed once"
     import torch
     keys = [image_hash(i) for i in images]
-    new = {k: im for k,im in zip(keys, images) if k is not None and k not in vlm._features}
+    new = {k: im for k,im in zip(keys, images) if k is not None and vlm.recall(k) is None}
     with torch.inference_mode(), quick_linears(vlm.core):
         if new:
             out = project(vlm, vlm.core.vision_model(pixel_values(vlm, list(new.values()))).last_hidden_state)
-            vlm._features.update(zip(new, out))
+            for k,o in zip(new, out): vlm.remember(k, [o])
         shape = (vlm.core.config.num_query_tokens, vlm.core.config.text_config.hidden_size)
         weight = vlm.core.get_input_embeddings().weight
-        rows = torch.stack([torch.zeros(shape, device=weight.device) if k is None else vlm._features[k]
+        rows = torch.stack([torch.zeros(shape, device=weight.device) if k is None else vlm._features[k][0]
                             for k in keys])
-    while len(vlm._features) > vlm.cache_images: vlm._features.popitem(last=False)
+    vlm.forget()
     return rows.to(weight.dtype)
+
+@patch
+def forget(self:VLM):
+    "Let features go that have not been asked for lately"
+    while len(self._features) > self.cache_images: self._features.popitem(last=False)
 
 # %% ../nbs/07_vlm.ipynb #55a922b4
 def check_room(vlm, tokens:int, config):
