@@ -12,18 +12,10 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from .settings import FadaError, now
-from fada.clinical import (
-    CATEGORIES,
-    GRADES,
-    ND,
-    ORIENTATIONS,
-    PARAMETERS,
-    QUESTIONS,
-    RECOMMENDATIONS,
-    STRUCTURES,
-)
-from .images import blank_outside, pixels_sha256, public_name, read_image
-from .readers import QUARANTINE, Reading, index_images, list_files
+from .clinical import (CATEGORIES, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, RECOMMENDATIONS,
+                           STRUCTURES)
+from .images import blank_outside, look_all, public_name, read_image
+from .readers import QUARANTINE, Reading, index_images, list_files, structured_json
 
 # %% ../nbs/04j_annotate.ipynb #ae29f949
 LOG = 'annotations.jsonl'
@@ -37,23 +29,14 @@ def annotate(
 )->dict:                  # the record
     "Append one annotation, flushed to disk; `FadaError` where it names nobody or changes nothing"
     if not who.strip():
-        raise FadaError(
-            'an annotation without a name', str(folder), 'who annotates', 'enter a name or initials'
-        )
+        raise FadaError('an annotation without a name', str(folder), 'who annotates',
+                        'enter a name or initials')
     if kind not in KINDS: raise FadaError(f'unknown kind {kind!r}', '', ', '.join(KINDS), '')
     if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', '1 to 8', '')
     if kind == 'correction' and after.strip() == before.strip():
         raise FadaError('nothing was changed', image, 'another answer', '')
-    rec = dict(
-        when=now(),
-        who=who.strip(),
-        kind=kind,
-        image=image,
-        pixels_sha256=sha,
-        question_id=question_id,
-        before=before,
-        after=after.strip(),
-    )
+    rec = dict(when=now(), who=who.strip(), kind=kind, image=image, pixels_sha256=sha,
+               question_id=question_id, before=before, after=after.strip())
     path = Path(folder)/LOG; torn = path.is_file() and path.stat().st_size and path.read_bytes()[-1:] != b'\n'
     with open(path, 'ab') as f:
         f.write((b'\n' if torn else b'') + json.dumps(rec, ensure_ascii=False).encode() + b'\n')
@@ -61,36 +44,60 @@ def annotate(
         os.fsync(f.fileno())
     return rec
 
+# %% ../nbs/04j_annotate.ipynb #a5b72108
 def annotations(
     folder,
-)->pd.DataFrame:       # in the order they were made
+)->pd.DataFrame:       # in the order they were made; the index is the line of the log
     "All annotations of a folder; a torn line is left out and counted in `.attrs['torn']`"
-    path = Path(folder)/LOG; out,torn = [],0
-    for line in path.read_text(encoding='utf-8').splitlines() if path.is_file() else []:
-        try:out.append(json.loads(line))
+    path = Path(folder)/LOG; out,torn = {},0
+    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    for i,line in enumerate(lines, 1):
+        try: out[i] = json.loads(line)
         except ValueError: torn += 1
-    t = pd.DataFrame(
-        out, columns=['when', 'who', 'kind', 'image', 'pixels_sha256', 'question_id', 'before', 'after']
-    )
+    t = pd.DataFrame(list(out.values()), list(out), ['when', 'who', 'kind', 'image', 'pixels_sha256',
+                                                     'question_id', 'before', 'after'])
     t.attrs['torn'] = torn
     return t
 
 # %% ../nbs/04j_annotate.ipynb #2aba33bc
+def _follow(answer, chain, fitted):
+    "(answer, last correction or None) of one answer; each correction must begin where the one before ended"
+    last = None
+    for r in chain:
+        if r.before == answer: answer,last = r.after,r
+        if r.after == answer: fitted.add(r.Index)
+    return answer,last
+
+def _correct_row(table, i, given, after, last, reading):
+    "Write one corrected answer into row `i`, with its structure"
+    put = lambda column, value: table.iloc.__setitem__((i, table.columns.get_loc(column)), value)
+    q = last.question_id; put('answer', after)
+    put('corrected_from', given if after != given else None); put('corrected_by', last.who)
+    if 'structured' in table: put('structured', structured_json(q, after))
+    said = f'{given!r} → {after!r}, corrected by {last.who} on {last.when[:10]} ({LOG}, line {last.Index})'
+    if reading: reading.note(table.image.iloc[i], 0, f'Q{q}', said, 'repaired')
+
+# %% ../nbs/04j_annotate.ipynb #db6934b3
 def corrected(
-    table: pd.DataFrame, folder
-) -> pd.DataFrame:  # the table with the last correction of each answer; `corrected_from` keeps what was given
-    "Apply the corrections of the log, by pixel hash; the table on disk is not changed"
-    a = annotations(folder); a = a[a.kind == 'correction']
-    if not len(a): return table
-    last = {(r.pixels_sha256, r.question_id): r for r in a.itertuples()}
-    hits = [last.get(k) for k in zip(table.pixels_sha256, table.question_id)]
-    return table.assign(
-        corrected_from=[t if h else None for t, h in zip(table.answer, hits)],
-        annotator=[
-            h.who if h else o for h, o in zip(hits, table.get('annotator', pd.Series([None] * len(table))))
-        ],
-        answer=[h.after if h else t for t, h in zip(table.answer, hits)],
-    )
+    table:pd.DataFrame,  # with the answers as given, or corrected before
+    folder,              # with the log
+    reading=None,        # takes notes of corrections; sets aside those that fit no answer
+)->pd.DataFrame:         # `answer` as corrected; `corrected_from`: as given; `corrected_by`: who changed it
+    "Apply the corrections of the log, by pixel hash and question, where they correct the answer that was given"
+    a = annotations(folder); chains,fitted = {},set()
+    for r in a[a.kind == 'correction'].itertuples():
+        chains.setdefault((r.pixels_sha256, r.question_id), []).append(r)
+    if not chains: return table
+    out = table.assign(**{c: table[c] if c in table else None for c in ('corrected_from', 'corrected_by')})
+    for i,key in enumerate(zip(table.pixels_sha256, table.question_id) if len(table) else ()):
+        if key not in chains: continue
+        was = out.corrected_from.iloc[i]; given = was if isinstance(was, str) else table.answer.iloc[i]
+        after,last = _follow(given, chains[key], fitted)
+        if last: _correct_row(out, i, given, after, last, reading)
+    for c in (c for chain in chains.values() for c in chain if reading and c.Index not in fitted):
+        reading.set_aside(LOG, c.Index, f'Q{c.question_id}',
+                          f'corrects {c.before!r} of {c.image}, which is not the answer that was given')
+    return out
 
 # %% ../nbs/04j_annotate.ipynb #d2b5ab3a
 def second_share(
@@ -111,9 +118,9 @@ def work_list(
     cats = {n: c for (c,_),ns in index.items() for n in ns}; a = annotations(folder); out,again = [],[]
     first = a[a.kind == 'answer'].drop_duplicates('pixels_sha256').set_index('pixels_sha256').who.to_dict()
     mine = set(map(tuple, a[a.who == who][['pixels_sha256','question_id']].itertuples(index=False)))
-    for n in cats:
-        try: sha = pixels_sha256(read_image(r.folder/n))
-        except FadaError: continue  # the check names it
+    for n,s in look_all(r.folder, list(cats)).items():
+        if s['error']: continue  # the check names it
+        sha = s['pixels_sha256']
         if all((sha, q) in mine for q in QUESTIONS): continue
         if first.get(sha, who) == who: out.append((n, cats[n], sha, 'answer'))
         elif second_share(sha, share, seed): again.append((n, cats[n], sha, 'second'))
@@ -127,14 +134,12 @@ def choices(
     "What can be picked for a question; free text is always possible besides"
     c = CATEGORIES.get(category)
     if q == 1:
-        return list(dict.fromkeys([*(c.landmarks if c else ()), *(c.intruders if c else ()), *STRUCTURES]))[
-            :12
-        ]
+        return list(dict.fromkeys([*(c.landmarks if c else ()), *(c.intruders if c else ()),
+                                   *STRUCTURES]))[:12]
     if q == 2: return [f'axial, spine {s}' for s in ORIENTATIONS['spine']] + ['longitudinal', 'sagittal']
     if q == 3:
-        return [f'{p}, {s}' for p in ([c.plane] if c else []) for s in ('standard', 'non-standard')] + [
-            'another plane'
-        ]
+        return [f'{p}, {s}' for p in ([c.plane] if c else []) for s in ('standard', 'non-standard')
+               ] + ['another plane']
     if q == 4: return [f'{p}, size {ND}' for p in (c.biometry if c else PARAMETERS)] + ['none in this view']
     if q == 5: return [ND] + [f'{w}-{w+4} weeks' for w in range(12, 40, 4)]
     if q == 6: return list(GRADES)
@@ -143,18 +148,23 @@ def choices(
 
 # %% ../nbs/04j_annotate.ipynb #40fe27cc
 KEYS = '''(() => { if (window.fadaKeys) return; window.fadaKeys = true;
-document.addEventListener('keydown', e => { const p = e.target.closest && e.target.closest('.fada-annotate'); if (!p) return;
- const typing = e.target.tagName === 'INPUT' && e.target.value; let b = null;
- if (!typing && /^[1-9]$/.test(e.key)) b = p.querySelectorAll('.fada-choice:not([style*="none"]) button, button.fada-choice')[+e.key-1];
- if (e.key === 'Enter') b = p.querySelector('button.fada-take');
+const panel = e => e.target.closest && e.target.closest('.fada-annotate');
+document.addEventListener('keydown', e => {
+ const p = panel(e); let b = null; if (!p || e.ctrlKey || e.altKey || e.metaKey) return;
+ const typing = e.target.tagName === 'INPUT' && e.target.value;
+ if (!typing && /^[1-9]$/.test(e.key)) b = p.querySelectorAll('button.fada-choice')[+e.key-1];
+ if (e.key === 'Enter' && (typing || e.target.tagName !== 'BUTTON')) b = p.querySelector('button.fada-take');
  if (e.key === 'Backspace' && !typing) b = p.querySelector('button.fada-back');
- if (b) { e.preventDefault(); e.stopPropagation(); b.click(); } }, true);
+ if (!b || b.style.display === 'none') return;
+ e.preventDefault(); e.stopPropagation(); p.tabIndex = -1;
+ p.focus({preventScroll: true});  // sends what was typed before the button is pressed, and outlives a choice
+ b.click(); }, true);
 document.addEventListener('focusin', e => {  // else two presses of d delete the cell in JupyterLab
- if (e.target.closest && e.target.closest('.fada-annotate')) e.target.setAttribute('data-lm-suppress-shortcuts', 'true'); }); })()'''
+ if (panel(e)) e.target.setAttribute('data-lm-suppress-shortcuts', 'true'); }); })()'''
 
 def _png(image, width=480):
     buf = io.BytesIO()
-    image.resize((width, max(1, round(width * image.height / image.width)))).save(buf, 'PNG')
+    image.resize((width, max(1, round(width*image.height/image.width)))).save(buf, 'PNG')
     return buf.getvalue()
 
 def _shown(folder, name):
@@ -174,55 +184,47 @@ class Annotator:
     ):
         import ipywidgets as w
         if not str(who).strip(): raise FadaError('no reader', '', 'a name or initials', '')
-        self.folder, self.who, self.todo, self.at, self.q = (
-            Path(folder),
-            who,
-            work_list(folder, who, share, seed),
-            0,
-            1,
-        )
+        self.folder,self.who,self.todo = Path(folder),who,work_list(folder, who, share, seed)
+        self.at,self.q,wide = 0,1,w.Layout(width='300px')
         self.picture = w.Image(format='png', width=480); self.head,self.state = w.HTML(),w.HTML()
         self.buttons = [w.Button(layout=w.Layout(width='300px')) for _ in range(12)]
-        for k, b in enumerate(self.buttons):
-            b.add_class('fada-choice')
-            b.on_click(lambda _, k=k: self.take(self.options[k]))
-        self.free = w.Text(
-            placeholder='or type an answer, several separated by commas', layout=w.Layout(width='300px')
-        )
+        for k,b in enumerate(self.buttons):
+            b.add_class('fada-choice'); b.on_click(lambda _, k=k: self.take(self.options[k]))
+        # sent whole when the field is left: letter by letter, a press of the button would overtake the last ones
+        self.free = w.Text(placeholder='or type an answer, several separated by commas', layout=wide,
+                           continuous_update=False)
         self.enter,self.back = w.Button(description='Take (Enter)'),w.Button(description='Back')
         self.enter.add_class('fada-take'); self.back.add_class('fada-back')
         self.enter.on_click(lambda _: self.take(self.free.value))
         self.back.on_click(lambda _: self.step_back())
-        self.widget = w.HBox(
-            [
-                self.picture,
-                w.VBox([self.head, *self.buttons, self.free, w.HBox([self.enter, self.back]), self.state]),
-            ]
-        )
+        right = [self.head, *self.buttons, self.free, w.HBox([self.enter, self.back]), self.state]
+        self.widget = w.HBox([self.picture, w.VBox(right)])
         self.widget.add_class('fada-annotate'); self.go_on(); self.show()
 
-    def go_on(self):
-        "Set the question to the first that this reader has not answered for the picture"
-        if self.at >= len(self.todo): return
-        a = annotations(self.folder); sha = self.todo[self.at][2]
-        mine = set(a[(a.who == self.who) & (a.pixels_sha256 == sha)].question_id)
-        self.q = next((q for q in QUESTIONS if q not in mine), 1)
+# %% ../nbs/04j_annotate.ipynb #2520dda8
+@patch
+def go_on(self:Annotator):
+    "Set the question to the first that this reader has not answered for the picture"
+    if self.at >= len(self.todo): return
+    a = annotations(self.folder); sha = self.todo[self.at][2]
+    mine = set(a[(a.who == self.who) & (a.pixels_sha256 == sha)].question_id)
+    self.q = next((q for q in QUESTIONS if q not in mine), 1)
 
-    def show(self):
-        "Show the picture and the question"
-        if self.at >= len(self.todo):
-            self.head.value,self.options = '<b>All is read.</b>',[]
-            for b in self.buttons: b.layout.display = 'none'
-            return
-        image,cat,sha,kind = self.todo[self.at]; self.picture.value = _png(_shown(self.folder, image))
-        self.options = choices(self.q, cat)
-        self.head.value = (
-            f'<b>{html.escape(QUESTIONS[self.q].text)}</b><br>{html.escape(cat or "")} · picture {self.at+1} of {len(self.todo)}'
-            f' · question {self.q} of 8' + (' · second reading' if kind == 'second' else '')
-        )
-        for k,b in enumerate(self.buttons):
-            b.layout.display = '' if k < len(self.options) else 'none'
-            if k < len(self.options): b.description = f'{k+1}  {self.options[k]}'
+@patch
+def show(self:Annotator):
+    "Show the picture and the question"
+    if self.at >= len(self.todo):
+        self.head.value,self.options = '<b>All is read.</b>',[]
+        for b in self.buttons: b.layout.display = 'none'
+        return
+    image,cat,sha,kind = self.todo[self.at]; self.picture.value = _png(_shown(self.folder, image))
+    self.options = choices(self.q, cat)
+    self.head.value = (f'<b>{html.escape(QUESTIONS[self.q].text)}</b><br>{html.escape(cat or "")} · '
+                       f'picture {self.at+1} of {len(self.todo)} · question {self.q} of 8'
+                       + (' · second reading' if kind == 'second' else ''))
+    for k,b in enumerate(self.buttons):
+        b.layout.display = '' if k < len(self.options) else 'none'
+        if k < len(self.options): b.description = f'{k+1}  {self.options[k]}'
 
 # %% ../nbs/04j_annotate.ipynb #f5cf7672
 @patch
@@ -230,24 +232,15 @@ def take(self:Annotator, answer):
     "Write the answer to the log and go on"
     if self.at >= len(self.todo): return
     if not answer.strip(): self.state.value = '<i>pick or type an answer first</i>'; return
-    if (
-        self.q == 1 and answer in self.options and self.free.value.strip()
-    ):  # structures are gathered, then taken
+    if self.q == 1 and answer in self.options and self.free.value.strip():  # gathered, then taken
         answer = ', '.join(dict.fromkeys([*(s.strip() for s in self.free.value.split(',')), answer]))
     image,cat,sha,kind = self.todo[self.at]
     if self.q == 1 and answer != self.free.value:
-        self.free.value = answer
-        self.state.value = '<i>add more, then Take</i>'
-        return
+        self.free.value,self.state.value = answer,'<i>add more, then Take</i>'; return
     annotate(self.folder, self.who, image, sha, self.q, answer, kind=kind)
-    self.free.value = ''
-    self.state.value = '<i>kept</i>'
-    if self.q == 8:
-        self.at += 1
-        self.q = 1
-        self.go_on()
-    else:
-        self.q += 1
+    self.free.value,self.state.value = '','<i>kept</i>'
+    if self.q == 8: self.at,self.q = self.at+1,1; self.go_on()
+    else: self.q += 1
     self.show()
 
 @patch
@@ -261,13 +254,10 @@ def step_back(self:Annotator):
 def readings(folder)->tuple:   # (first, second): image, question_id, answer, annotator
     "First and second readings of the log, the last word of each reader"
     a = annotations(folder).rename(columns=dict(who='annotator', after='answer'))
-    a = a[a.kind.isin(['answer', 'second'])].drop_duplicates(
-        ['pixels_sha256', 'question_id', 'annotator'], keep='last'
-    )
+    a = a.drop_duplicates(['pixels_sha256', 'question_id', 'annotator', 'kind'], keep='last')
     cols = ['image','pixels_sha256','question_id','answer','annotator']
-    return a[a.kind == 'answer'][cols].reset_index(drop=True), a[a.kind == 'second'][cols].reset_index(
-        drop=True
-    )
+    one,two = [a[a.kind == k][cols].reset_index(drop=True) for k in ('answer', 'second')]
+    return one, two
 
 def reader_agreement(folder)->pd.DataFrame:
     "Agreement of first and second readings: see `checks.agreement`"
@@ -276,10 +266,8 @@ def reader_agreement(folder)->pd.DataFrame:
     one,two = [normalise(t, load_rules(folder)) for t in readings(folder)]
     return agreement(one, two)
 
-def annotations_to_csv(
-    folder, name:str='annotated.csv',
-)->Path:
-    "Write the readings as a CSV in the shape that the readers know; `FadaError` where there are none or the file exists"
+def annotations_to_csv(folder, name:str='annotated.csv')->Path:
+    "Write the readings as a CSV that the readers know; `FadaError` where there are none or the file exists"
     import csv
     one,two = readings(folder); path = Path(folder)/name; t = pd.concat([one, two])
     if not len(t): raise FadaError('no annotations', str(folder), 'answers in the annotation panel', '')
@@ -296,116 +284,88 @@ def annotations_to_csv(
 class Explorer:
     "Widgets to look through a prepared folder; `.widget` is what a notebook shows"
     def __init__(self, folder):
-        import ipywidgets as w
         from fada.data import load_table
-        self.folder = Path(folder)
-        self.table = corrected(load_table(folder), folder)
-        t = self.table
-        self.at = 0
-        self.category = w.Dropdown(options=['all', *sorted(t.category.unique())], description='category')
-        self.split = w.Dropdown(options=['all', *sorted(t.split.unique())], description='split')
-        self.question = w.Dropdown(
-            options=[('all', 0)] + [(q.key, q.id) for q in QUESTIONS.values()], description='question'
-        )
-        self.find = w.Text(placeholder='words in an answer', description='answer')
-        self.prev,self.next = w.Button(description='◀'),w.Button(description='▶')
-        self.picture = w.Image(format='png', width=480)
-        self.info, self.answers, self.state = w.HTML(), w.HTML(), w.HTML()
-        self.who = w.Text(placeholder='your name or initials', description='who')
-        self.which = w.Dropdown(options=[(q.key, q.id) for q in QUESTIONS.values()], description='correct')
-        self.new,self.keep = w.Text(placeholder='the right answer'),w.Button(description='Append correction')
-        self.plot = w.Image(format='png', width=620); self.aside = w.HTML(self._quarantine())
+        self.folder,self.at = Path(folder),0; self.table = corrected(load_table(folder), folder)
+        self._controls()
         for x in (self.category, self.split, self.question, self.find):
             x.observe(lambda _: self.filter(), 'value')
-        self.prev.on_click(lambda _: self.page(-1))
-        self.next.on_click(lambda _: self.page(1))
+        self.prev.on_click(lambda _: self.page(-1)); self.next.on_click(lambda _: self.page(1))
         self.keep.on_click(lambda _: self.correct())
-        right = w.VBox(
-            [
-                self.info,
-                self.answers,
-                w.HBox([self.who]),
-                w.HBox([self.which, self.new, self.keep]),
-                self.state,
-            ]
-        )
-        tabs = w.Tab([w.HBox([self.picture, right]), self.plot, self.aside])
-        tabs.titles = ('pictures', 'distributions', 'quarantine')
-        self.widget = w.VBox(
-            [
-                w.HBox([self.category, self.split]),
-                w.HBox([self.question, self.find, self.prev, self.next]),
-                tabs,
-            ]
-        )
         self.filter()
 
-    def filter(self):
-        "Take the rows that fit, show the first picture and the distributions"
-        t = self.table
-        if self.category.value != 'all': t = t[t.category == self.category.value]
-        if self.split.value != 'all': t = t[t.split == self.split.value]
-        if self.question.value: t = t[t.question_id == self.question.value]
-        if self.find.value: t = t[t.answer.str.contains(self.find.value, case=False, regex=False)]
-        self.rows,self.images,self.at = t,t.image.unique().tolist(),0
-        self.show(); self.draw()
+# %% ../nbs/04j_annotate.ipynb #d4de42b4
+@patch
+def filter(self:Explorer):
+    "Take the rows that fit, show the first picture and the distributions"
+    t = self.table
+    if self.category.value != 'all': t = t[t.category == self.category.value]
+    if self.split.value != 'all': t = t[t.split == self.split.value]
+    if self.question.value: t = t[t.question_id == self.question.value]
+    if self.find.value: t = t[t.answer.str.contains(self.find.value, case=False, regex=False)]
+    self.rows,self.images,self.at = t,t.image.unique().tolist(),0
+    self.show(); self.draw()
 
-    def page(self, step):
-        "To another picture, round and round"
-        if self.images: self.at = (self.at+step)%len(self.images); self.show()
+@patch
+def page(self:Explorer, step):
+    "To another picture, round and round"
+    if self.images: self.at = (self.at+step)%len(self.images); self.show()
+
+# %% ../nbs/04j_annotate.ipynb #3e4d6808
+@patch
+def _controls(self:Explorer):
+    "The widgets and where they stand"
+    import ipywidgets as w
+    keys = [(q.key, q.id) for q in QUESTIONS.values()]; t = self.table
+    self.category = w.Dropdown(options=['all', *sorted(t.category.unique())], description='category')
+    self.split = w.Dropdown(options=['all', *sorted(t.split.unique())], description='split')
+    self.question = w.Dropdown(options=[('all', 0), *keys], description='question')
+    self.find = w.Text(placeholder='words in an answer', description='answer')
+    self.prev,self.next = w.Button(description='◀'),w.Button(description='▶')
+    self.picture,self.plot = w.Image(format='png', width=480),w.Image(format='png', width=620)
+    self.info,self.answers,self.state = w.HTML(),w.HTML(),w.HTML()
+    whole = dict(continuous_update=False)  # as in `Annotator`
+    self.who = w.Text(placeholder='your name or initials', description='who', **whole)
+    self.which = w.Dropdown(options=keys, description='correct')
+    self.new = w.Text(placeholder='the right answer', **whole)
+    self.keep = w.Button(description='Append correction')
+    change = [w.HBox([self.who]), w.HBox([self.which, self.new, self.keep]), self.state]
+    pictures = w.HBox([self.picture, w.VBox([self.info, self.answers, *change])])
+    tabs = w.Tab([pictures, self.plot, w.HTML(self._quarantine())])
+    tabs.titles = ('pictures', 'distributions', 'quarantine')
+    find = w.HBox([self.question, self.find, self.prev, self.next])
+    self.widget = w.VBox([w.HBox([self.category, self.split]), find, tabs])
 
 # %% ../nbs/04j_annotate.ipynb #fccd80fc
 @patch
 def show(self:Explorer):
     "Show a picture with all its answers"
     if not self.images: self.info.value,self.answers.value = '<i>nothing fits</i>',''; return
-    name = self.images[self.at]
-    t = self.table[self.table.image == name].sort_values('question_id')
-    r = t.iloc[0]
-    try:
-        self.picture.value = _png(_shown(self.folder, name))
-        why = ''
-    except FadaError as e:
-        why = f'<br><span style="color:#a40e26">{html.escape(str(e))}</span>'
-    self.info.value = f'<b>{html.escape(public_name(name))}</b> · {html.escape(r.category)} · {r.split} · {self.at+1} of {len(self.images)}{why}'
-    was = t.get('corrected_from', pd.Series([None]*len(t)))
-    self.answers.value = (
-        '<table>'
-        + ''.join(
-            f'<tr><td>{q}</td><td>{html.escape(QUESTIONS[q].key)}</td><td><b>{html.escape(str(a))}</b>'
-            + (f' <s>{html.escape(str(o))}</s>' if isinstance(o, str) else '')
-            + '</td></tr>'
-            for q, a, o in zip(t.question_id, t.answer, was)
-        )
-        + '</table>'
-    )
+    name = self.images[self.at]; why = ''
+    t = self.table[self.table.image == name].sort_values('question_id'); r = t.iloc[0]
+    try: self.picture.value = _png(_shown(self.folder, name))
+    except FadaError as e: why = f'<br><span style="color:#a40e26">{html.escape(str(e))}</span>'
+    self.info.value = (f'<b>{html.escape(public_name(name))}</b> · {html.escape(r.category)} · {r.split} · '
+                       f'{self.at+1} of {len(self.images)}{why}')
+    was = t.corrected_from if 'corrected_from' in t else [None]*len(t)
+    line = lambda q, a, o: (f'<tr><td>{q}</td><td>{html.escape(QUESTIONS[q].key)}</td>'
+                            f'<td><b>{html.escape(str(a))}</b>'
+                            + (f' <s>{html.escape(o)}</s>' if isinstance(o, str) else '') + '</td></tr>')
+    self.answers.value = f"<table>{''.join(map(line, t.question_id, t.answer, was))}</table>"
 
 @patch
 def correct(self:Explorer):
     "Append a correction of the picture in view; what is wrong with it is said"
-    t = self.table
-    name = self.images[self.at] if self.images else ''
+    t = self.table; name = self.images[self.at] if self.images else ''
     hit = t[(t.image == name) & (t.question_id == self.which.value)]
     try:
         if not len(hit):
             raise FadaError('no such answer to correct', name, 'a question that was answered', '')
         if not self.new.value.strip(): raise FadaError('an empty answer', name, 'the right answer', '')
-        annotate(
-            self.folder,
-            self.who.value,
-            name,
-            hit.pixels_sha256.iloc[0],
-            self.which.value,
-            self.new.value,
-            hit.answer.iloc[0],
-        )
-    except FadaError as e:
-        self.state.value = f'<i>{html.escape(str(e))}</i>'
-        return
-    from fada.data import load_table
-    self.table = corrected(load_table(self.folder), self.folder)
-    self.new.value = ''
-    self.state.value = '<i>appended</i>'
+        annotate(self.folder, self.who.value, name, hit.pixels_sha256.iloc[0], self.which.value,
+                 self.new.value, hit.answer.iloc[0])
+    except FadaError as e: self.state.value = f'<i>{html.escape(str(e))}</i>'; return
+    self.table = corrected(t, self.folder)
+    self.new.value,self.state.value = '','<i>appended; prepare again to put it into the table</i>'
     self.show()
 
 # %% ../nbs/04j_annotate.ipynb #d6393d7a
@@ -415,21 +375,15 @@ def draw(self:Explorer):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8,3.4)); a,b = fig.subplots(1, 2); t = self.rows
     if len(t):
-        t.drop_duplicates('image').groupby(['category', 'split']).size().unstack(fill_value=0).plot.barh(
-            stacked=True, ax=a
-        )
+        images = t.drop_duplicates('image').groupby(['category','split']).size().unstack(fill_value=0)
+        images.plot.barh(stacked=True, ax=a)
         a.legend(fontsize=7, loc='lower right')
         top = (t.answer_norm if 'answer_norm' in t else t.answer).value_counts().head(12)[::-1]
         b.barh([s[:34] for s in top.index], top, color='#4c72b0')
-    a.set_title('images')
-    a.set_ylabel('')
-    b.set_title(
-        f'commonest answers, {QUESTIONS[self.question.value].key if self.question.value else "all questions"}'
-    )
+    q = self.question.value; a.set(title='images', ylabel='')
+    b.set_title(f'commonest answers, {QUESTIONS[q].key if q else "all questions"}')
     for x in (a, b): x.tick_params(labelsize=7); x.title.set_fontsize(9)
-    buf = io.BytesIO()
-    fig.tight_layout()
-    fig.savefig(buf, format='png', dpi=110)
+    buf = io.BytesIO(); fig.tight_layout(); fig.savefig(buf, format='png', dpi=110)
     self.plot.value = buf.getvalue()
 
 @patch
@@ -438,11 +392,8 @@ def _quarantine(self:Explorer):
     p = self.folder/QUARANTINE
     if not p.is_file(): return '<i>nothing was set aside</i>'
     q = pd.read_csv(p, keep_default_na=False); by = q.groupby('reason').size().sort_values(ascending=False)
-    return (
-        f'<b>{len(q)} set aside</b>'
-        + by.head(20).rename('rows').to_frame().to_html(escape=True)
-        + q.head(500).to_html(escape=True, index=False)
-    )
+    return (f'<b>{len(q)} set aside</b>' + by.head(20).rename('rows').to_frame().to_html(escape=True)
+            + q.head(500).to_html(escape=True, index=False))
 
 # %% ../nbs/04j_annotate.ipynb #df793e43
 def explore(folder=None):

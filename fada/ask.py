@@ -122,7 +122,8 @@ def open_upload(self:AskPanel):
 def run(self:AskPanel, questions):
     "Ask `questions` of the image in view and show the answers"
     self.say('thinking …'); rows = []
-    answers = self.vlm.ask(self.image, questions)
+    try: answers = self.vlm.ask(self.image, questions)
+    except FadaError as e: return self.say(f'not asked: {e}')   # a service that refuses every question
     for a in answers:
         ref = self.reference.get(a.question_id, '')
         said = (f'<span style="color:#a40e26">{html.escape(a.error)}</span>' if a.error

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shards', 'wants_remote_code', 'check_checkpoint',
            'weights_digest', 'locate', 'base_identity', 'resolve_device', 'estimate_bytes', 'free_bytes', 'fitting',
-           'check_memory', 'too_large', 'load_options', 'general_nf4', 'keep_fp32', 'load_processor', 'load_model',
-           'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files', 'fetch',
-           'download', 'access', 'here']
+           'check_memory', 'too_large', 'load_options', 'general_nf4', 'keep_fp32', 'load_processor', 'no_memory',
+           'load_model', 'prove_processor', 'load_blip2', 'weights_bytes', 'wanted_files', 'hub_error', 'hub_files',
+           'fetch', 'download', 'access', 'here']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
 import json, math, os, re, shutil, struct, sys
@@ -287,7 +287,10 @@ _GEMMA_TEXT = {r'^language_model\.model\.': 'model.',
                r'^model\.language_model\.': 'model.'}  # text half of a multimodal checkpoint
 _GEMMA_VISION = re.compile(r'vision_tower|multi_modal_projector')
 _COUNTERS = re.compile(r'(^|\.)(position_ids|rotary_emb\.inv_freq)$')
-_NO_MEMORY = re.compile(r'allocate memory|out of memory|not enough memory', re.I)
+
+def no_memory(e)->bool:
+    "Whether an exception means that memory ran out: CUDA, a CPU allocation and a mapped file each say it in their own words"
+    return isinstance(e, MemoryError) or bool(re.search(r'allocate memory|out of memory|not enough memory', str(e), re.I))
 
 def load_model(
     spec:ModelSpec, weights=None, precision:str='fp32', device:str='auto',
@@ -326,7 +329,6 @@ def _relevant(spec, keys):
 
 def _pretrained(spec, place, precision, device):
     "(model, load report) of transformers, with its errors in FADA's words"
-    import torch
     from safetensors import SafetensorError
     extra = {}
     if spec.architecture == 'gemma3-text':
@@ -336,10 +338,8 @@ def _pretrained(spec, place, precision, device):
                                                  output_loading_info=True, local_files_only=True,
                                                  **extra, **load_options(precision, device,
                                                          (*spec.fp32_parts, *spec.trained_parts)))
-    except (torch.OutOfMemoryError, MemoryError):
-        raise too_large(spec, precision, device, free_bytes(device)) from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        if _NO_MEMORY.search(str(e)): raise too_large(spec, precision, device, free_bytes(device)) from None
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as e:
+        if no_memory(e): raise too_large(spec, precision, device, free_bytes(device)) from None
         raise FadaError(f'{spec.name} cannot be loaded', place,
                         'a whole safetensors checkpoint, downloaded or on disk',
                         str(e).splitlines()[0] if str(e) else type(e).__name__) from None

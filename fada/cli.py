@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'data_app', 'Folder',
-           'Reader', 'models_app', 'Name', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask',
-           'biometry', 'data_check', 'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get',
-           'access', 'test', 'show']
+           'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config', 'Side', 'main', 'demo',
+           'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask', 'biometry', 'data_check', 'data_verify',
+           'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
+           'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -104,16 +105,21 @@ def phantom(
 
 # %% ../nbs/16_cli.ipynb #d0542f6b
 @app.command()
-def prepare(data:Data=None, source:Annotated[str, typer.Option(help='phantoms, folder or auto.')]='auto',
-            seed:Seed=None, json:Json=False, quiet:Quiet=False):
-    """Read a folder of category folders and workbooks into a question table.
+def prepare(
+    data:Data=None,
+    source:Annotated[str, typer.Option(help='phantoms, folder, auto, or a reader such as hc18.')]='auto',
+    frames:Annotated[Optional[str], typer.Option(help='Of a cine: first, middle, all, every K, a number.')]=None,
+    dataset:Annotated[Optional[str], typer.Option(help='Name of the data set. Default: of the folder.')]=None,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
+    """Read a folder of images and answers into a question table, with its corrections and a split by patient.
 
-    Example: fada prepare --data /scans --source folder"""
+    Example: fada prepare --data /scans --source folder --frames middle"""
     s = _settings(quiet, data=data, seed=seed)
     from fada.data import prepare as work
     from fada.clinical import PHANTOM_CATEGORIES
     m = work(s.data, s.phantoms, PHANTOM_CATEGORIES if tuple(s.categories) == ('all',) else s.categories,
-             s.seed, s.jobs, source)
+             s.seed, s.jobs, source, **{k: v for k,v in dict(frames=frames, dataset=dataset).items() if v})
     _show(m, json, f"{m['images']} images of {m['patients']} patients, {m['rows']} questions, "
           f"{m['quarantined']} set aside in {s.data}")
 
@@ -197,7 +203,10 @@ def ask(
         typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
     model:Model=None, weights:Weights=None,
     adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
-    precision:Precision=None, device:Device=None, json:Json=False, quiet:Quiet=False,
+    precision:Precision=None, device:Device=None,
+    report:Annotated[Optional[str],
+                     typer.Option(help='Add a report: templates, or a text model that may rephrase.')]=None,
+    json:Json=False, quiet:Quiet=False,
 ):
     "Ask questions of one image.\n\nExample: fada ask femur.png quality 'What is recommended?'"
     s = _settings(quiet, model=model, precision=precision, device=device)
@@ -207,10 +216,24 @@ def ask(
     from fada.vlm import load
     answers = load(s.model, adapter, weights, s.precision, s.device).ask(
         picture, list(question) if question else list(range(1,9)))
+    written = _report(answers, report, s) if report else None
     _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error,
-                             **({'more': a.more} if a.more else {})) for a in answers], notice=NOTICE), json,
-          '\n'.join(f'{a.question}\n  {a.error or a.text}' for a in answers)+f'\n{NOTICE}')
+                             **({'more': a.more} if a.more else {})) for a in answers],
+               **({'report': written} if report else {}), notice=NOTICE), json,
+          '\n'.join([*(f'{a.question}\n  {a.error or a.text}' for a in answers),
+                     *([f"Report\n{written['text']}"] if report else []), NOTICE]))
     if all(a.error for a in answers): raise typer.Exit(1)
+
+def _report(answers, writer, s)->dict:
+    "A report from what could be read in `answers`, by templates or by the text model `writer`"
+    from dataclasses import asdict
+    from fada.ensemble import reading
+    from fada.refine import write_report
+    from fada.vlm import load
+    model = None if writer == 'templates' else load(writer, precision=s.precision, device=s.device)
+    good = [a for a in answers if a.question_id and not a.error]
+    r = write_report({a.question_id: f for a in good if (f := reading(a.question_id, a.text))}, model)
+    return dict(asdict(r), accepted=r.accepted)
 
 # %% ../nbs/16_cli.ipynb #7c8372c0
 @app.command()
@@ -398,11 +421,11 @@ def test(name:Name, precision:Precision=None, device:Device=None, weights:Weight
     from fada.registry import model_spec
     from fada.trial import try_model
     spec = model_spec(name)
-    try: locate(spec, weights)
+    try: spec.family in ('api','ensemble') or locate(spec, weights)
     except FadaError: get_model(spec)
     r = try_model(name, s.precision, s.device, weights)
     lines = [f"{k:10} {'passed' if r[k] is True else r[k]}" for k in ('answer','train','attention') if k in r]
-    _show(r, json, '\n'.join(lines+[f"{name} in {r['precision']} on {r['device']}, {r['seconds']:.0f} s"]))
+    _show(r, json, '\n'.join(lines+[f"{name}{' in '+r['precision'] if r['precision'] else ''} on {r['device']}, {r['seconds']:.0f} s"]))
     if any(r.get(k, True) is not True for k in ('answer','train','attention')): raise typer.Exit(1)
 
 @models_app.command()
@@ -419,6 +442,79 @@ def show(name:Annotated[Optional[str], typer.Argument(help='One model; none: all
     spec = model_spec(name) if name else None
     if page: dossier_page(page, [spec] if spec else None)
     _show(dict(page=page, dossier=dossier_rows(spec) if spec else []), json, page or dossier_text(spec))
+
+# %% ../nbs/16_cli.ipynb #e3e92191
+Task = Annotated[str, typer.Option(help='answer or train.')]
+Questions = Annotated[int, typer.Option(help='Questions of each image, asked together.')]
+Batch = Annotated[int, typer.Option(help='Images at a time.')]
+NewTokens = Annotated[Optional[int],
+                      typer.Option(help='Longest answer. Default: [generate] max_new_tokens.')]
+Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
+Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models that take images of any size.')]
+
+@app.command()
+def plan(
+    model:Annotated[list[str], typer.Argument(help='Names from `fada models`.')],
+    task:Task='answer',
+    precision:Annotated[str, typer.Option(help='One or several, by commas.')]='bf16,int8,nf4',
+    gpu:Annotated[Optional[str],
+                   typer.Option(help='Size of the card, as 8GiB. Default: the card here, else 8GiB.')]=None,
+    questions:Questions=8, batch:Batch=1,
+    reserve:Annotated[str, typer.Option(help='For desktop and other processes.')]='1.5GB',
+    steps:Annotated[int, typer.Option(help='Training steps, for the hours.')]=120, rank:int=8, new_tokens:NewTokens=None,
+    side:Side=None, config:Config=None,
+    figure:Annotated[Optional[str],
+                     typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
+    json:Json=False, quiet:Quiet=False,
+):
+    """Predict memory by part and training hours before any download, and what would fit.
+
+    Example: fada plan medgemma-4b llava-1.5-7b --task answer --gpu 8GiB"""
+    s = _settings(quiet, max_new_tokens=new_tokens)
+    from dataclasses import asdict
+    from fada.plan import plan as work, plan_figure, plan_text
+    from fada.registry import model_spec
+    wanted = [p.strip() for p in precision.split(',') if p.strip()] or ['']
+    asked = precision != 'bf16,int8,nf4'   # a default that a model lacks is left out, an asked one is an error
+    plans = [work(m, task, p, gpu, questions, batch, reserve, s.max_new_tokens, steps, rank, side, config)
+             for m in model for p in wanted if asked or p in model_spec(m).precisions or not model_spec(m).precisions]
+    if figure: plan_figure(plans, figure, cards=(plans[0].gpu_bytes,))
+    _show([asdict(p) for p in plans], json, '\n'.join(plan_text(p) for p in plans))
+
+# %% ../nbs/16_cli.ipynb #8a5d7d73
+@app.command()
+def measure(
+    model:Annotated[str, typer.Argument(help='Name from `fada models`.')],
+    task:Task='answer', precision:Precision=None, device:Device=None, questions:Questions=8, batch:Batch=1,
+    new_tokens:NewTokens=None, side:Side=None, weights:Weights=None,
+    random:Annotated[bool, typer.Option('--random', help='Random weights of the true shape: no download.')]=False,
+    config:Config=None, json:Json=False, quiet:Quiet=False,
+):
+    """Run a model for true: load time, seconds a question, peak memory, and how far off the plan was.
+
+    Example: fada measure smolvlm-256m --random --precision bf16"""
+    s = _settings(quiet, model=model, precision=precision, device=device, max_new_tokens=new_tokens)
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # the CPU profiler warns of what it did not see begin
+    from fada.memory import in_gib
+    from fada.plan import measure_model
+    r = measure_model(model, task, s.precision, s.device, questions, batch, s.max_new_tokens, side=side, weights=weights,
+                      random=random, config=config)
+    _show(r, json, f"{model}, {task}, {s.precision} on {r['machine']}{', random weights' if random else ''}: loaded in "
+          f"{r['load_seconds']:.1f} s, {r['seconds_per_question']:.2f} s a question, peak {in_gib(r['peak_bytes'])}, predicted "
+          f"{in_gib(r['predicted_bytes'])} ({100*r['error']:+.1f} %)")
+
+# %% ../nbs/16_cli.ipynb #b2648057
+@app.command()
+def doctor(model:Model=None, precision:Precision=None, device:Device=None, json:Json=False, quiet:Quiet=False):
+    """Say what this machine lacks, one line each with its remedy; exit status 1 where the main job could not run.
+
+    Example: fada doctor"""
+    if quiet: os.environ['FADA_QUIET'] = '1'
+    from dataclasses import asdict
+    from fada.doctor import examine, ready
+    found = examine(model=model, precision=precision, device=device)
+    _show(dict(ready=ready(found), findings=[asdict(f) for f in found]), json, '\n'.join(f.line() for f in found))
+    if not ready(found): raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()

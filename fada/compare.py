@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECIDES', 'TEMPLATE', 'Collected', 'collect', 'systems', 'interval_text', 'quality_table', 'beats_controls',
            'control_table', 'gains', 'plane_table', 'resource_table', 'plot_systems', 'plot_heat', 'plot_resources',
-           'plot_sheet', 'examples', 'energy_ratio', 'plot_attention', 'real_frame', 'headline', 'jobs_split',
+           'shown', 'plot_sheet', 'examples', 'energy_ratio', 'plot_attention', 'real_frame', 'headline', 'jobs_split',
            'write_report']
 
 # %% ../nbs/11_compare.ipynb #70294b64
@@ -29,7 +29,8 @@ class Collected:
     def system(self):
         "What was evaluated, in words"
         c = self.config
-        return f"{c['model']} {c['precision']}" + (' + LoRA per category' if c.get('adapter') else '')
+        precision = self.metrics['identity']['precision'] if self.metrics else c['precision']
+        return f"{c['model']} {precision or 'remote'}" + (' + LoRA per category' if c.get('adapter') else '')
 
 # %% ../nbs/11_compare.ipynb #c07d2bb4
 def collect(
@@ -210,16 +211,24 @@ def plot_resources(jobs):
     return fig
 
 # %% ../nbs/11_compare.ipynb #9b415fc0
+def shown(
+    data, name,     # data folder and image
+    table,          # question table: pictures of phantoms hold nobody's name
+):                  # PIL image
+    "A picture as the report may show it: see `images.public_picture`"
+    from fada.images import public_picture, read_image
+    return public_picture(read_image(Path(data)/name), set(table.dataset) == {'fada-phantoms'})
+
+# %% ../nbs/11_compare.ipynb #469d8507
 def plot_sheet(table, data, each=5, seed=0):
     "Contact sheet: `each` test images of every category; returns the figure"
     import matplotlib.pyplot as plt
-    from fada.data import read_image
     groups = list(table.drop_duplicates('image').groupby('category')); rng = np.random.default_rng(seed)
     fig,axs = plt.subplots(len(groups), each, figsize=(2*each, 2.15*len(groups)), squeeze=False)
     for row,(name,g) in zip(axs, groups):
         for ax in row: ax.axis('off')
         for ax,p in zip(row, g.image.iloc[rng.permutation(len(g))[:each]]):
-            ax.imshow(read_image(Path(data)/p))
+            ax.imshow(shown(data, p, table))
         row[0].set_title(name, fontsize=9, loc='left')
     fig.tight_layout(pad=.4)
     return fig
@@ -269,19 +278,19 @@ def plot_attention(vlm, table, data):
             if name in side['names']:
                 note = (f"\nenergy on {name}: "
                         f"{energy_ratio(heat, labels == side['names'].index(name)+1):.1f} × chance")
-        overlay(im, heat, ax, f'{r.category}: {a.text}{note}')
+        overlay(shown(data, r.image, table), heat, ax, f'{r.category}: {a.text}{note}')
     fig.tight_layout()
     return fig
 
 # %% ../nbs/11_compare.ipynb #3e69cbb6
 TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8">\
 <meta name="viewport" content="width=device-width"><title>{{ title }}</title>
-<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2rem auto;padding:0 1rem;\
+<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1280px;margin:2rem auto;padding:0 1rem;\
 color:#1b1f24;background:#fff}h1{margin-bottom:.2rem}h2{margin-top:2.2rem;border-bottom:1px solid #d0d7de}
 .notice{background:#fff4ce;border-left:5px solid #bf8700;padding:.6rem 1rem;font-weight:600}\
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:.6rem 0}\
 th,td{border:1px solid #d0d7de;padding:.25rem .5rem;text-align:left;vertical-align:top}
-th{background:#f6f8fa}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amber{color:#7d4e00}\
+th{background:#f6f8fa}.n{white-space:nowrap}td:first-child{min-width:8rem}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amber{color:#7d4e00}\
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:1rem}\
 .card{border:1px solid #d0d7de;border-radius:6px;padding:.6rem}\
 .card img{width:150px;float:left;margin-right:.7rem}
@@ -295,7 +304,7 @@ th{background:#f6f8fa}img{max-width:100%}.red{color:#a40e26;font-weight:600}.amb
 {% for s in sections %}<h2>{{ s.title }}</h2>{% if s.text %}<p>{{ s.text }}</p>{% endif %}
 {% for t in s.tables %}<div class="scroll"><table>{% if t.name %}<caption>{{ t.name }}</caption>{% endif %}\
 <tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr>\
-{% for r in t.rows %}<tr>{% for v in r %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}\
+{% for r in t.rows %}<tr>{% for v in r %}<td{% if v|string|length < 24 %} class="n"{% endif %}>{{ v }}</td>{% endfor %}</tr>{% endfor %}\
 </table></div>{% endfor %}
 {% for f in s.figures %}<p><img alt="{{ f.alt }}" src="data:image/png;base64,{{ f.png }}"></p>{% endfor %}
 {% if s.cards %}<div class="cards">{% for c in s.cards %}<div class="card {{ c.kind }}">\
@@ -327,12 +336,12 @@ def real_frame(vlm):
     """pydicom's bundled ultrasound frame read from DICOM, and the model's eight answers to it: (PIL image,
     rows, remark on its scale)"""
     from pydicom import examples
-    from fada.data import read_dicom
+    from fada.images import public_picture, read_dicom
     image,scale = read_dicom(examples.get_path('palette_color'))
     rows = pd.DataFrame([{'question': a.question, 'answer': a.error or a.text,
                           'confidence': '' if a.confidence is None else f'{a.confidence:.2f}'}
                          for a in vlm.ask(image)])
-    return image, rows, ('no scale: its declared region exceeds the picture' if scale is None
+    return public_picture(image), rows, ('no scale: its declared region exceeds the picture' if scale is None
                          else f'{scale:.3f} mm per pixel')
 
 # %% ../nbs/11_compare.ipynb #775fb1c2
@@ -362,7 +371,7 @@ def headline(jobs)->list:
 # %% ../nbs/11_compare.ipynb #5056ae71
 def _sections(jobs, data, vlm, planes):
     "The report's sections, in reading order"
-    from fada.data import load_table, read_image
+    from fada.data import load_table
     from fada.registry import model_spec
     from fada.trial import dossier_rows
     every = systems(jobs)
@@ -373,9 +382,9 @@ def _sections(jobs, data, vlm, planes):
     within = [_table(control_table(g), c) for c,g in scored.groupby('category')]
     tuned = [_table(control_table(v), f'{k}, pooled: each adapter knows its folder')
              for k,v in list(every.items())[1:] if v.adapter.any()]
-    cards = [dict(e, confidence=f"{e['confidence']:.2f}" if e['confidence'] == e['confidence'] else '–',
-                  png=_png(read_image(Path(data)/e['image']).resize((150,150)))) for e in examples(scored)]
-    image,rows,scale = real_frame(vlm)
+    cards = [dict(e, confidence='–' if pd.isna(e['confidence']) else f"{e['confidence']:.2f}",
+                  png=_png(shown(data, e['image'], test).resize((150,150)))) for e in examples(scored)]
+    image,rows,scale = (None, None, '') if vlm.paid else real_frame(vlm)   # no question that costs money
     return [
         dict(title='The images',
              text=f'A sample of the test split ({test.image.nunique()} images, '
@@ -408,10 +417,10 @@ def _sections(jobs, data, vlm, planes):
                      'Attention is not evidence: a map that looks right proves nothing.',
                 figures=[fig(plot_attention(vlm, test, data), 'attention')])]
           if 'attention' in vlm.spec.capabilities else []),
-        dict(title='A real frame',
-             text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike "
-                  "every training image; the answers below show what a model does that cannot say so.",
-             tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')]),
+        *([dict(title='A real frame',
+                text=f"An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike "
+                     "every training image; the answers below show what a model does that cannot say so.",
+                tables=[_table(rows)], figures=[fig(image, 'real ultrasound frame')])] if image else []),
         dict(title='The models', text='What is known of each: licence, sharing, strengths, issues, source.',
              tables=[_table(pd.DataFrame(dossier_rows(model_spec(m)), columns=['', 'dossier']), m)
                      for m in dict.fromkeys([*(j.config['model'] for j in jobs if j.metrics),

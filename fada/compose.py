@@ -43,18 +43,9 @@ def compose(
                          image_token_index=image_token)
     with torch.device('meta'): model = Blip2ForConditionalGeneration(config)
     model.vision_model,model.qformer,model.query_tokens,model.language_model = vision,q,tokens,language
-    model.language_projection = _projection(q.config.hidden_size, language)
+    model.language_projection = torch.nn.Linear(q.config.hidden_size, language.config.hidden_size,
+                                                device=language.get_input_embeddings().weight.device)
     return model.eval()
-
-def _projection(width, language):
-    "A new projection whose output is as large as the language model's own words, so that it does not shout them down"
-    import torch
-    words = language.get_input_embeddings(); out = torch.nn.Linear(width, language.config.hidden_size)
-    if words.weight.is_meta: return out.to('meta')
-    with torch.no_grad():   # through the module: Gemma scales its embeddings there
-        size = words(torch.arange(0, words.num_embeddings, max(1, words.num_embeddings//1000))).float().std()
-        out.weight.normal_(0, float(size)/width**.5); out.bias.zero_()   # a Q-Former's output is normalised to 1
-    return out
 
 # %% ../nbs/05c_compose.ipynb #8ed92358
 def fold_dinov2(

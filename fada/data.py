@@ -8,21 +8,12 @@ __all__ = ['REQUIRED', 'OPTIONAL', 'SPLITS', 'FILES', 'check_table', 'read_phant
            'prepare', 'subset']
 
 # %% ../nbs/04_data.ipynb #faae3cb8
-import json
+import hashlib, json
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from fada.settings import (
-    FadaError,
-    digest,
-    environment,
-    now,
-    read_json,
-    sha256_file,
-    write_json,
-    writable_folder,
-    pixels_sha256,
-)
+from .settings import (FadaError, digest, environment, now, read_json, sha256_file, write_json,
+                           writable_folder, pixels_sha256)
 from .clinical import CATEGORIES, QUESTIONS, category
 from .images import CM, IMAGES, dicom_scale, near_groups, read_dicom, read_image
 from .readers import PLACEHOLDERS, QUARANTINE, read_any, read_folder
@@ -33,7 +24,7 @@ REQUIRED = ('image', 'pixels_sha256', 'category', 'patient', 'question_id', 'que
 OPTIONAL = ('plane_group', 'visit', 'twin', 'canonical', 'answer_norm',
             'structured', 'annotator', 'site', 'machine', 'operator',
             'ga_days', 'ga_source', 'mm_per_px', 'phrasing', 'truth',
-            'rule', 'source', 'published_split', 'phash')
+            'rule', 'source', 'published_split', 'phash', 'corrected_from', 'corrected_by')
 SPLITS = ('train', 'val', 'test')
 
 def check_table(
@@ -76,11 +67,8 @@ def read_phantoms(
                       mm_per_px=t['mm_per_px'], ga_days=t['ga_days'], ga_source='dates',
                       visit=t['visit'], truth=side.relative_to(folder).as_posix())
         for q in QUESTIONS:
-            said = (
-                t['phrased'][str(q)]
-                if phrasings
-                else dict(phrasing=0, question=QUESTIONS[q].text, answer=t['text'][str(q)])
-            )
+            said = (t['phrased'][str(q)] if phrasings else dict(phrasing=0, question=QUESTIONS[q].text,
+                answer=t['text'][str(q)]))
             rows.append(dict(common, question_id=q, **said, canonical=said['phrasing'] == 0,
                              structured=json.dumps(t['answers'][str(q)], sort_keys=True)))
     if len(rows) != spec['n']*len(QUESTIONS):
@@ -118,16 +106,13 @@ def split_units(
     table:pd.DataFrame,
     seen:dict=None,       # as `images.look_all`: where given, near-duplicates of unknown patients are joined
 )->pd.Series:             # image -> unit that must not be divided
-    "What belongs together: patients, joined where they share pixels; near-duplicate frames where patients are unknown"
+    "What belongs together: patients that share pixels; near-duplicate frames where patients are unknown"
     images = table.drop_duplicates('image').set_index('image'); parent = {}
     def top(x):
         while parent.setdefault(x, x) != x: parent[x] = parent[parent[x]]; x = parent[x]
         return x
-    near = (
-        near_groups({n: seen[n] for n in images.index[images.patient.str.startswith('image:')]})
-        if seen
-        else {}
-    )
+    near = (near_groups({n: seen[n] for n in images.index[images.patient.str.startswith('image:')]}) if seen
+            else {})
     for n,r in images.iterrows():
         for other in (r.pixels_sha256, *([f'near:{near[n]}'] if n in near else [])):
             parent[top(other)] = top(r.patient)
@@ -161,12 +146,9 @@ def _published(table, unit):
     n = p.groupby('unit').published_split.nunique()
     if (n > 1).any():
         who = sorted(p[p.unit.isin(n[n > 1].index)].patient.unique())
-        raise FadaError(
-            f'the published split divides {len(who)} patients or shared pictures: {", ".join(who[:8])}',
-            'column published_split',
-            'whole patients in one split',
-            'correct it, or split anew without it',
-        )
+        raise FadaError(f'the published split divides {len(who)} patients or shared pictures: '
+                        f'{", ".join(who[:8])}', 'column published_split', 'whole patients in one split',
+                        'correct it, or split anew without it')
     return p.drop_duplicates('unit').set_index('unit').published_split.to_dict()
 
 # %% ../nbs/04_data.ipynb #a62e6794
@@ -177,7 +159,7 @@ def split_table(
     seen:dict=None,             # as `images.look_all`, for near-duplicates
     published:bool=True,        # honour a `published_split`; its training part is divided into train and val
 )->pd.DataFrame:                # the table with its split column
-    "Split without a leak, by patient or near-duplicate group, stratified by category; `FadaError` says who prevents it"
+    "Split by patient or near-duplicate group, stratified by category; `FadaError` says who prevents it"
     if len(shares) != 3 or abs(sum(shares)-1) > 1e-6 or min(shares) < 0:
         raise FadaError(f'shares {shares}', '', 'three numbers that sum to 1', '')
     unit = split_units(table, seen); given = _published(table, unit) if published else {}
@@ -195,13 +177,12 @@ def split_table(
     for c,g in out.groupby('category'):
         if not given and (lost := wanted-set(g.split)):
             who = sorted(g.patient.unique())
-            raise FadaError(
-                'no split without a leak',
-                f'{c}: {len(who)} patients or images that belong together '
-                f'({", ".join(who[:6])}{" …" if len(who) > 6 else ""}), none left for {", ".join(sorted(lost))}',
-                'at least 3 unrelated patients per category',
-                'add images, or leave the category out',
-            )
+            some = ', '.join(who[:6])+(' …' if len(who) > 6 else '')
+            raise FadaError('no split without a leak',
+                            f'{c}: {len(who)} patients or images that belong together ({some}), '
+                            f'none left for {", ".join(sorted(lost))}',
+                            'at least 3 unrelated patients per category',
+                            'add images, or leave the category out')
     return out
 
 # %% ../nbs/04_data.ipynb #887ec659
@@ -219,27 +200,15 @@ def leaks(
 def make_manifest(table, reader, seed, quarantine=None, **more)->dict:
     "Counts, hashes and origin of a question table; `more` is kept with it"
     images = table.drop_duplicates('image')
-    m = dict(
-        kind='fada question table',
-        made=now(),
-        reader=reader,
-        seed=seed,
-        rows=len(table),
-        images=len(images),
-        patients=int(table.patient.nunique()),
-        patients_known=not table.patient.str.startswith('image:').any(),
-        images_by_category_and_split={
-            c: g.split.value_counts().to_dict() for c, g in images.groupby('category')
-        },
-        rows_by_question=table.question_id.value_counts().sort_index().to_dict(),
-        pixels_digest=digest(sorted(images.pixels_sha256)),
-        table_digest=table_digest(table),
-        quarantined=0 if quarantine is None else len(quarantine),
-        leaks=leaks(table),
-        versions=environment(),
-        **more,
-    )
-    return m
+    by = {c: g.split.value_counts().to_dict() for c,g in images.groupby('category')}
+    return dict(kind='fada question table', made=now(), reader=reader, seed=seed, rows=len(table),
+                images=len(images), patients=int(table.patient.nunique()),
+                patients_known=not table.patient.str.startswith('image:').any(),
+                images_by_category_and_split=by,
+                rows_by_question=table.question_id.value_counts().sort_index().to_dict(),
+                pixels_digest=digest(sorted(images.pixels_sha256)), table_digest=table_digest(table),
+                quarantined=0 if quarantine is None else len(quarantine), leaks=leaks(table),
+                versions=environment(), **more)
 
 # %% ../nbs/04_data.ipynb #4494f07b
 def table_digest(table)->str:
@@ -250,13 +219,13 @@ def table_digest(table)->str:
 # %% ../nbs/04_data.ipynb #3073bf79
 FILES = 'files.json'  # {path: [bytes, sha256]} of every file that the table stands on
 
-def _file_hashes(table, folder, seen=None, extra=()):
-    "Size and sha256 of images, sidecars, workbooks and the table's own files; hashes taken at reading are reused"
+def _file_hashes(table, folder, seen=None):
+    "Size and sha256 of images, sidecars, workbooks and the table's own files; hashes of the reading are reused"
     names = {n.split('#')[0] if not (folder/n).is_file() else n for n in table.image}
     names |= set(table.truth.dropna()) if 'truth' in table else set()
     if 'source' in table:
         names |= {s.rsplit(':', 1)[0].split(' [')[0] for s in table.source.dropna().unique()}
-    names |= {n for n in ('questions.parquet', QUARANTINE, 'second_readings.parquet', *extra)}
+    names |= {'questions.parquet', QUARANTINE, 'second_readings.parquet', 'annotations.jsonl'}
     out = {}
     for n in sorted(names):
         p = folder/n
@@ -269,12 +238,9 @@ def _write_parquet(table, path):
     tmp = path.with_name(f'.{path.name}.part')
     table.to_parquet(tmp, index=False); tmp.replace(path)
 
-
-def save_table(
-    table, folder, reader, seed, quarantine=None, seconds=None, notes=None, seen=None, **more
-) -> dict:
-    """Write questions.parquet, manifest.json, files.json and, where there are any, quarantine.csv, notes.csv and
-    second_readings.parquet to `folder`; returns the manifest"""
+def save_table(table, folder, reader, seed, quarantine=None, seconds=None, notes=None, seen=None, **more)->dict:
+    """Write questions.parquet, manifest.json, files.json and, where there are any, quarantine.csv, notes.csv
+    and second_readings.parquet to `folder`; returns the manifest"""
     folder = writable_folder(folder); check_table(table)
     if leaks(table):
         raise FadaError(leaks(table)[0], str(folder), 'whole patients in one split', 'split by patient')
@@ -285,56 +251,47 @@ def save_table(
     (folder/'second_readings.parquet').unlink(missing_ok=True)
     if seconds is not None and len(seconds): _write_parquet(seconds, folder/'second_readings.parquet')
     files = _file_hashes(table, folder, seen); write_json(folder/FILES, files)
-    manifest = make_manifest(
-        table, reader, seed, quarantine, files=len(files), files_digest=digest(files), **more
-    )
+    manifest = make_manifest(table, reader, seed, quarantine, files=len(files), files_digest=digest(files),
+                             **more)
     write_json(folder/'manifest.json', dict(manifest, manifest_digest=digest(_plain(manifest))))
     return manifest
 
-
 def _plain(manifest):
-    return json.loads(json.dumps({k: v for k, v in manifest.items() if k != 'manifest_digest'}, default=str))
+    return json.loads(json.dumps({k: v for k,v in manifest.items() if k != 'manifest_digest'}, default=str))
 
 # %% ../nbs/04_data.ipynb #f9280ec2
+def _changed(path, size, sha):
+    "What became of a file of which size and hash are known; '' where nothing did"
+    if not path.is_file(): return 'missing'
+    if path.name == 'annotations.jsonl' and path.stat().st_size > size:  # it grows, and what stood there stays
+        with open(path, 'rb') as f: same = hashlib.sha256(f.read(size)).hexdigest() == sha
+        if same: return 'annotated since: prepare again to put the corrections into the table'
+    return '' if path.stat().st_size == size and sha256_file(path) == sha else 'changed'
+
+def _strangers(folder, files):
+    "Pictures, and a log of annotations, that came since the table was made"
+    q = folder/QUARANTINE; aside = pd.read_csv(q, keep_default_na=False).file.unique() if q.is_file() else ()
+    known = {*files, *aside, *(a.rsplit('#', 1)[0] for a in aside)}
+    for p in sorted(folder.rglob('*')):
+        n = p.relative_to(folder)
+        if n.as_posix() in known or any(x.startswith('.') for x in n.parts) or not p.is_file(): continue
+        if p.suffix.lower() in IMAGES: yield n.as_posix(), 'new: not in the table, not in the quarantine'
+        elif n.as_posix() == 'annotations.jsonl': yield n.as_posix(), 'new: prepare again to apply corrections'
+
+# %% ../nbs/04_data.ipynb #2117d1d1
 def verify(
     folder,                 # with manifest.json
 )->pd.DataFrame:            # file, finding; empty where nothing changed
     "Every change to any file since the table was made; `FadaError` where there is no manifest"
-    folder = Path(folder)
-    m = read_json(folder / 'manifest.json')
-    out = []
-    say = lambda f, t: out.append(dict(file=f, finding=t))
+    folder = Path(folder); m = read_json(folder/'manifest.json')
     if 'files_digest' not in m or not (folder/FILES).is_file():
-        raise FadaError(
-            'the manifest does not list its files',
-            str(folder / 'manifest.json'),
-            FILES,
-            'prepare the data again',
-        )
-    files = read_json(folder/FILES)
-    if m.get('manifest_digest') != digest(_plain(m)): say('manifest.json', 'changed')
-    if digest(files) != m['files_digest']: say(FILES, 'changed')
-    for n,(size,sha) in files.items():
-        p = folder/n
-        if not p.is_file():say(n, 'missing')
-        elif p.stat().st_size != size or sha256_file(p) != sha: say(n, 'changed')
-    aside = (
-        set(pd.read_csv(folder / QUARANTINE, keep_default_na=False).file)
-        if (folder / QUARANTINE).is_file()
-        else set()
-    )
-    for p in sorted(folder.rglob('*')):
-        n = p.relative_to(folder).as_posix()
-        if (
-            p.suffix.lower() in IMAGES
-            and p.is_file()
-            and n not in files
-            and n not in aside
-            and not any(a.startswith(f'{n}#') for a in aside)
-            and not any(x.startswith('.') for x in p.relative_to(folder).parts)
-            and m['reader'] != 'phantoms'
-        ):
-            say(n, 'new: not in the table, not in the quarantine')
+        raise FadaError('the manifest does not list its files', str(folder/'manifest.json'), FILES,
+                        'prepare the data again')
+    files = read_json(folder/FILES); out = []
+    if m.get('manifest_digest') != digest(_plain(m)): out.append(('manifest.json', 'changed'))
+    if digest(files) != m['files_digest']: out.append((FILES, 'changed'))
+    out += [(n, why) for n,(size,sha) in files.items() if (why := _changed(folder/n, size, sha))]
+    if m['reader'] != 'phantoms': out += _strangers(folder, files)
     return pd.DataFrame(out, columns=['file','finding'])
 
 # %% ../nbs/04_data.ipynb #a319693a
@@ -367,66 +324,49 @@ def prepare_own(
     reader:str='auto',            # as for `readers.read_any`
     frames='first', dataset:str='', shares=(.7, .1, .2), published:bool=True,
 )->dict:                          # the manifest
-    "Read a group's own folder, apply its vocabulary, split, and save"
+    "Read a group's own folder, apply its corrections and its vocabulary, split, and save"
+    from fada.annotate import corrected
     from fada.vocabulary import load_rules, normalise
     r = read_any(folder, reader, dataset, workers, frames)
     if not r.rows:
-        raise FadaError(
-            'no image has an answer',
-            str(folder),
-            'images, and answers that name them',
-            (
-                f'first finding: {r.aside[0]["reason"]}'
-                if r.aside
-                else 'run `fada data template` for an empty workbook'
-            ),
-        )
-    rules = load_rules(folder)
-    table = normalise(r.table.assign(phash=lambda t: t.image.map(lambda n: r.seen[n]['phash'])), rules)
+        first = r.aside and f'first finding: {r.aside[0]["reason"]}'
+        raise FadaError('no image has an answer', str(folder), 'images, and answers that name them',
+                        first or 'run `fada data template` for an empty workbook')
+    rules = load_rules(folder); table = corrected(r.table, folder, r)
+    table = normalise(table.assign(phash=[r.seen[n]['phash'] for n in table.image]), rules)
     table = split_table(table, seed, shares, r.seen, published)
-    return save_table(
-        table,
-        folder,
-        r.reader,
-        seed,
-        r.quarantine,
-        pd.DataFrame(r.seconds),
-        pd.DataFrame(r.notes),
-        r.seen,
-        options=r.options,
-        mapping=r.mapping,
-        split=dict(shares=list(shares), published=published and 'published_split' in table),
-        vocabulary_digest=digest(rules),
-        second_readings=len(r.seconds),
-    )
+    return save_table(table, folder, r.reader, seed, r.quarantine, pd.DataFrame(r.seconds),
+                      pd.DataFrame(r.notes), r.seen, options=r.options, mapping=r.mapping,
+                      split=dict(shares=list(shares), published=published and 'published_split' in table),
+                      corrected=int(table.corrected_by.notna().sum()) if 'corrected_by' in table else 0,
+                      vocabulary_digest=digest(rules), second_readings=len(r.seconds))
 
 # %% ../nbs/04_data.ipynb #2990329c
 def prepare(
-    folder,  # data folder
-    n: int,
-    categories,
-    seed: int = 0,
-    workers: int = 1,
-    source: str = 'auto',  # phantoms, folder (the user's own), auto, or a reader such as chat or hc18
-    **options,  # `frames` and `dataset` of the reader, `shares` and `published` of the split
-) -> dict:  # the manifest
-    """Make the question table of `folder`: of phantoms, made where they are missing, or of the user's own images and workbook.
+    folder,               # data folder
+    n:int, categories,    # of phantoms, where they are made
+    seed:int=0, workers:int=1,
+    source:str='auto',    # phantoms, folder (the user's own), auto, or a reader such as chat or hc18
+    **options,            # `frames` and `dataset` of the reader, `shares` and `published` of the split
+)->dict:                  # the manifest
+    """Make the question table of `folder`: of phantoms, made where they are missing, or of the user's own
+    images and workbook.
 
-    `auto` means phantoms where the folder holds some or is called as the default one (phantoms), else the user's own: a
-    mistyped folder is an error, never a reason to make up data."""
+    `auto` means phantoms where the folder holds some or is called as the default one (phantoms), else the
+    user's own: a mistyped folder is an error, never a reason to make up data."""
     from fada.phantoms import write_phantoms
     folder = Path(folder)
     if source == 'auto':
         source = 'phantoms' if (folder/'phantoms.json').exists() or folder.name == 'phantoms' else 'folder'
     if source != 'phantoms':
         return prepare_own(folder, seed, workers, 'auto' if source == 'folder' else source, **options)
+    if options:
+        raise FadaError(f'options for phantoms: {", ".join(options)}', str(folder), 'a folder of your own', '')
     write_phantoms(folder, n, categories, seed, workers=workers)
     return save_table(split_by_patient(read_phantoms(folder), seed), folder, 'phantoms', seed)
 
 # %% ../nbs/04_data.ipynb #a36a4579
-def subset(
-    table:pd.DataFrame, images:int, seed:int=0,
-)->pd.DataFrame:
+def subset(table:pd.DataFrame, images:int, seed:int=0)->pd.DataFrame:
     "All rows of at most `images` images, drawn evenly from the categories; never the first N"
     rng = np.random.default_rng(seed); keep = set()
     groups = {c: list(rng.permutation(sorted(g.image.unique()))) for c,g in table.groupby('category')}

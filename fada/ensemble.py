@@ -7,17 +7,19 @@ __all__ = ['NEEDED', 'reading', 'most', 'majority_terms', 'lower_median', 'vote'
            'load_ensemble']
 
 # %% ../nbs/07e_ensemble.ipynb #a83394ec
+from dataclasses import asdict
 from fastcore.basics import patch
 from .settings import FadaError, Settings, digest, nearest
-from .clinical import (FINDINGS, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, REASONS, RECOMMENDATIONS, STRUCTURES,
-                           parse_answer, question_id, write_answer)
+from .clinical import (FINDINGS, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS, REASONS,
+                           RECOMMENDATIONS, STRUCTURES, parse_answer, question_id, write_answer)
 from .refine import REFINE, added, refine
 from .registry import ModelSpec, model_spec
 from .vlm import VLM, Answer, PROMPT_VERSION, Request, load
 
 # %% ../nbs/07e_ensemble.ipynb #1f859242
-NEEDED = {1: ('structures',), 2: ('axis',), 3: ('plane','standard'), 4: ('parameters',), 5: ('weeks',), 6: ('grade',),
-          7: ('normal',), 8: ('class',)}   # slots without which an answer says nothing
+NEEDED = {  # slots without which an answer says nothing
+    1: ('structures',), 2: ('axis',), 3: ('plane','standard'), 4: ('parameters',), 5: ('weeks',), 6: ('grade',),
+    7: ('normal',), 8: ('class',)}
 
 def reading(q:int, text:str)->dict:
     "The structured answer in `text`; {} where it does not say what the question asks"
@@ -47,6 +49,11 @@ def lower_median(votes)->float:
 # %% ../nbs/07e_ensemble.ipynb #d3a3b53e
 def _slot(readings, k): return [(s[k], w) for s,w in readings if k in s]
 
+def _agreed(readings, k, of)->dict:
+    "The value of slot `k`, and the terms of slot `of` by those who voted for it"
+    value = most(_slot(readings, k))
+    return {k: value, of: majority_terms([(s[of], w) for s,w in readings if s[k] == value])}
+
 def vote(
     q:int,      # 1–8
     readings,   # [(structured answer, weight)], each with the slots of NEEDED
@@ -57,12 +64,8 @@ def vote(
         half = sum(w for _,w in readings)/2; given = {k: _slot(readings, k) for k in ORIENTATIONS}
         return {k: most(v) for k,v in given.items() if sum(w for _,w in v) > half}
     if q == 4: return _vote_biometry(readings)
-    if q == 6:
-        grade = most(_slot(readings, 'grade')); agree = [(s['reasons'], w) for s,w in readings if s['grade'] == grade]
-        return dict(grade=grade, reasons=majority_terms(agree))
-    if q == 7:
-        normal = most(_slot(readings, 'normal')); agree = [(s['findings'], w) for s,w in readings if s['normal'] == normal]
-        return dict(normal=normal, findings=majority_terms(agree))
+    if q == 6: return _agreed(readings, 'grade', 'reasons')
+    if q == 7: return _agreed(readings, 'normal', 'findings')
     return {k: most(_slot(readings, k)) for k in NEEDED[q]}
 
 def _vote_biometry(readings)->dict:
@@ -79,12 +82,12 @@ def combine(
     said,         # [(text, weight)] of the parts that answered
 )->tuple:         # (text, attempt, added): attempt and added where the wording was refused
     "What the parts say together"
-    own = most([(t, w) for t,w in said]) if q is None else max(said, key=lambda x: x[1])[0]
+    said = sorted(said, key=lambda x: -x[1]); own = most(said) if q is None else said[0][0]   # the heaviest first
     readings = [(r, w) for t,w in said if q and (r := reading(q, t))]
     if not readings: return own, '', []
     s = vote(q, readings)
     if q == 7 and not s['normal'] and not s['findings']:
-        return next(t for t,w in sorted(said, key=lambda x: -x[1]) if reading(q, t).get('normal') is False), '', []
+        return next(t for t,_ in said if reading(q, t).get('normal') is False), '', []
     text = write_answer(q, s); more = [c for c in added(text, '\n'.join(t for t,_ in said)) if c != ND]
     return (own, text, more) if more else (text, '', [])
 
@@ -112,12 +115,15 @@ class Ensemble(VLM):
     def identity(self)->dict:
         "What decides an answer: the parts' identities, how they are joined, the vocabulary, and who words it"
         words = digest([STRUCTURES, PARAMETERS, GRADES, REASONS, FINDINGS, RECOMMENDATIONS, ORIENTATIONS])
-        return dict(model=self.spec.name, base=self.base, adapter=None, precision=self.precision, prompt_version=PROMPT_VERSION,
-                    members={n: m.identity() for n,m in self.members.items()}, votes=self.votes, route=self.route, vocabulary=words,
+        return dict(model=self.spec.name, base=self.base, adapter=None, precision=self.precision,
+                    prompt_version=PROMPT_VERSION, members={n: m.identity() for n,m in self.members.items()},
+                    votes=self.votes, route=self.route, vocabulary=words,
                     wording=dict(self.writer.identity(), refine=REFINE) if self.writer else 'templates',
                     processor=None, processor_backend=None)
 
 # %% ../nbs/07e_ensemble.ipynb #7f0e9eb5
+def _questions(r): return r.questions or ['']   # no question: each part says that one is missing
+
 def _number(q):
     "1–8, or None for a free question and for a number that is none: the part says so"
     try: return question_id(q)
@@ -135,27 +141,31 @@ def _ask_parts(self:Ensemble, batch)->dict:
     "{(request, question): {name: Answer}} of a batch"
     out = {}
     for name,m in self.members.items():
-        at = [(k, n) for k,r in enumerate(batch) for n,q in enumerate(r.questions or ['']) if name in self.asked(q)]
-        by = {}
-        for k,n in at: by.setdefault(k, []).append(n)
-        said = m.answer([Request(batch[k].image, [(batch[k].questions or [''])[n] for n in ns], k) for k,ns in by.items()])
-        for place,a in zip(at, said, strict=True): out.setdefault(place, {})[name] = a
+        at = [[n for n,q in enumerate(_questions(r)) if name in self.asked(q)] for r in batch]
+        said = m.answer([Request(r.image, [_questions(r)[n] for n in ns], k)
+                         for k,(r,ns) in enumerate(zip(batch, at)) if ns])
+        places = [(k, n) for k,ns in enumerate(at) for n in ns]
+        for place,a in zip(places, said, strict=True): out.setdefault(place, {})[name] = a
     return out
 
 # %% ../nbs/07e_ensemble.ipynb #b5693eef
 @patch
 def _joined(self:Ensemble, r:Request, q, parts)->Answer:
     "One Answer from the parts' answers, which it keeps"
-    i = _number(q); text = QUESTIONS[i].text if i else str(q); weight = lambda n: float(self.votes.get(n, 1))
-    kept = [dict(model=n, weight=weight(n), text=a.text, error=a.error, stage=a.stage, confidence=a.confidence, more=a.more,
+    i = _number(q)
+    kept = [dict(model=n, weight=float(self.votes.get(n, 1)), text=a.text, error=a.error, stage=a.stage,
+                 confidence=a.confidence, more=a.more,
                  structured=parse_answer(i, a.text) if i and not a.error else None) for n,a in parts.items()]
-    out = Answer(text, '', i, r.id, next((a.pixels_sha256 for a in parts.values() if a.pixels_sha256), None),
+    out = Answer(QUESTIONS[i].text if i else str(q), '', i, r.id,
+                 next((a.pixels_sha256 for a in parts.values() if a.pixels_sha256), None),
                  seconds=sum(a.seconds for a in parts.values()), more=dict(parts=kept))
     said = [(p['text'], p['weight']) for p in kept if not p['error']]
-    if said: out.text,attempt,extra = combine(i, said)
-    else: out.error,out.stage = ('; '.join(f"{p['model']}: {p['error']}" for p in kept) or 'no part answers this question',
-                                 kept[0]['stage'] if kept else 'read')
-    if said and attempt: out.more.update(attempt=attempt, added=extra)
+    if not said:
+        out.error = '; '.join(f"{p['model']}: {p['error']}" for p in kept) or 'no part answers this question'
+        out.stage = kept[0]['stage'] if kept else 'read'
+        return out
+    out.text,attempt,extra = combine(i, said)
+    if attempt: out.more.update(attempt=attempt, added=extra)
     return out
 
 @patch
@@ -164,7 +174,7 @@ def answer(
     requests,               # iterable of Request
     batch_images:int=16,    # images whose questions go through together
 ):                          # iterator of Answer, in the order asked
-    "Ask the parts, join what they say, and let the writer rephrase it; a part that fails does not fail the others"
+    "Ask the parts, join what they say, let the writer rephrase it; a part that fails does not fail the others"
     batch = []
     for r in requests:
         batch.append(r)
@@ -175,11 +185,12 @@ def answer(
 def _answer_batch(self:Ensemble, batch):
     "Answers of a few requests"
     parts = self._ask_parts(batch)
-    out = [self._joined(r, q, parts.get((k, n), {})) for k,r in enumerate(batch) for n,q in enumerate(r.questions or [''])]
+    out = [self._joined(r, q, parts.get((k, n), {}))
+           for k,r in enumerate(batch) for n,q in enumerate(_questions(r))]
     good = [a for a in out if not a.error] if self.writer else []
     for a,w in zip(good, refine(self.writer, [(a.question, a.text) for a in good]) if good else []):
         a.text = w.text
-        a.more['refined'] = dict(original=w.original, attempt=w.attempt, added=w.added, lost=w.lost, error=w.error, accepted=w.accepted)
+        a.more['refined'] = dict(asdict(w), accepted=w.accepted)
     yield from out
 
 # %% ../nbs/07e_ensemble.ipynb #eb4f3221
@@ -187,7 +198,8 @@ def read_parts(spec:ModelSpec)->tuple:
     "(votes, route, name of the writer) of a row; `FadaError` where its parts do not fit"
     where = f'parts of {spec.name}'; parts = dict(spec.parts); writer = parts.pop('wording', None)
     if not parts:
-        raise FadaError('an ensemble without parts', spec.name, 'parts = {structures = "NAME", others = "NAME"} or {NAME = 1, NAME = 2}',
+        raise FadaError('an ensemble without parts', spec.name,
+                        'parts = {structures = "NAME", others = "NAME"} or {NAME = 1, NAME = 2}',
                         'name them in a row of models.toml: like = "ensemble"')
     numbers = [type(v) in (int, float) for v in parts.values()]
     if all(numbers): votes,route = parts,{}
@@ -207,6 +219,7 @@ def load_ensemble(spec:ModelSpec, s:Settings)->Ensemble:
     votes,route,writer = read_parts(spec)
     def part(name):
         known = model_spec(name).precisions
-        return load(name, precision=s.precision if s.precision in known else 'fp32', device=s.device, max_new_tokens=s.max_new_tokens)
+        return load(name, precision=s.precision if s.precision in known else 'fp32', device=s.device,
+                    max_new_tokens=s.max_new_tokens)
     names = list(dict.fromkeys([*votes, *route.values()])); loaded = {n: part(n) for n in names}
     return Ensemble(spec, loaded, votes, route, (loaded.get(writer) or part(writer)) if writer else None)

@@ -152,8 +152,7 @@ def export(
     out,                     # new folder
     format:str='workbook',   # one of `FORMATS`
     split:str=None,          # train, val or test; None: all
-    keep_text:bool=False,
-    # leave what is written outside the sector: only for pictures known to name nobody
+    keep_text:bool=False,    # leave what is written outside the sector: where it is known to name nobody
 )->dict:                     # counts and what was left behind
     "Write a question table and its pictures in another format; `FadaError` where the target is not empty"
     from fada.data import load_table
@@ -168,12 +167,11 @@ def export(
     new,left = _export_images(table, folder, out, keep_text or synthetic)
     table = table[table.image.isin(new)].assign(new=lambda t: t.image.map(new))
     if not len(table):
-        raise FadaError(left[0]['reason'], f"{len(left)} images of {folder}, such as {left[0]['file']}", '',
-            '')
+        raise FadaError(left[0]['reason'], f"{len(left)} images of {folder}, such as {left[0]['file']}")
     if format in ('workbook', 'csv'):
         head,rows = _sheet_rows(table)
-        (_write_excel if format == 'workbook'
-            else _write_csv)(out/f"answers.{'xlsx' if format == 'workbook' else 'csv'}", head, rows)
+        if format == 'workbook': _write_excel(out/'answers.xlsx', head, rows)
+        else: _write_csv(out/'answers.csv', head, rows)
         for d in (out/'images').iterdir(): d.rename(out/d.name)
         (out/'images').rmdir()
     elif format == 'datasets': _write_datasets(table, out); shutil.rmtree(out/'images')

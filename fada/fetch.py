@@ -51,41 +51,23 @@ def published_files(
     address:str=None,    # of the record; None: the published one
     timeout:float=30,    # seconds
 )->list:                 # of Remote
-    "Files, sizes and checksums from the publisher's record; `FadaError` without network or with an odd record"
+    "Files, sizes and checksums from the publisher's record; `FadaError` without network or a known record"
     if name not in PUBLIC: raise FadaError(f'unknown set {name!r}', '', nearest(name, PUBLIC), '')
     address = address or PUBLIC[name]['files']
     try:
         with _open(address, timeout) as f: rec = json.loads(f.read(20_000_000))
         out = [_remote(f) for f in (rec if isinstance(rec, list) else rec['files'])]
     except (OSError, http.client.HTTPException) as e:
-        raise FadaError(
-            f'no answer ({getattr(e, "reason", e)})',
-            address,
-            'a network',
-            f"download it by hand from {PUBLIC[name]['page']}",
-        ) from None
+        raise FadaError(f'no answer ({getattr(e, "reason", e)})', address, 'a network',
+                        f"download it by hand from {PUBLIC[name]['page']}") from None
     except (ValueError, KeyError, TypeError) as e:
-        raise FadaError(
-            f'an unknown record ({type(e).__name__}: {e})',
-            address,
-            'files with size and checksum',
-            f"see {PUBLIC[name]['page']}",
-        ) from None
-    odd = [
-        r.name
-        for r in out
-        if r.size <= 0
-        or r.checksum.split(':')[0] not in ('md5', 'sha256')
-        or not r.name
-        or r.name.startswith('.')
-    ]
+        raise FadaError(f'an unknown record ({type(e).__name__}: {e})', address,
+                        'files with size and checksum', f"see {PUBLIC[name]['page']}") from None
+    odd = [r.name for r in out if r.size <= 0 or r.checksum.split(':')[0] not in ('md5', 'sha256')
+           or not r.name or r.name.startswith('.')]
     if odd or not out:
-        raise FadaError(
-            f'files without size or checksum: {odd or "none listed"}',
-            address,
-            '',
-            f"see {PUBLIC[name]['page']}",
-        )
+        raise FadaError(f'files without size or checksum: {odd or "none listed"}', address, '',
+                        f"see {PUBLIC[name]['page']}")
     return out
 
 # %% ../nbs/04h_fetch.ipynb #1660f67b
@@ -95,28 +77,15 @@ def offer(
     "Licence, size, time and room; `room` is False where the disk is too full"
     size = sum(f.size for f in files); here = Path(folder)
     while not here.exists(): here = here.parent
-    have = sum(
-        (Path(folder) / n).stat().st_size
-        for f in files
-        for n in (f.name, f'.{f.name}.part')
-        if (Path(folder) / n).is_file()
-    )
+    parts = [Path(folder)/n for f in files for n in (f.name, f'.{f.name}.part')]
+    have = sum(p.stat().st_size for p in parts if p.is_file())
     need = size-min(have, size) + sum(f.size for f in files if f.name.lower().endswith('.zip'))
     p = PUBLIC[name]; left = size-min(have, size)
-    return dict(
-        name=p['name'],
-        licence=p['licence'],
-        page=p['page'],
-        cite=p['cite'],
-        files=[f.name for f in files],
-        bytes=size,
-        to_download=left,
-        minutes_at_10_mbit=left * 8 / 10e6 / 60,
-        minutes_at_100_mbit=left * 8 / 100e6 / 60,
-        free=shutil.disk_usage(here).free,
-        needed=need,
-        room=shutil.disk_usage(here).free > need * 1.05,
-    )
+    return dict(name=p['name'], licence=p['licence'], page=p['page'], cite=p['cite'],
+                files=[f.name for f in files], bytes=size, to_download=left,
+                minutes_at_10_mbit=left*8/10e6/60, minutes_at_100_mbit=left*8/100e6/60,
+                free=shutil.disk_usage(here).free, needed=need,
+                room=shutil.disk_usage(here).free > need*1.05)
 
 # %% ../nbs/04h_fetch.ipynb #530ea6b3
 def _hash(path, checksum):
@@ -129,18 +98,15 @@ def _fetch_once(r, part, timeout, bar):
     if have > r.size: part.unlink(); have = 0
     if have == r.size: return have
     with _open(r.url, timeout, **({'Range': f'bytes={have}-'} if have else {})) as f:
-        goes_on = f.status == 206 and (f.headers.get('Content-Range') or '').replace('bytes ', '').startswith(
-            f'{have}-'
-        )
+        goes_on = f.status == 206 and f.headers.get('Content-Range', '').startswith(f'bytes {have}-')
         if f.status == 206 and not goes_on: raise OSError('the server sends another range than asked')
         if have and not goes_on: bar.update(-have); have = 0  # the server sends all of it again
         with open(part, 'ab' if have else 'wb') as out:
             while block := f.read1(1 << 18):  # what is there, so that a stall loses nothing
                 have += len(block)
                 if have > r.size:
-                    raise FadaError(
-                        f'more bytes than the published {r.size}', r.url, r.name, 'the server lies: try later'
-                    )
+                    raise FadaError(f'more bytes than the published {r.size}', r.url, r.name,
+                                    'the server lies: try later')
                 out.write(block); bar.update(len(block))
     return have
 
@@ -171,12 +137,8 @@ def download(
             failed = 0 if now_ > best else failed+1
             best = max(best, now_)
             if failed: time.sleep(min(pause*2**(failed-1), 60))
-    raise FadaError(
-        f'not downloaded: {why}',
-        r.url,
-        f'{r.size} bytes, {r.checksum}',
-        'the same command goes on where it stopped',
-    )
+    raise FadaError(f'not downloaded: {why}', r.url, f'{r.size} bytes, {r.checksum}',
+                    'the same command goes on where it stopped')
 
 # %% ../nbs/04h_fetch.ipynb #09ef7ee4
 def unpack(
@@ -189,20 +151,12 @@ def unpack(
             for i in z.infolist():
                 to = (folder/i.filename).resolve()
                 if not to.is_relative_to(folder) or (i.external_attr >> 16) & 0o170000 == 0o120000:
-                    raise FadaError(
-                        f'a member that reaches out of the folder: {i.filename!r}',
-                        str(path),
-                        'a plain archive',
-                        '',
-                    )
+                    raise FadaError(f'a member that reaches out of the folder: {i.filename!r}', str(path),
+                                    'a plain archive', '')
             total = sum(i.file_size for i in z.infolist())
             if total > shutil.disk_usage(folder).free*.95:
-                raise FadaError(
-                    f'{total/1e9:.1f} GB unpacked',
-                    str(path),
-                    f'{shutil.disk_usage(folder).free/1e9:.1f} GB are free',
-                    'make room',
-                )
+                raise FadaError(f'{total/1e9:.1f} GB unpacked', str(path),
+                                f'{shutil.disk_usage(folder).free/1e9:.1f} GB are free', 'make room')
             for i in progress(z.infolist(), f'unpacking {Path(path).name}', unit='file'):
                 to = folder/i.filename
                 if not (to.is_file() and to.stat().st_size == i.file_size): z.extract(i, folder)
@@ -221,33 +175,22 @@ def get(
     files = published_files(name, address, timeout); o = offer(name, files, folder)
     say(offer_text(o))
     if not o['room']:
-        raise FadaError(
-            f"{o['free']/1e9:.1f} GB free",
-            str(folder),
-            f"{o['needed']/1e9:.1f} GB",
-            'make room, or choose another folder',
-        )
+        raise FadaError(f"{o['free']/1e9:.1f} GB free", str(folder), f"{o['needed']/1e9:.1f} GB",
+                        'make room, or choose another folder')
     if not accept:
         raise FadaError(f"the licence {o['licence']} is not accepted", o['page'], '--accept', 'read it first')
     folder = writable_folder(folder)
     for f in files:
         p = download(f, folder, timeout, tries, pause)
         if p.suffix.lower() == '.zip': unpack(p, folder)
-    got = dict(
-        o,
-        fetched=now(),
-        accepted=o['licence'],
-        checksums={f.name: f.checksum for f in files},
-        address=address or PUBLIC[name]['files'],
-    )
+    got = dict(o, fetched=now(), accepted=o['licence'], checksums={f.name: f.checksum for f in files},
+               address=address or PUBLIC[name]['files'])
     write_json(folder/'SOURCE.json', got)
     return got
 
 def offer_text(o)->str:
     "What is said before a download"
-    return (
-        f"{o['name']}: {len(o['files'])} files, {o['bytes']/1e6:,.0f} MB, of which {o['to_download']/1e6:,.0f} MB are to come: "
-        f"{o['minutes_at_10_mbit']:.0f} minutes at 10 Mbit/s, {o['minutes_at_100_mbit']:.1f} at 100\n"
-        f"  licence {o['licence']}, see {o['page']}\n  cite {o['cite']}\n"
-        f"  {o['needed']/1e9:.1f} GB needed, {o['free']/1e9:.1f} GB free"
-    )
+    return (f"{o['name']}: {len(o['files'])} files, {o['bytes']/1e6:,.0f} MB, of which "
+            f"{o['to_download']/1e6:,.0f} MB are to come: {o['minutes_at_10_mbit']:.0f} minutes at 10 Mbit/s, "
+            f"{o['minutes_at_100_mbit']:.1f} at 100\n  licence {o['licence']}, see {o['page']}\n"
+            f"  cite {o['cite']}\n  {o['needed']/1e9:.1f} GB needed, {o['free']/1e9:.1f} GB free")

@@ -59,12 +59,8 @@ def batch(self:PixelCache,
     "Pixels of a batch; `FadaError` names a hash that is not there"
     lost = [h for h in hashes if h not in self]
     if lost:
-        raise FadaError(
-            f'{len(lost)} images are not in the pixel cache, such as {lost[0][:12]}',
-            str(self.path),
-            '',
-            'build it again',
-        )
+        raise FadaError(f'{len(lost)} images are not in the pixel cache, such as {lost[0][:12]}',
+                        str(self.path), '', 'build it again')
     rows = np.array([self.row[h] for h in hashes])
     if len(rows) and (np.diff(rows) == 1).all():
         return np.array(self.pixels[rows[0] : rows[-1] + 1])  # one stretch of the file
@@ -80,6 +76,23 @@ def _one(job):
     if pixels_sha256(im) != sha: return None, f'its pixels changed since the table was made: {path}'
     return model_pixels(im, settings), ''
 
+def _cache_files(
+    path,           # folder of one cache
+    settings, hashes,
+):                  # (pixels, done): memory-mapped pixels, and which rows of them hold
+    "Open the files of a cache, made where they are missing"
+    if not (path/'index.json').is_file():
+        shape = (len(hashes), settings['size'], settings['size'], 3)
+        np.lib.format.open_memmap(path/'pixels.npy', 'w+', settings['dtype'], shape)
+        np.save(path/'done.npy', np.zeros(len(hashes), bool))
+        write_json(path/'index.json', dict(settings=settings, hashes=hashes))
+    return np.load(path/'pixels.npy', mmap_mode='r+'), np.load(path/'done.npy')
+
+def _settle(path, pixels, done):
+    "Pixels first, then the word that they are there"
+    pixels.flush(); np.save(path/'.done.npy', done); os.replace(path/'.done.npy', path/'done.npy')
+
+# %% ../nbs/04i_pixels.ipynb #41d72b64
 def pixel_cache(
     table,                # question table
     folder,               # its folder
@@ -91,36 +104,21 @@ def pixel_cache(
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     settings = settings or processor_settings()
-    images = table.drop_duplicates('pixels_sha256').sort_values('image')
-    hashes = images.pixels_sha256.tolist(); n = settings['size']
+    images = table.drop_duplicates('pixels_sha256').sort_values('image'); hashes = images.pixels_sha256.tolist()
     path = writable_folder(Path(where)/digest([settings, hashes])[:16])
-    if not (path/'index.json').is_file():
-        np.lib.format.open_memmap(path/'pixels.npy', 'w+', settings['dtype'], (len(hashes),n,n,3))
-        np.save(path / 'done.npy', np.zeros(len(hashes), bool))
-        write_json(path / 'index.json', dict(settings=settings, hashes=hashes))
-
-    pixels,done = np.load(path/'pixels.npy', mmap_mode='r+'),np.load(path/'done.npy')
-    todo = [i for i in range(len(hashes)) if not done[i]]
+    pixels,done = _cache_files(path, settings, hashes); todo = [i for i in range(len(hashes)) if not done[i]]
     jobs = [(str(Path(folder)/images.image.iloc[i]), hashes[i], settings) for i in todo]
     workers = min(workers or os.cpu_count() or 1, max(1, len(todo)//60))
     pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn')) if workers > 1 else None
-    def settle():
-        pixels.flush()
-        np.save(path / '.done.npy', done)
-        os.replace(path / '.done.npy', path / 'done.npy')
-
     try:
-        made = pool.map(_one, jobs, chunksize=16) if pool else map(_one, jobs)
-        for k, (i, (a, why)) in enumerate(
-            zip(todo, progress(made, 'pixel cache', total=len(todo), unit='image')), 1
-        ):
-            if a is None:
-                raise FadaError(
-                    why, images.image.iloc[i], 'the file that the table was made of', 'run `fada data verify`'
-                )
+        made = progress(pool.map(_one, jobs, chunksize=16) if pool else map(_one, jobs), 'pixel cache',
+                        total=len(todo), unit='image')
+        for k,(i,(a,why)) in enumerate(zip(todo, made), 1):
+            if a is None: raise FadaError(why, images.image.iloc[i], 'the file that the table was made of',
+                                          'run `fada data verify`')
             pixels[i] = a; done[i] = True
-            if k % 512 == 0: settle()
+            if k % 512 == 0: _settle(path, pixels, done)
     finally:
-        settle()
+        _settle(path, pixels, done)
         if pool: pool.shutdown(cancel_futures=True)
     return PixelCache(path)

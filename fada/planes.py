@@ -18,7 +18,7 @@ from .data import load_table, read_image, table_digest
 
 # %% ../nbs/09b_planes.ipynb #46a0c6c0
 PLANE_QUESTION = 3
-CLASSIFIER = dict(side=80, width=16, epochs=8, batch=32, lr=5e-3)   # pixels, channels of the first layer
+CLASSIFIER = dict(side=96, width=16, epochs=6, batch=32, lr=5e-3)   # pixels, channels of the first layer
 LEAST_STEPS = 100   # on little data
 
 def plane_images(data, categories, split, side:int)->tuple:
@@ -85,7 +85,7 @@ def train_planes(
 )->dict:                      # what metrics.json holds
     "Train on the training split, answer the plane question of `split`, score with intervals over patients"
     from fada.metrics import mean_interval, score_table
-    from fada.train import _thin
+    from fada.train import loss_curve
     if kind not in ('cnn','probe'): raise FadaError(f'unknown kind {kind!r}', '', 'cnn or probe', '')
     if kind == 'probe' and vlm is None:
         raise FadaError('a probe needs a model', '', 'a loaded BLIP-2 as `vlm`', '')
@@ -104,7 +104,7 @@ def train_planes(
     over = lambda right: mean_interval(pd.Series(right.astype(float), test.index), test.patient)
     metrics = dict(kind='fada plane classifier', model='plane-classifier', method=kind, classes=names,
                    base=vlm.base if vlm else None, options=o if kind == 'cnn' else {}, split=split,
-                   losses=_thin(losses), images=len(test), train_images=len(train), accuracy=over(plane(said) == truth),
+                   losses=loss_curve(losses), images=len(test), train_images=len(train), accuracy=over(plane(said) == truth),
                    majority=over(truth == common), score=mean_interval(scored.score, scored.patient),
                    trained_on_sha256=table_digest(train), seed=seed,
                    seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())

@@ -15,18 +15,20 @@ from .sheets import fold, read_sheets
 
 # %% ../nbs/04d_public.ipynb #94303d4b
 PUBLIC = {
-    'fetal-planes': dict(name='FETAL_PLANES_DB', licence='CC BY 4.0',
-    page='https://zenodo.org/records/3904280',
-        files='https://zenodo.org/api/records/3904280', cite='Burgos-Artizzu et al., Sci Rep 10:10200, 2020'),
+    'fetal-planes': dict(name='FETAL_PLANES_DB', licence='CC BY 4.0', page='https://zenodo.org/records/3904280',
+                         files='https://zenodo.org/api/records/3904280',
+                         cite='Burgos-Artizzu et al., Sci Rep 10:10200, 2020'),
     'african-planes': dict(name='African fetal planes', licence='CC BY 4.0',
-    page='https://zenodo.org/records/7540448',
-        files='https://zenodo.org/api/records/7540448', cite='Sendra-Balcells et al., Sci Rep 13:2728, 2023'),
+                           page='https://zenodo.org/records/7540448',
+                           files='https://zenodo.org/api/records/7540448',
+                           cite='Sendra-Balcells et al., Sci Rep 13:2728, 2023'),
     'fetal-nt': dict(name='Dataset for Fetus Framework', licence='CC BY 4.0',
-        page='https://data.mendeley.com/datasets/n2rbrb9t4f',
-        cite='Chen et al., Mendeley Data n2rbrb9t4f, 2022',
-        files='https://data.mendeley.com/public-api/datasets/n2rbrb9t4f/files'),
+                     page='https://data.mendeley.com/datasets/n2rbrb9t4f',
+                     files='https://data.mendeley.com/public-api/datasets/n2rbrb9t4f/files',
+                     cite='Chen et al., Mendeley Data n2rbrb9t4f, 2022'),
     'hc18': dict(name='HC18', licence='CC BY 4.0', page='https://zenodo.org/records/1327317',
-        files='https://zenodo.org/api/records/1327317', cite='van den Heuvel et al., PLoS ONE 13(8), 2018')}
+                 files='https://zenodo.org/api/records/1327317',
+                 cite='van den Heuvel et al., PLoS ONE 13(8), 2018')}
 
 PLANES = {'fetal abdomen': 'Abdomen', 'fetal femur': 'Femur', 'fetal thorax': 'Thorax',
     'maternal cervix': 'Cervix',
@@ -116,7 +118,7 @@ def _read_nt(r, path, workers):
     found = []
     for n in images:
         folders = ' '.join(fold(f) for f in Path(n).parts[:-1])
-        standard = False if 'non' in folders and 'standard' in folders else True if 'standard' in folders else None
+        standard = 'non' not in folders if 'standard' in folders else None
         answers = {}
         if n in boxes: answers[1] = ', '.join(dict.fromkeys(boxes[n]))
         if standard is not None:

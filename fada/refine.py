@@ -16,14 +16,15 @@ from .clinical import (CATEGORIES, FINDINGS, GRADES, ND, ORIENTATIONS, PARAMETER
 from .vlm import Request
 
 # %% ../nbs/07d_refine.ipynb #e0ff26ef
-HARMLESS = set('''a an the this that these there here it its is are was be been has have can as at by for from in of on to
-with and also following shows show shown showing seen visible visualised visualized demonstrated demonstrates identified depicted
-depicts contains includes include included present noted observed measured measurable taken given judged rated described reads
-corresponds represents reveals displays lies lying facing faces directed pointing points towards toward side image picture frame
-view views scan ultrasound sonographic fetal fetus fetuses plane structure structures anatomy anatomical anatomic appearance
-measurement measurements measures measuring biometric biometry parameter parameters size sizes value values quality gestational age weeks week
-orientation position finding findings recommendation recommendations recommend recommended advice advised answer report summary
-because due however case category'''.split())
+HARMLESS = set('''a an the this that these there here it its is are was be been has have can as at by for from in of on
+to with and also following shows show shown showing seen visible visualised visualized demonstrated demonstrates
+identified depicted depicts contains includes include included present noted observed measured measurable taken given
+judged rated described reads corresponds represents reveals displays lies lying facing faces directed pointing points
+towards toward side image picture frame view views scan ultrasound sonographic fetal fetus fetuses plane structure
+structures anatomy anatomical anatomic appearance measurement measurements measures measuring biometric biometry
+parameter parameters size sizes value values quality gestational age weeks week orientation position finding findings
+recommendation recommendations recommend recommended advice advised answer report summary because due however case
+category'''.split())
 NEGATIONS = ('no', 'not', 'without', 'absent', 'missing', 'none', 'lacks', 'lack', 'lacking', 'absence')
 STATES = {  # what is said besides terms: other spellings
     'abnormality': ('abnormal', 'abnormalities', 'anomaly', 'anomalies'), 'standard': (),
@@ -36,14 +37,15 @@ REVERSED = {'normal': 'abnormality', 'unremarkable': 'abnormality',   # an affir
 _PLANES = {c.plane: () for c in CATEGORIES.values()} | {
     'transverse abdominal plane': ('transverse trans-abdominal plane', 'abdominal circumference plane'),
     'four-chamber plane': ('four-chamber view', 'four chamber view', 'four chamber plane')}
-_SIDES = dict(left='left', right='right', up='up', anterior='up', top='up', down='down', posterior='down', bottom='down')
-_PARTS = {w: p for p,ws in dict(spine=('spine', *STRUCTURES['spine']), head=('head',), face=('face',), forehead=('forehead',)).items()
-          for w in ws}
+_SIDES = dict(left='left', right='right', up='up', anterior='up', top='up', down='down', posterior='down',
+              bottom='down')
+_PARTS = dict.fromkeys(('spine', *STRUCTURES['spine']), 'spine') | {p: p for p in ('head', 'face', 'forehead')}
 
 def _lexicon()->dict:
     "{spelling: meanings}; a meaning is (kind, canonical term)"
     tables = dict(finding=FINDINGS, structure=STRUCTURES, parameter=PARAMETERS, grade=GRADES, reason=REASONS,
-                  advice=RECOMMENDATIONS, plane=_PLANES, axis=ORIENTATIONS['axis'], bone=ORIENTATIONS['bone'], state=STATES)
+                  advice=RECOMMENDATIONS, plane=_PLANES, axis=ORIENTATIONS['axis'],
+                  bone=ORIENTATIONS['bone'], state=STATES)
     out = {}
     for kind,table in tables.items():
         for canonical,others in table.items():
@@ -53,7 +55,8 @@ def _lexicon()->dict:
 
 def _any_of(words):
     "A pattern that finds whole words, the longest where several begin"
-    return re.compile(r'(?<![\w-])(?:'+'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))+r')(?![\w-])')
+    longest_first = '|'.join(map(re.escape, sorted(words, key=len, reverse=True)))
+    return re.compile(rf'(?<![\w-])(?:{longest_first})(?![\w-])')
 
 LEXICON = _lexicon()
 _TERM,_SIDE,_PART = _any_of(LEXICON),_any_of(_SIDES),_any_of(_PARTS)
@@ -63,7 +66,7 @@ _CLAUSE = re.compile(r'[;:\n()]|[.,](?!\d)|\b(?:and|but|while|whereas|although|t
 _NUMBER = re.compile(r'(?<![\w.])(\d+(?:\.\d+)?)(?:\s*(?:-|to|and)\s*(\d+(?:\.\d+)?))?\s*'
                      r'(mm|cm|weeks?|w|days?|degrees?|deg|°|%|g|kg|ml)?(?![\w])')
 _WORD = re.compile(r"[^\W\d_]+(?:[-'][^\W\d_]+)*")
-_UNIT = {'week': 'weeks', 'w': 'weeks', 'day': 'days', 'degree': 'degrees', 'deg': 'degrees', '°': 'degrees', None: ''}
+_UNIT = {'week': 'weeks', 'w': 'weeks', 'day': 'days', None: '', **dict.fromkeys(('degree', 'deg', '°'), 'degrees')}
 
 def _plain(text)->str:
     "Lower case, one kind of dash, of quote and of space; a range of weeks stays in one clause"
@@ -98,9 +101,11 @@ _OF_NOTHING = (frozenset({('negation', 'of nothing')}), True)   # no term, no nu
 
 def _clause_claims(clause)->set:
     "Claims of one clause"
-    hide = lambda m: '#'*(m.end()-m.start()); found = list(_TERM.finditer(clause)); terms = [LEXICON[m[0]] for m in found]
+    hide = lambda m: '#'*(m.end()-m.start()); found = list(_TERM.finditer(clause))
+    terms = [LEXICON[m[0]] for m in found]
     parameters = [(m.start(), t) for m in found for k,t in LEXICON[m[0]] if k == 'parameter']
-    left = _TERM.sub(hide, clause); sides = _sides(_TERM.sub(lambda m: m[0] if m[0] in _PARTS else hide(m), clause))
+    left = _TERM.sub(hide, clause)
+    sides = _sides(_TERM.sub(lambda m: m[0] if m[0] in _PARTS else hide(m), clause))
     numbers = _numbers(left, parameters); left = _NUMBER.sub(' ', left)
     words = [w for w in _WORD.findall(left) if w not in _SIDES and w not in _PARTS]
     denials = sum(w in NEGATIONS for w in words); denied = denials > 0
@@ -117,7 +122,8 @@ def claims(
 )->frozenset:  # of (meanings, affirmed): a claim holds if one of its meanings does
     "All that `text` claims: terms affirmed or denied, numbers, sides, and words outside the vocabulary"
     clauses = [_clause_claims(c) for c in _CLAUSE.split(_plain(text)) if c.strip()]; out = set().union(*clauses)
-    if (n := sum(_OF_NOTHING in c for c in clauses)) > 1: out.add((frozenset({('negation', f'of nothing, {n} times')}), True))
+    if (n := sum(_OF_NOTHING in c for c in clauses)) > 1:
+        out.add((frozenset({('negation', f'of nothing, {n} times')}), True))
     flip = lambda m: (m[0], m[1][3:]) if m[0] == 'state' and m[1].startswith('no ') else None
     return frozenset((frozenset(map(flip, ms)), not yes) if all(map(flip, ms)) else (ms, yes) for ms,yes in out)
 
@@ -150,14 +156,15 @@ class Refined:
     error: str = ''          # of the model
     @property
     def accepted(self): return not (self.added or self.lost or self.error) and self.text == self.attempt
-    def _repr_markdown_(self): return f'{self.text}' + ('' if self.accepted else f' *(not refined: {self.attempt!r})*')
+    def _repr_markdown_(self): return self.text+('' if self.accepted else f' *(not refined: {self.attempt!r})*')
 
 def judge(
     original:str, attempt:str,
     question_id:int=None,     # 1–8: the two must also be read alike
 )->Refined:
     "Hold `attempt` against `original`; the original stands where anything is added or lost"
-    attempt = ' '.join(str(attempt).split()); out = Refined(original, original, attempt, added(attempt, original), lost(attempt, original))
+    attempt = ' '.join(str(attempt).split())
+    out = Refined(original, original, attempt, added(attempt, original), lost(attempt, original))
     if not attempt: out.lost = out.lost or ['everything']
     if question_id and not (out.added or out.lost):
         a,b = (parse_answer(question_id, t) for t in (original, attempt))
@@ -166,10 +173,10 @@ def judge(
     return out
 
 # %% ../nbs/07d_refine.ipynb #d36a6dd1
-REFINE = ('Rewrite this answer about a fetal ultrasound image as one clear sentence in medical terms. Use only what it says: add '
-          'nothing, leave nothing out, keep every number. Question: {question} Answer: {answer}')
-REPORT = ('Write a short report of a fetal ultrasound image from these findings, as plain sentences. Use only what they say: add '
-          'nothing, leave nothing out, keep every number. Findings: {answer}')
+REFINE = ('Rewrite this answer about a fetal ultrasound image as one clear sentence in medical terms. Use only '
+          'what it says: add nothing, leave nothing out, keep every number. Question: {question} Answer: {answer}')
+REPORT = ('Write a short report of a fetal ultrasound image from these findings, as plain sentences. Use only '
+          'what they say: add nothing, leave nothing out, keep every number. Findings: {answer}')
 
 def _ask_model(vlm, prompts, longest:int)->list:
     "Replies (text, error) to prompts without an image, of up to `longest` tokens"
@@ -189,20 +196,26 @@ def refine(
     return [Refined(a, a, error=e) if e else judge(a, t, i) for i,(_,a),(t,e) in zip(at, pairs, said)]
 
 # %% ../nbs/07d_refine.ipynb #d5faf2ef
-_LABELS = dict(zip(QUESTIONS, ('Structures', 'Orientation', 'Plane', 'Measurements', 'Gestational age', 'Image quality', 'Findings',
-                               'Recommendation')))
+_LABELS = dict(zip(QUESTIONS, ('Structures', 'Orientation', 'Plane', 'Measurements', 'Gestational age',
+                               'Image quality', 'Findings', 'Recommendation')))
 
 def report_text(
     findings:dict,  # {question number or key: structured answer}
 )->str:
     "The findings as plain lines, in the vocabulary's words; `FadaError` for what is no finding"
-    lines = []
-    for q,s in sorted((question_id(q) or q, s) for q,s in findings.items()):
-        if q not in QUESTIONS: raise FadaError(f'unknown question {q!r}', 'findings', nearest(q, [o.key for o in QUESTIONS.values()]), '')
-        try: lines.append(f'{_LABELS[q]}: {write_answer(q, s)}.')
+    lines = {}
+    for key,s in findings.items():
+        q = question_id(key)
+        if q is None:
+            known = [o.key for o in QUESTIONS.values()]
+            raise FadaError(f'unknown question {key!r}', 'findings', nearest(key, known), '')
+        try:
+            nameless = q == 7 and s['normal'] is False and not s['findings']   # the templates would say normal
+            lines[q] = f"{_LABELS[q]}: {'abnormal' if nameless else write_answer(q, s)}."
         except (KeyError, TypeError) as e:
-            raise FadaError(f'{s!r} is no finding', QUESTIONS[q].key, 'a structured answer, see `parse_answer`', f'missing: {e}') from None
-    return '\n'.join(lines)
+            raise FadaError(f'{s!r} is no finding', QUESTIONS[q].key, 'a structured answer, see `parse_answer`',
+                            f'missing: {e}') from None
+    return '\n'.join(lines[q] for q in sorted(lines))
 
 def write_report(
     findings:dict,    # as for `report_text`

@@ -186,8 +186,10 @@ def _own_row(name, row, path)->ModelSpec:
     own = replace(MODELS[like], name=name, **{k: _tuples(v) for k,v in row.items()})
     if own.tiles > 1 and own.architecture not in TILED:
         raise FadaError(f'tiles = {own.tiles}', where, 'a model of '+' or '.join(TILED), 'leave `tiles` out')
+    service = dict(MODELS[like].service); mine = row.get('service', {})
+    if 'url' in mine: service.pop('key', None)  # the key of one house is not shown to another
     return replace(own, lora=row.get('lora') or LORA_TARGETS.get(own.architecture, {}),
-                   revision=row.get('revision'), service={**MODELS[like].service, **row.get('service', {})})
+                   revision=row.get('revision'), service={**service, **mine})
 
 def own_models(start='.')->dict:
     "Rows of `models.toml` and `models.ini` beside the `settings.ini` in force: {name: ModelSpec}"

@@ -29,7 +29,7 @@ class Service:
     "How a service is spoken to: the `service` table of a row"
     sdk: str = 'openai'       # of SDKS: openai (any server that speaks its protocol) or anthropic
     url: str = ''             # where it listens
-    key: str = ''             # name of the environment variable that holds the key
+    key: str = ''             # name of the environment variable that holds the key; '': none is asked for
     sampling: dict = field(default_factory=dict)  # sent with each question, such as {temperature: 0, seed: 0}
     limit: str = ''           # what the protocol calls the longest answer; '': by the host
     max_side: int = 0         # pixels; a larger image is shrunk before it leaves; 0: never
@@ -64,7 +64,9 @@ def _check_price(price, where):
     numbers = [price.get(k) for k in PRICE[:2]]
     right = (set(price) == set(PRICE) and all(type(n) in (int, float) and n >= 0 for n in numbers)
              and re.fullmatch('[A-Z]{3}', str(price.get('currency'))))
-    if not right: raise FadaError(f'price = {price}', where, 'input, output (of a million tokens) and currency (such as USD)', '')
+    if not right:
+        raise FadaError(f'price = {price}', where,
+                        'input and output (of a million tokens) and currency (such as USD)', '')
 
 def read_service(spec:ModelSpec)->Service:
     "The `service` table of a row, proved field by field; `FadaError` names what cannot be used"
@@ -75,7 +77,7 @@ def read_service(spec:ModelSpec)->Service:
             raise FadaError(f'a {type(v).__name__} as {k}', where, f'a value of type {kinds[k].__name__}', '')
     s = Service(**spec.service)
     if s.sdk not in SDKS: raise FadaError(f'unknown sdk {s.sdk!r}', where, nearest(s.sdk, SDKS), '')
-    if not re.fullmatch('[A-Z][A-Z0-9_]*', s.key):   # it may be the key itself: not repeated
+    if s.key and not re.fullmatch('[A-Z][A-Z0-9_]*', s.key):   # it may be the key itself: not repeated
         raise FadaError('key is no name of an environment variable', where, 'a name such as OPENAI_API_KEY',
                         'put the key into the environment and its name here')
     if s.limit not in ('', 'max_tokens', 'max_completion_tokens'):
@@ -87,8 +89,11 @@ def read_service(spec:ModelSpec)->Service:
 # %% ../nbs/07c_remote.ipynb #19275fb4
 def read_key(service:Service)->str:
     "The key from the environment; `FadaError` where a public service has none"
-    key = os.environ.get(service.key, '').strip()
-    if key or host_kind(service.url) in NEAR: return key or 'none'
+    key = os.environ.get(service.key, '').strip() if service.key else ''; host = host_kind(service.url)
+    if key or host in NEAR: return key or 'none'
+    if not service.key:
+        raise FadaError('no key', f'the service table of {host}', 'key = "NAME" of an environment variable',
+                        "a row of one's own is not given the key of the row that it is like")
     raise FadaError('no key', f'the environment variable {service.key}', 'the key of the service',
                     'set it there: a key is read from the environment alone, and never written')
 
@@ -108,7 +113,8 @@ def outgoing(
     im = _as_rgb(image)
     if not keep_text:
         try: im = blank_outside(im)
-        except FadaError as e: raise FadaError(e.what, e.where, e.expected, 'crop it, or set [remote] keep_text = yes') from None
+        except FadaError as e:
+            raise FadaError(e.what, e.where, e.expected, 'crop it, or set [remote] keep_text = yes') from None
     if max_side and max(im.size) > max_side: im.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return Image.fromarray(np.asarray(im))  # made of pixels alone
 
@@ -141,8 +147,10 @@ def _anthropic_body(model, prompt, png):
 
 def _anthropic_reply(r)->Reply:
     "A reply in Anthropic's protocol"
-    text = ''.join(b['text'] for b in r['content'] if b['type'] == 'text').strip(); end = r.get('stop_reason'); u = r.get('usage')
-    read = u and sum(u.get(k) or 0 for k in ('input_tokens', 'cache_creation_input_tokens', 'cache_read_input_tokens'))
+    text = ''.join(b['text'] for b in r['content'] if b['type'] == 'text').strip()
+    end,u = r.get('stop_reason'),r.get('usage')
+    kinds = ('input_tokens', 'cache_creation_input_tokens', 'cache_read_input_tokens')
+    read = u and sum(u.get(k) or 0 for k in kinds)
     return Reply(text, (text or 'without a word') if end == 'refusal' else '', end == 'max_tokens',
                  (read, u['output_tokens']) if u else None, r.get('model'))
 
@@ -155,11 +163,13 @@ def import_sdk(name:str):
     "The SDK, an extra; `FadaError` where it is not installed"
     try: return importlib.import_module(name)
     except ImportError:
-        raise FadaError(f'the package {name} is not installed', '', 'the extra api', 'pip install "fada[api]"') from None
+        raise FadaError(f'the package {name} is not installed', '', 'the extra api',
+                        'pip install "fada[api]"') from None
 
 def limit_name(service:Service)->str:
-    "What the protocol calls the longest answer: OpenAI's own host has renamed it, other servers know the old name"
-    return service.limit or ('max_completion_tokens' if host_kind(service.url) == 'api.openai.com' else 'max_tokens')
+    "What the protocol calls the longest answer: OpenAI's host renamed it, other servers know the old name"
+    renamed = host_kind(service.url) == 'api.openai.com'
+    return service.limit or ('max_completion_tokens' if renamed else 'max_tokens')
 
 # %% ../nbs/07c_remote.ipynb #bed27b6b
 class Trouble(Exception):
@@ -185,8 +195,8 @@ def retry_after(headers)->float|None:
 
 # %% ../nbs/07c_remote.ipynb #7152afc8
 PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-CONCERNS_ALL = {401: 'the key was refused', 402: 'the service wants to be paid', 403: 'the key may not ask this',
-                404: 'no such address or model'}
+CONCERNS_ALL = {401: 'the key was refused', 402: 'the service wants to be paid',
+                403: 'the key may not ask this', 404: 'no such address or model'}
 
 def as_trouble(
     e,         # an APIError of an SDK
@@ -197,14 +207,16 @@ def as_trouble(
     if isinstance(e, sdk.APIConnectionError):
         absent = type(e.__cause__).__name__ in ('ConnectError', 'ConnectTimeout')
         late = isinstance(e, sdk.APITimeoutError)
-        return Trouble('nothing listens there' if absent else 'no reply in time' if late else 'the connection broke',
-                       again=True, fatal=absent, paid=not absent)
+        why = 'nothing listens there' if absent else 'no reply in time' if late else 'the connection broke'
+        return Trouble(why, again=True, fatal=absent, paid=not absent)
     said = hide(' '.join(str(e).split()), key)[:300]; code = getattr(e, 'status_code', None)
     if code in CONCERNS_ALL: return Trouble(f'{CONCERNS_ALL[code]} ({said})', fatal=True)
     if 'insufficient_quota' in said: return Trouble(f"the service's quota is used up ({said})", fatal=True)
-    if code in PASSES: return Trouble(f'the service answered {code}', again=True, wait=retry_after(e.response.headers))
+    if code in PASSES:
+        return Trouble(f'the service answered {code}', again=True, wait=retry_after(e.response.headers))
     if code == 413:
-        return Trouble(f'the image is too large for the service ({said}); set max_side in its service table', stage='rejected')
+        return Trouble(f'the image is too large for the service ({said}); set max_side in its service table',
+                       stage='rejected')
     return Trouble(f'the service did not take the question ({said})', stage='rejected')
 
 # %% ../nbs/07c_remote.ipynb #3f66badb
@@ -213,7 +225,8 @@ PROBE = 'What is seen?'   # asked of a grey square, see below
 class Journal:
     "Append-only JSONL of all that was asked of one service; `answers` by key, `took` in tokens (in, out)"
     def __init__(self, path):
-        self.path,self.answers,self.took,self._at,self._lock = Path(path),{},np.zeros(2, int),0,threading.RLock()
+        self.path,self.answers,self.took = Path(path),{},np.zeros(2, int)
+        self._at,self._lock = 0,threading.RLock()   # bytes read
         self.most = {}   # input tokens of the costliest question, with and without an image
         self.refresh()
 
@@ -226,17 +239,21 @@ class Journal:
             for line in new.splitlines():
                 try: r = json.loads(line)
                 except ValueError: continue
-                self.took += r['tokens']
-                if r['told'] and r['question'] != PROBE:
-                    seen = r['pixels_sha256'] is not None; self.most[seen] = max(self.most.get(seen, 0), r['told'][0])
-                if r['final']: self.answers[r['key']] = r
+                self._take(r)
+
+    def _take(self, r):
+        "Count one record"
+        image = r['pixels_sha256'] is not None; self.took += r['tokens']
+        if r['told'] and r['question'] != PROBE: self.most[image] = max(self.most.get(image, 0), r['told'][0])
+        if r['final']: self.answers[r['key']] = r
 
     def add(self, record:dict):
         "Write one record and flush it to the disk before returning"
         with self._lock:
             self.refresh(); torn = self.path.exists() and self.path.stat().st_size > self._at
+            line = ('\n' if torn else '')+json.dumps(record, ensure_ascii=False)+'\n'
             fd = os.open(self.path, os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600)
-            try: os.write(fd, (b'\n' if torn else b'')+json.dumps(record, ensure_ascii=False).encode()+b'\n'); os.fsync(fd)
+            try: os.write(fd, line.encode()); os.fsync(fd)
             finally: os.close(fd)
             self.refresh()
 
@@ -249,11 +266,13 @@ def read_budget(
     where = '[remote] budget'
     if text.strip().lower() == 'none': return math.inf, 'tokens'
     m = re.fullmatch(r'(\d[\d_]*(?:\.\d+)?)\s*(tokens|[A-Z]{3})', text.strip())
-    if not m: raise FadaError(f'budget = {text!r} cannot be used', where, 'such as 200000 tokens, 5 USD, or none', '')
+    if not m:
+        raise FadaError(f'budget = {text!r} cannot be used', where, 'such as 200000 tokens, 5 USD, or none', '')
     if m[2] not in ('tokens', price.get('currency')):
         known = f'its price is in {price["currency"]}' if price else 'its price is not known'
         raise FadaError(f'a budget in {m[2]} cannot be kept: {known}', where, 'a budget in tokens',
-                        f'or price = {{input = …, output = …, currency = "{m[2]}"}} in its service table, from its price list')
+                        f'or put price = {{input = …, output = …, currency = "{m[2]}"}} of its price list into '
+                        'its service table')
     return float(m[1]), m[2]
 
 def money(tokens, price:dict)->float|None:
@@ -284,8 +303,9 @@ class Meter:
             need = np.array([self.journal.most.get(image) or math.ceil(size), longest])
             taken = self.worth(self.journal.took)
             if taken+self.worth(self.under_way)+self.worth(need) > self.amount:
-                raise Trouble(f'the budget of {self.amount:,.6g} {self.unit} has no room for another question: {taken:,.6g} taken, '
-                              f'as {self.journal.path.name} says; raise [remote] budget in settings.ini', stage='budget')
+                raise Trouble(f'the budget of {self.amount:,.6g} {self.unit} has no room for another question: '
+                              f'{taken:,.6g} taken, as {self.journal.path.name} says; raise [remote] budget in '
+                              'settings.ini', stage='budget')
             self.under_way += need
             return need
 
@@ -320,13 +340,15 @@ class Remote(VLM):
         backoff:float=1.,   # seconds before the second try, doubled with each further one
     ):
         if not s.remote:
-            raise FadaError(f'{spec.name} is a remote service, and nothing may be sent', '[remote] allowed of settings.ini',
-                            'allowed = yes', 'set it where images may leave this machine')
+            raise FadaError(f'{spec.name} is a remote service, and nothing may be sent',
+                            '[remote] allowed of settings.ini', 'allowed = yes',
+                            'set it where images may leave this machine')
         self.spec,self.settings,self.backoff,self.max_new_tokens = spec,s,backoff,s.max_new_tokens
         self.service = read_service(spec); budget = read_budget(s.remote_budget, self.service.price)
         self._sdk = import_sdk(self.service.sdk); client,route,self._body,self._read = SDKS[self.service.sdk]
         self._key = read_key(self.service)
-        made = getattr(self._sdk, client)(api_key=self._key, base_url=self.service.url, max_retries=0, timeout=s.remote_timeout)
+        made = getattr(self._sdk, client)(api_key=self._key, base_url=self.service.url, max_retries=0,
+                                          timeout=s.remote_timeout)
         self._create = route(made).with_raw_response.create
         self.base = f'{self.service.sdk}:{spec.checkpoint}'
         self.journal = Journal(writable_folder(s.output/'remote')/f'{spec.name}.jsonl')
@@ -335,25 +357,29 @@ class Remote(VLM):
     def identity(self)->dict:
         "What decides an answer, as far as it is known: a service may change its model behind a name"
         sv = self.service
-        return dict(model=self.spec.name, base=self.base, adapter=None, precision=None, prompt_version=PROMPT_VERSION,
-                    prompt=self.spec.prompt, generation=dict(max_new_tokens=self.max_new_tokens, **sv.sampling),
+        text = 'kept' if self.settings.remote_text else 'blanked'
+        return dict(model=self.spec.name, base=self.base, adapter=None, precision=None,
+                    prompt_version=PROMPT_VERSION, prompt=self.spec.prompt,
+                    generation=dict(max_new_tokens=self.max_new_tokens, **sv.sampling),
                     service=dict(sdk=sv.sdk, model=self.spec.checkpoint, host=host_kind(sv.url)),
-                    image=dict(format='PNG', text='kept' if self.settings.remote_text else 'blanked', max_side=sv.max_side),
+                    image=dict(format='PNG', text=text, max_side=sv.max_side),
                     processor=None, processor_backend=None)
 
 # %% ../nbs/07c_remote.ipynb #0b39e13d
 @patch
 def send(self:Remote, job:Job)->Reply:
     "Send one question once; `Trouble` where no answer comes back"
-    try: raw = self._create(**self._body(self.spec.checkpoint, job.prompt, job.png), extra_body=self.service.sampling or None,
-                            **{limit_name(self.service): self.max_new_tokens})
+    body = dict(self._body(self.spec.checkpoint, job.prompt, job.png),
+                **{limit_name(self.service): self.max_new_tokens})
+    try: raw = self._create(**body, extra_body=self.service.sampling or None)
     except self._sdk.APIError as e: raise as_trouble(e, self._sdk, self._key) from None
     try: reply = self._read(json.loads(raw.http_response.text))
     except (ValueError, LookupError, TypeError, AttributeError):
         raise Trouble('the reply could not be read', again=True, paid=True) from None
     if reply.refused or reply.text: return reply
-    if reply.used_up: raise Trouble(f'the longest answer ({self.max_new_tokens} tokens) was used up before a word was said; '
-                                    'raise [generate] max_new_tokens', paid=True, tokens=reply.tokens)
+    if reply.used_up:
+        raise Trouble(f'the longest answer ({self.max_new_tokens} tokens) was used up before a word was said; '
+                      'raise [generate] max_new_tokens', paid=True, tokens=reply.tokens)
     raise Trouble('an empty answer', again=True, paid=True, tokens=reply.tokens)
 
 # %% ../nbs/07c_remote.ipynb #b77ca683
@@ -361,22 +387,23 @@ LONGEST_WAIT = 600.   # seconds; a service that asks for more is not waited for
 
 @patch
 def ask_once(self:Remote, job:Job)->dict:
-    "The journal's record of `job`: read where it was answered before, else asked; `FadaError` for what concerns all questions"
+    "The journal's record of `job`: read there or asked now; `FadaError` for what concerns all questions"
     self.journal.refresh()
     if known := self.journal.answers.get(job.key): return dict(known, replayed=True)
-    tries,took,guessed,start = 0,np.zeros(2, int),0,time.perf_counter(); reply = trouble = None
-    while reply is None and not self.stopped:
+    tries,took,guessed,start = 0,np.zeros(2, int),0,time.perf_counter(); end = None   # a Reply or a Trouble
+    while not isinstance(end, Reply) and not self.stopped:
         try: need = self.meter.reserve(job.size, job.sha is not None, self.max_new_tokens)
-        except Trouble as t: trouble = t; break
+        except Trouble as t: end = t; break
         self.pace.wait(); tries += 1
-        try: reply = self.send(job); told,paid = reply.tokens,True
-        except Trouble as t: trouble = t; told,paid = t.tokens,t.paid
-        used = np.array(told) if told else need if paid else np.zeros(2, int)
-        self.meter.settle(need, used); took += used; guessed += 0 if told else int(used.sum())
-        if reply is None and not self._wait(trouble, tries): break
-    record = self._record(job, reply, trouble, tries, took, guessed, time.perf_counter()-start)
+        try: end = self.send(job); paid = True
+        except Trouble as t: end = t; paid = t.paid
+        used = np.array(end.tokens) if end.tokens else need if paid else np.zeros(2, int)
+        self.meter.settle(need, used); took += used; guessed += 0 if end.tokens else int(used.sum())
+        if isinstance(end, Trouble) and not self._wait(end, tries): break
+    record = self._record(job, end, tries=tries, tokens=took.tolist(), guessed=guessed,
+                          seconds=round(time.perf_counter()-start, 3))
     self.meter.close(record, took)
-    if reply is None and trouble and trouble.fatal: self.stopped = self._fatal(trouble)
+    if isinstance(end, Trouble) and end.fatal: self.stopped = self._fatal(end)
     if self.stopped: raise self.stopped
     return record
 
@@ -394,17 +421,19 @@ def _wait(self:Remote, t:Trouble, tries:int)->bool:
 @patch
 def _fatal(self:Remote, t:Trouble)->FadaError:
     "The one error for all questions"
-    do = {'nothing listens there': 'start the server, or correct url in its service table'}.get(t.why, '')
-    return FadaError(t.why, f'{self.spec.name} at {self.service.url}', '', do or f'check {self.service.key}, checkpoint and url of its row')
+    do = ('start the server, or correct url in its service table' if t.why == 'nothing listens there'
+          else f'check {self.service.key}, and checkpoint and url of its row')
+    return FadaError(t.why, f'{self.spec.name} at {self.service.url}', '', do)
 
 @patch
-def _record(self:Remote, job, reply, trouble, tries, took, guessed, seconds)->dict:
-    "What the journal keeps of a question: outcome, tokens, tries"
-    error,stage = (f'the service refused: {hide(reply.refused, self._key)}', 'refused') if reply and reply.refused else (
-        ('', '') if reply else (trouble.why if trouble else 'stopped', trouble.stage if trouble else 'service'))
-    return dict(key=job.key, question=job.question, pixels_sha256=job.sha, final=reply is not None, error=error, stage=stage,
-                text='' if error else hide(reply.text, self._key), tokens=[int(n) for n in took], guessed=guessed, tries=tries,
-                told=reply.tokens if reply else None, served=reply.served if reply else None, seconds=round(seconds, 3), time=now())
+def _record(self:Remote, job, end, **took)->dict:
+    "What the journal keeps of a question that ended in a Reply or a Trouble, or was stopped (None)"
+    said = isinstance(end, Reply); out = dict(text='', error='stopped', stage='service', told=None, served=None)
+    if said: out.update(text=hide(end.text, self._key), error='', stage='', told=end.tokens, served=end.served)
+    elif end: out.update(error=end.why, stage=end.stage, told=end.tokens)
+    if said and end.refused:
+        out.update(text='', error=f'the service refused: {hide(end.refused, self._key)}', stage='refused')
+    return dict(key=job.key, question=job.question, pixels_sha256=job.sha, final=said, **out, **took, time=now())
 
 # %% ../nbs/07c_remote.ipynb #8939fdf2
 @patch
@@ -416,13 +445,14 @@ def prove_vision(self:Remote):
     for png in (grey, ''):
         r = self.ask_once(self.job(PROBE, PROBE, 'probe' if png else None, png, (64,64) if png else (0,0)))
         if r['stage'] == 'rejected' and png:
-            raise FadaError(f'{self.spec.checkpoint} takes no image: {r["error"]}', self.spec.name, 'a model with vision', '')
-        if r['error'] and r['stage'] != 'refused': raise Trouble(r['error'], stage=r['stage'])
+            raise FadaError(f'{self.spec.checkpoint} takes no image: {r["error"]}', self.spec.name,
+                            'a model with vision', '')
+        if r['error'] and r['stage'] != 'refused' and not r['told']: raise Trouble(r['error'], stage=r['stage'])
         tokens.append(r['told'] and r['told'][0])
     if None not in tokens and tokens[0] <= tokens[1]:
-        raise FadaError(f'{self.spec.checkpoint} answers without the image: with it and without it, a question takes '
-                        f'{tokens[1]} tokens', self.spec.name, 'a model with vision',
-                        'or check_vision = false in its service table, where the server does not count images')
+        raise FadaError(f'{self.spec.checkpoint} answers without the image: with it and without it, a question '
+                        f'takes {tokens[1]} tokens', self.spec.name, 'a model with vision',
+                        'or, where the server does not count images, check_vision = false in its service table')
     self.seen = True
 
 # %% ../nbs/07c_remote.ipynb #e795784a
@@ -438,8 +468,9 @@ def answer(
     requests,               # iterable of Request
     batch_images:int=1,     # not used: a service is asked question by question
 ):                          # iterator of Answer, in the order asked
-    "Answer every question of every request; what fails becomes an Answer with `error`, what concerns all a `FadaError`"
-    self.stopped = None; pool = ThreadPoolExecutor(self.settings.remote_parallel); begun,under_way = deque(),{}
+    "Answer every question; what fails becomes an Answer with `error`, what concerns all questions a `FadaError`"
+    self.stopped = None; begun,under_way = deque(),{}
+    pool = ThreadPoolExecutor(self.settings.remote_parallel)
     try:
         for r in requests:
             begun.extend(self._begin(pool, r, under_way))
@@ -450,17 +481,21 @@ def answer(
 # %% ../nbs/07c_remote.ipynb #415bab3b
 @patch
 def _begin(self:Remote, pool, r, under_way:dict)->list:
-    "Of each question of one request an Answer, where it failed already, or what `_end` makes one from; none is sent twice"
+    "For each question of one request what `_end` makes an Answer from, or an Answer where it failed already"
     try:
         asked = _prepare(self, r); sha = image_hash(r.image); png,size = '',(0,0)
-        if sha: im = outgoing(r.image, self.settings.remote_text, self.service.max_side); png,size = as_base64(im),im.size
-    except FadaError as e: return [Answer(str(q), id=r.id, error=str(e), stage='read') for q in (r.questions or [''])]
+        if sha:
+            im = outgoing(r.image, self.settings.remote_text, self.service.max_side)
+            png,size = as_base64(im),im.size
+    except FadaError as e:
+        return [Answer(str(q), id=r.id, error=str(e), stage='read') for q in (r.questions or [''])]
     try:
         if png: self.prove_vision()
-    except Trouble as t: return [Answer(text, '', i, r.id, sha, error=t.why, stage=t.stage) for i,text,_ in asked]
+    except Trouble as t:
+        return [Answer(text, '', i, r.id, sha, error=t.why, stage=t.stage) for i,text,_ in asked]
     jobs = [self.job(text, prompt, sha, png, size) for _,text,prompt in asked]
     for j in jobs:
-        if j.key not in under_way: under_way[j.key] = pool.submit(self.ask_once, j)
+        if j.key not in under_way: under_way[j.key] = pool.submit(self.ask_once, j)   # none is sent twice
     return [(under_way[j.key], text, i, r.id, sha) for (i,text,_),j in zip(asked, jobs)]
 
 @patch
@@ -471,10 +506,12 @@ def _end(self:Remote, begun)->Answer:
 @patch
 def _as_answer(self:Remote, record, text, question_id, id, sha)->Answer:
     "An Answer from a journal record, with what it took"
-    new = not record.get('replayed'); tokens = record['tokens'] if new else [0,0]; price = self.service.price
-    more = dict(tokens_in=tokens[0], tokens_out=tokens[1], guessed=record['guessed'] if new else 0, tries=record['tries'] if new else 0,
-                served=record['served'], **(dict(cost=money(tokens, price), currency=price['currency']) if price else {}))
-    return Answer(text, record['text'], question_id, id, sha, None, [], record['seconds'] if new else 0., record['error'], record['stage'], more)
+    if record.get('replayed'): record = dict(record, tokens=[0,0], guessed=0, tries=0, seconds=0.)
+    price,(read,said) = self.service.price,record['tokens']
+    cost = dict(cost=money((read, said), price), currency=price['currency']) if price else {}
+    return Answer(text, record['text'], question_id, id, sha, seconds=record['seconds'], error=record['error'],
+                  stage=record['stage'], more=dict(tokens_in=read, tokens_out=said, guessed=record['guessed'],
+                                                   tries=record['tries'], served=record['served'], **cost))
 
 # %% ../nbs/07c_remote.ipynb #b6ed003c
 def next_step(spec:ModelSpec, s:Settings)->str:

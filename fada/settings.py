@@ -182,7 +182,8 @@ def pixels_sha256(
     "sha256 of the decoded pixels, with their shape"
     import numpy as np
     a = np.ascontiguousarray(np.asarray(image))
-    return hashlib.sha256(f'{a.shape}{a.dtype}'.encode() + a.tobytes()).hexdigest()
+    h = hashlib.sha256(f'{a.shape}{a.dtype}'.encode()); h.update(a)
+    return h.hexdigest()
 
 # %% ../nbs/00_settings.ipynb #aa09729d
 def write_atomic(

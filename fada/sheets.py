@@ -164,14 +164,10 @@ def _excel_sheet(ws, formulas, name, is_header):
         cells = {k: _cell(out, r, k, grid[r].get(k), (r,k) in formulas) for k in range(width)}
         if any(cells.values()) or any((r,k) in out.bad for k in cells): out.rows.append((r, cells))
     live = {r for r,_ in out.rows}
-    out.mended += [
-        (r, k, f'merged cells {c}: the value stands for every row')
-        for (r, k), c in filled.items()
-        if r in live
-    ]
-    out.mended += [
-        (r, None, 'a hidden row was read') for r, d in ws.row_dimensions.items() if d.hidden and r in live
-    ]
+    out.mended += [(r, k, f'merged cells {c}: the value stands for every row')
+                   for (r,k),c in filled.items() if r in live]
+    out.mended += [(r, None, 'a hidden row was read')
+                   for r,d in ws.row_dimensions.items() if d.hidden and r in live]
     if ws.sheet_state != 'visible': out.aside = 'a hidden sheet'
     return out
 
@@ -195,16 +191,8 @@ def read_excel(
                         f'{type(e).__name__}: {e}') from None
     out = []
     for ws in book.worksheets:
-        formulas = (
-            {
-                (c.row, c.column - 1)
-                for r in raw[ws.title].iter_rows()
-                for c in r
-                if c.data_type == 'f' or (isinstance(c.value, str) and c.value.startswith('='))
-            }
-            if raw
-            else set()
-        )
+        formulas = {(c.row, c.column-1) for r in (raw[ws.title].iter_rows() if raw else ()) for c in r
+                    if c.data_type == 'f' or (isinstance(c.value, str) and c.value.startswith('='))}
         title = name if len(book.worksheets) == 1 else f'{name} [{ws.title}]'
         out.append(_excel_sheet(ws, formulas, title, is_header))
     if about['macros']: out[0].mended.append((0, None, 'holds macros, which were not run'))
@@ -212,17 +200,8 @@ def read_excel(
 
 # %% ../nbs/04b_sheets.ipynb #104727ea
 SPELLINGS = {
-    'image': (
-        'image name',
-        'image',
-        'filename',
-        'file name',
-        'file',
-        'image id',
-        'image file',
-        'img',
-        'imagename',
-    ),
+    'image': ('image name', 'image', 'filename', 'file name', 'file', 'image id', 'image file', 'img',
+              'imagename'),
     'folder': ('folder name', 'folder', 'category', 'class', 'plane folder', 'foldername'),
     'status': ('status', 'state'),
     'patient': ('patient', 'patient id', 'patient num', 'patient number', 'case', 'case id'),
@@ -234,18 +213,10 @@ SPELLINGS = {
     'ga_days': ('ga days', 'gestational age days', 'ga in days'),
     'twin': ('twin', 'fetus'),
     'mm_per_px': ('mm per px', 'mm per pixel', 'pixel size', 'pixel size (mm)', 'pixel size(mm)'),
-    'published_split': ('split', 'train', 'subset'),
-}
-TITLES = {
-    1: 'anatomical structures',
-    2: 'fetal orientation',
-    3: 'plane evaluation',
-    4: 'biometric measurements',
-    5: 'gestational age',
-    6: 'image quality',
-    7: 'normality / abnormality',
-    8: 'clinical recommendations',
-}
+    'published_split': ('split', 'train', 'subset')}
+TITLES = {1: 'anatomical structures', 2: 'fetal orientation', 3: 'plane evaluation',
+          4: 'biometric measurements', 5: 'gestational age', 6: 'image quality', 7: 'normality / abnormality',
+          8: 'clinical recommendations'}
 
 # %% ../nbs/04b_sheets.ipynb #b78a1782
 def fold(s)->str:

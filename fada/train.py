@@ -18,6 +18,7 @@ from .settings import FadaError, environment, now, progress, seed_all, writable_
 from .data import load_table, read_image, subset, table_digest
 from .models import NanoRecipe, model_spec
 from .registry import part_of, require
+from .checkpoints import no_memory
 from .vlm import PROMPT_VERSION, adapter_digest, bridge, build_prompt, load, pixel_values
 from .memory import peak_bytes
 from .metrics import score_table
@@ -145,8 +146,13 @@ def train_answers(
     core.train()
     for s in progress(range(steps), desc, unit='step'):
         at = rng.choice(len(rows), min(batch, len(rows)), replace=False, p=p)
-        one = (loss or partial(decoder_loss, core, tokenizer))(features[at], [rows[i] for i in at])
-        losses.append(take_step(one, parameters, opt, schedule, recipe.clip))
+        try:
+            one = (loss or partial(decoder_loss, core, tokenizer))(features[at], [rows[i] for i in at])
+            losses.append(take_step(one, parameters, opt, schedule, recipe.clip))
+        except (RuntimeError, MemoryError) as e:
+            if not no_memory(e): raise
+            raise FadaError(f'memory ran out with {len(at)} images a step', desc, 'a step that fits',
+                            'lower the batch, or choose a lower precision or a smaller model of `fada models`') from None
         if check and every and (s+1) % every == 0: core.eval(); check(s+1); core.train()
     core.eval()
     return losses

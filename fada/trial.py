@@ -60,7 +60,7 @@ def try_model(
         except (FadaError, RuntimeError, ValueError) as e: out['train'] = str(e)
     out.update(precision=vlm.precision, device=vlm.device, peak_bytes=peak_bytes(), canary=getattr(vlm, 'canary', None),
                seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())
-    if keep and not weights: record(name, tests={**ledger(name).get('tests', {}), vlm.precision: out})
+    if keep and not weights: record(name, tests={**ledger(name).get('tests', {}), vlm.precision or vlm.device: out})
     return out
 
 # %% ../nbs/09a_trial.ipynb #647e3edf
@@ -104,12 +104,16 @@ def _parts(spec)->dict:
 
 def _access(spec, a)->str:
     "How far this machine is: gate, token, grant, download, test"
-    gate = f'gated (token: {_YES[a["token"]]}, licence accepted and access granted: {_YES[a["granted"]]})' if spec.gated else 'open'
-    return f'{gate}; {_STATE[a["downloaded"]]}; '+('tested in '+', '.join(a['tests']) if a['tests'] else 'not tested here')
+    gate = (f'gated (token: {_YES[a["token"]]}, licence accepted and access granted: {_YES[a["granted"]]})'
+            if spec.gated else 'open')
+    return f'{gate}; {_STATE[a["downloaded"]]}; '+('tested in '+', '.join(a['tests']) if a['tests']
+                                                   else 'not tested here')
 
 def _image_tokens(spec)->str:
+    "What an image costs in the prompt, in words"
     if spec.architecture not in TILED: return f'{spec.image_tokens or ""}'
-    return f'{spec.image_tokens} a tile, at most {spec.tiles} tile{"s" if spec.tiles > 1 else ""} an image (`tiles` of a row of your own)'
+    many = f'at most {spec.tiles} tiles' if spec.tiles > 1 else 'one tile'
+    return f'{spec.image_tokens} a tile, {many} an image (`tiles` of a row of your own says how many)'
 
 def _measured(t:dict)->str:
     "What a test on this machine measured, in words"
@@ -125,10 +129,10 @@ def dossier_rows(spec:ModelSpec, ask_hub:bool=False)->list:
     rows = [('family', f'{spec.family}, {spec.architecture or "no architecture of its own"}'),
             ('checkpoint', 'in the package' if spec.embedded else f'{spec.checkpoint}, revision {revision}'
                            if spec.architecture else ''),
-            ('parameters', f'{spec.parameters:,}' if spec.parameters else 'unknown'),
+            ('parameters', f'{spec.parameters:,}' if spec.parameters else 'unknown' if spec.family == 'api' else ''),
             ('parts', ', '.join(f'{k} {v:,}' for k,v in _parts(spec).items())),
             ('weights take at most', ', '.join(f'{_size(estimate_bytes(spec, p))} in {p}'
-                                               for p in spec.precisions)),
+                                               for p in spec.precisions if spec.parameters)),
             ('image tokens', _image_tokens(spec)), ('kept in fp32', ', '.join(spec.fp32_parts)),
             ('licence', spec.licence),
             ('adapters may be shared', d.share),
@@ -154,7 +158,7 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <title>FADA models</title><style>
 body{font:15px/1.5 system-ui,
      sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
-th{text-align:left;vertical-align:top;width:11rem;font-weight:600;padding:.15rem .8rem .15rem 0}
+th,td{text-align:left;vertical-align:top}th{width:11rem;font-weight:600;padding:.15rem .8rem .15rem 0}
 h3{margin:2rem 0 .3rem;border-top:1px solid #d0d7de;padding-top:1rem}
 nav a{margin-right:.7rem;white-space:nowrap}
 .notice{background:#fff4ce;padding:4px 8px}</style>

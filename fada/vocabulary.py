@@ -14,53 +14,35 @@ from .clinical import GRADES, QUESTIONS, RECOMMENDATIONS
 
 # %% ../nbs/04e_vocabulary.ipynb #e5e5bc6d
 def _built_in():
-    quality = {
-        g: [
-            g,
-            f'{g} quality',
-            f'{g} image quality',
-            f'image quality {g}',
-            f'image quality is {g}',
-            f'quality: {g}',
-            *others,
-        ]
-        for g, others in GRADES.items()
-    }
+    quality = {g: [g, f'{g} quality', f'{g} image quality', f'image quality {g}', f'image quality is {g}',
+                   f'quality: {g}', *others] for g,others in GRADES.items()}
+    weeks = r'\s*(?:weeks?|wks?|w)\b'
     return [
         dict(name='spaces', find=r'\s+', to=' '),
         dict(name='final-stop', find=r'\s*[.;,]+$', to=''),
         dict(name='dash', find='[\u2010-\u2015\u2212]', to='-'),
-        dict(
-            name='week-range',
-            questions=[5],
-            find=r'(\d{1,2})\s*(?:-|to|and)\s*(\d{1,2})\s*(?:weeks?|wks?|w)\b',
-            to=r'\1-\2 weeks',
-        ),
+        dict(name='week-range', questions=[5], to=r'\1-\2 weeks',
+             find=r'(\d{1,2})\s*(?:-|to|and)\s*(\d{1,2})'+weeks),
         dict(name='week-unit', questions=[5], find=r'(?<![-\d])(\d{1,2})\s*(?:wks?|w)\b', to=r'\1 weeks'),
         dict(name='unit-space', questions=[4], find=r'(\d)\s*(mm|cm)\b', to=r'\1 \2'),
         dict(name='ivc', questions=[1], find=r'\bivc\b', to='inferior vena cava'),
         dict(name='color', find=r'\bcolor\b', to='colour'),
-        *(dict(name=f'quality-{g}', questions=[6], same=texts, to=g) for g, texts in quality.items()),
-        *(
-            dict(name=f'recommendation-{k}', questions=[8], same=list(v), to=v[0])
-            for k, v in RECOMMENDATIONS.items()
-        ),
-    ]
+        *(dict(name=f'quality-{g}', questions=[6], same=same, to=g) for g,same in quality.items()),
+        *(dict(name=f'recommendation-{k}', questions=[8], same=list(v), to=v[0])
+          for k,v in RECOMMENDATIONS.items())]
 
 RULES = _built_in()
 
 # %% ../nbs/04e_vocabulary.ipynb #8fc10a57
 def _check_rule(r, where):
     "Raise where a rule cannot be used"
-    bad = lambda what: FadaError(
-        what, f"{where}, rule {r.get('name', '?')!r}", 'name, to, and same or find', ''
-    )
+    bad = lambda what: FadaError(what, f"{where}, rule {r.get('name', '?')!r}", 'name, to, and same or find')
     if not isinstance(r.get('name'), str) or not isinstance(r.get('to'), str):
         raise bad('a rule without name or to')
     if ('same' in r) == ('find' in r): raise bad('a rule needs either same or find')
     if set(r.get('questions', [])) - set(QUESTIONS): raise bad(f"unknown question in {r['questions']}")
     if odd := set(r)-{'name','to','same','find','questions'}: raise bad(f'unknown key {sorted(odd)[0]!r}')
-    try:re.compile(r.get('find', ''))
+    try: re.compile(r.get('find', ''))
     except re.error as e: raise bad(f'not a pattern: {e}') from None
 
 def load_rules(
@@ -86,11 +68,8 @@ def normal_answer(
     s = str(text).strip().lower(); used = []
     for r in rules:
         if r.get('questions') and q not in r['questions']: continue
-        new = (
-            (r['to'].lower() if s in [x.lower() for x in r['same']] else s)
-            if 'same' in r
-            else re.sub(r['find'], r['to'].lower(), s)
-        )
+        if 'find' in r: new = re.sub(r['find'], r['to'].lower(), s)
+        else: new = r['to'].lower() if s in [x.lower() for x in r['same']] else s
         if new != s: used.append(r['name']); s = new
     return s.strip(), used
 

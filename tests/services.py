@@ -1,6 +1,7 @@
-"""Servers on loopback for the remote back ends: transformers' own `serve`, and a door in front of any model that
-speaks both protocols, counts what is asked, and fails on purpose."""
-import base64, hashlib, io, json, os, random, socket, subprocess, sys, threading, time, urllib.error, urllib.request
+"""Servers on loopback for the remote back ends: transformers' own `serve`, and a door in front of any model
+that speaks both protocols, counts what is asked, and fails on purpose."""
+import base64, hashlib, io, json, os, random, socket, subprocess, sys, threading, time
+import urllib.error, urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,8 +29,8 @@ class TransformersServe:
 
     def __call__(self, body):
         "Pass a question on"
-        r = urllib.request.Request(self.url+'/chat/completions', json.dumps(dict(body, model=self.model)).encode(),
-                                   {'Content-Type': 'application/json'})
+        data = json.dumps(dict(body, model=self.model)).encode()
+        r = urllib.request.Request(self.url+'/chat/completions', data, {'Content-Type': 'application/json'})
         with urllib.request.urlopen(r, timeout=60) as f: return json.loads(f.read())
 
 def picture(body):
@@ -51,12 +52,14 @@ def of_model(vlm):
 
 def reply(text, tokens_in=60, tokens_out=5, **message):
     "A reply in OpenAI's protocol"
-    return dict(model='served', usage=dict(prompt_tokens=tokens_in, completion_tokens=tokens_out),
-                choices=[dict(index=0, message=dict(role='assistant', content=text, **message), finish_reason='stop')])
+    choice = dict(index=0, message=dict(role='assistant', content=text, **message), finish_reason='stop')
+    return dict(model='served', choices=[choice],
+                usage=dict(prompt_tokens=tokens_in, completion_tokens=tokens_out))
 
 class Door:
-    """In front of `upstream` (body -> reply). `log` holds (question's digest, outcome) in the order of arrival, `bodies`
-    and `headers` what came. The `first` attempts at a question may fail: a fault is drawn from seed, question and attempt, so that threads do not change it."""
+    """In front of `upstream` (body -> reply). `log` holds (question's digest, outcome) in the order of arrival,
+    `bodies` and `headers` what came. The `first` attempts at a question may fail: a fault is drawn from seed,
+    question and attempt, so that threads do not change it."""
     def __init__(self, upstream, faults=0., kinds=FAULTS, seed=0, late=2., first=99, special=None):
         self.upstream, self.faults, self.kinds, self.seed = upstream, faults, kinds, seed
         self.late, self.first, self.special = late, first, special
@@ -77,42 +80,52 @@ class Door:
         with self.lock: self.log.append((digest, how))
 
     def serve(self, h):
-        raw = h.rfile.read(int(h.headers['Content-Length'])); body = json.loads(raw); claude = h.path.endswith('/messages')
+        raw = h.rfile.read(int(h.headers['Content-Length'])); body = json.loads(raw)
+        claude = h.path.endswith('/messages')
         if claude: body = self.from_anthropic(body)
-        digest = hashlib.sha256((words(body)+str(hashlib.sha256(picture(body) or b'').hexdigest())).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(words(body).encode()+(picture(body) or b'')).hexdigest()[:12]
         with self.lock:
-            self.bodies.append(body); self.headers.append(dict(h.headers)); self.tries[digest] = n = self.tries.get(digest, 0)+1
+            self.bodies.append(body); self.headers.append(dict(h.headers))
+            self.tries[digest] = n = self.tries.get(digest, 0)+1
         draw = random.Random(f'{self.seed} {digest} {n}')
         kind = draw.choice(self.kinds) if draw.random() < self.faults and n <= self.first else ''
-        if self.special and (odd := self.special(body, h.headers, n)): self.note(digest, 'special'); return self.send(h, *odd)
+        odd = self.special and self.special(body, h.headers, n)
+        if odd: self.note(digest, 'special'); return self.send(h, *odd[:2], **dict(*odd[2:]))
         if kind: self.note(digest, kind); return self.fail(h, kind, body, claude)
         try: out = self.upstream(body)
         except urllib.error.HTTPError as e: self.note(digest, str(e.code)); return self.send(h, e.code, e.read())
-        self.note(digest, 'ok'); self.send(h, 200, json.dumps(self.to_anthropic(out) if claude else out).encode())
+        self.note(digest, 'ok')
+        self.send(h, 200, json.dumps(self.to_anthropic(out) if claude else out).encode())
 
     def fail(self, h, kind, body, claude):
         "One fault: nothing comes in time, at all, or as it should"
         if kind == 'late': time.sleep(self.late); kind = 'dropped'
         if kind == 'dropped': h.connection.shutdown(socket.SHUT_RDWR); h.close_connection = True
-        elif kind == '429': self.send(h, 429, b'{"error": {"message": "slow down"}}', **{'Retry-After': '0', 'retry-after-ms': '40'})
+        elif kind == '429':
+            self.send(h, 429, b'{"error": {"message": "slow down"}}', **{'Retry-After': '0', 'retry-after-ms': '40'})
         elif kind == '500': self.send(h, 500, b'{"error": {"message": "oh"}}')
         elif kind == 'malformed': self.send(h, 200, b'{"choices": [{"message": {"cont')
-        else: self.send(h, 200, json.dumps(self.to_anthropic(reply('', 60, 0)) if claude else reply('', 60, 0)).encode())
+        else:
+            nothing = reply('', 60, 0)
+            self.send(h, 200, json.dumps(self.to_anthropic(nothing) if claude else nothing).encode())
 
     def send(self, h, code, data, **headers):
         h.send_response(code)
-        for k, v in {'Content-Type': 'application/json', 'Content-Length': len(data), **headers}.items(): h.send_header(k, str(v))
+        for k, v in {'Content-Type': 'application/json', 'Content-Length': len(data), **headers}.items():
+            h.send_header(k, str(v))
         h.end_headers(); h.wfile.write(data); h.wfile.flush()
 
     @staticmethod
     def from_anthropic(b):
-        parts = [dict(type='image_url', image_url=dict(url=f"data:{p['source']['media_type']};base64,{p['source']['data']}"))
-                 if p['type'] == 'image' else p for p in b['messages'][0]['content']]
+        url = lambda s: f"data:{s['media_type']};base64,{s['data']}"
+        parts = [dict(type='image_url', image_url=dict(url=url(p['source']))) if p['type'] == 'image' else p
+                 for p in b['messages'][0]['content']]
         return dict(b, messages=[dict(role='user', content=parts)])
 
     @staticmethod
     def to_anthropic(r):
         m = r['choices'][0]['message']; u = r['usage']; refused = m.get('refusal')
         return dict(id='msg_1', type='message', role='assistant', model=r['model'], stop_sequence=None,
-                    stop_reason='refusal' if refused else 'end_turn', content=[dict(type='text', text=refused or m['content'])],
+                    stop_reason='refusal' if refused else 'end_turn',
+                    content=[dict(type='text', text=refused or m['content'])],
                     usage=dict(input_tokens=u['prompt_tokens'], output_tokens=u['completion_tokens']))

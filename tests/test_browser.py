@@ -1,6 +1,6 @@
 ("JupyterLab and the report in a real Chromium, as a person would use them. "
  "Screenshots go to outputs/screenshots.")
-import os, shutil, socket, subprocess, sys, time, urllib.request
+import json, os, shutil, socket, subprocess, sys, time, urllib.request
 
 import pytest
 
@@ -45,7 +45,7 @@ def lab(root, tmp_path_factory):
     yield base
     p.terminate(); p.wait(20)
 
-def _open(browser, lab, notebook):
+def _open(browser, lab, notebook, ready='button:has-text("All eight questions")'):
     page = browser.new_page(viewport=dict(width=1280, height=1000))
     page.goto(f'{lab}/lab/tree/app/{notebook}?token=t0ken&reset')
     page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=60_000)
@@ -58,7 +58,7 @@ def _open(browser, lab, notebook):
         page.wait_for_timeout(1500)
         prompts = page.locator('.jp-NotebookPanel .jp-InputPrompt').all_inner_texts()
         if any(p.strip() not in ('', '[ ]:') for p in prompts): break
-    page.wait_for_selector('button:has-text("All eight questions")', timeout=240_000)
+    page.wait_for_selector(ready, timeout=240_000)
     return page
 
 def test_ask_in_jupyterlab(browser, lab, shots):
@@ -87,6 +87,44 @@ def test_attention_in_jupyterlab(browser, lab, shots):
                            ".some(i => i.naturalWidth > 400)", timeout=240_000)
     page.screenshot(path=shots/'attention.png')
     page.close()
+
+def _put_notebook(lab, name, path, words, **literals):
+    "Send the cells of a notebook that hold one of `words` to Lab as one cell, its `name = \"\"` lines filled in"
+    book = json.loads(path.read_text()); texts = [''.join(c['source']) for c in book['cells']]
+    source = '\n'.join(t for t in texts if any(w in t for w in words))
+    for k, v in literals.items(): source = source.replace(f'{k} = ""', f'{k} = {v!r}')
+    book['cells'] = [dict(cell_type='code', id='one', metadata={}, outputs=[], execution_count=None,
+                          source=source)]
+    body = json.dumps(dict(type='notebook', format='json', content=book)).encode()
+    urllib.request.urlopen(urllib.request.Request(f'{lab}/api/contents/app/{name}?token=t0ken', body,
+                                                  method='PUT'))
+
+def test_keys_of_the_annotation_panel(browser, lab, shots, root, tmp_path):
+    "A picture is read by keys alone: numbers pick, Enter takes, Backspace goes back, d d deletes no cell"
+    from fada.annotate import annotations
+    from fada.phantoms import make_phantom
+    from PIL import Image
+    (tmp_path/'Femur').mkdir()
+    for k in range(2): Image.fromarray(make_phantom('Femur', (5, k, 0)).image).save(tmp_path/'Femur'/f'{k}.png')
+    _put_notebook(lab, 'keys.ipynb', root/'nbs'/'app'/'explore_data.ipynb',
+                  ('load_settings', 'annotation_panel'), data=str(tmp_path), who='Ada')
+    page = _open(browser, lab, 'keys.ipynb', 'button.fada-take'); cells = page.locator('.jp-Cell').count()
+    at = lambda q, k=1: page.wait_for_selector(f'.fada-annotate :text("picture {k} of 2 · question {q} of 8")',
+                                               timeout=60_000)
+    free = page.locator('.fada-annotate input'); at(1); free.click()
+    page.keyboard.press('1'); page.wait_for_selector('.fada-annotate :text("add more, then Take")')
+    first = free.input_value(); page.keyboard.press('3')
+    page.wait_for_function("e => e.value.includes(', ')", arg=free.element_handle())
+    assert first and free.input_value().startswith(f'{first}, ')
+    page.screenshot(path=shots/'annotate.png'); page.keyboard.press('Enter'); at(2)
+    page.keyboard.press('d'); page.keyboard.press('d'); assert page.locator('.jp-Cell').count() == cells
+    free.click(); page.keyboard.type('axial, 2 spines seen'); page.keyboard.press('Enter'); at(3)
+    page.keyboard.press('9'); page.keyboard.press('Backspace'); at(2)       # there is no ninth choice
+    page.keyboard.press('1'); at(3)
+    for q in range(3, 9): at(q); page.keyboard.press('1')
+    at(1, 2); log = annotations(tmp_path); page.close()
+    assert log.question_id.tolist() == [1, 2, 2, *range(3, 9)] and set(log.who) == {'Ada'} and all(log.after)
+    assert log.after[2] == 'axial, 2 spines seen'
 
 def test_report_opens_offline(browser, shots, small_data, tmp_path):
     "The report asks nothing of any host, and its pictures are there"

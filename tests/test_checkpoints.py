@@ -1,5 +1,5 @@
 "Downloads from a hub on loopback, and every checkpoint that must be refused: one clear error each."
-import json, os, shutil, struct, subprocess, sys
+import json, os, re, shutil, struct, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -56,6 +56,11 @@ def test_test_ticks_the_row_without_network(machine):
     assert tried['answer'] is True and tried['train'] is True and len(tried['answers']) == 8
     state = json.loads(machine.fada('models', 'access', 'ours', '--json', HF_HUB_OFFLINE='1').stdout)
     assert state['downloaded'] and state['tests']['fp32']['train'] is True and state['next'] == ''
+    shown = machine.fada('models', 'show', 'ours', HF_HUB_OFFLINE='1').stdout   # its dossier, measured rows among it
+    assert 'tested in fp32' in shown and 'fp32: answer, train, attention' in shown and 'ms a question, peak' in shown
+    listed = json.loads(machine.fada('models', '--json', HF_HUB_OFFLINE='1').stdout)
+    assert next(m for m in listed if m['name'] == 'ours')['here'] == 'tested fp32'
+    assert {m['name'] for m in listed} == {*MODELS, 'ours'} and all('fits' in m for m in listed)
 
 def test_a_broken_download_goes_on_where_it_stopped(machine):
     machine.stop_after = 4096
@@ -187,7 +192,7 @@ def test_names_as_published(architecture, tmp_path):
     "The hub's checkpoints were written by earlier releases, whose vision towers lie one level deeper"
     import torch
     name, _, folder = tiny(architecture, tmp_path); before = load_model(MODELS[name], folder, device='cpu')[0]
-    deep = lambda k: k.replace('vision_tower.', 'vision_tower.vision_model.') if 'vision_tower.vision_model.' not in k else k
+    deep = lambda k: re.sub(r'^vision_tower\.(?!vision_model)', 'vision_tower.vision_model.', k)
     _rewrite(folder, lambda w: {deep(k): v for k, v in w.items()})
     after = load_model(MODELS[name], folder, device='cpu')[0]
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
@@ -247,7 +252,8 @@ def test_adapter_of_another_base(copy, tmp_path, small_data, monkeypatch):
     with pytest.raises(FadaError, match='trained on another base'):
         load('smolvlm-256m', tmp_path/'adapter', other, 'fp32', 'cpu')
     from fada.vlm import attach
-    plain = load('smolvlm-256m', weights=copy, device='cpu', precision='fp32'); weights = tmp_path/'adapter'/'adapter_model.safetensors'
+    plain = load('smolvlm-256m', weights=copy, device='cpu', precision='fp32')
+    weights = tmp_path/'adapter'/'adapter_model.safetensors'
     whole = weights.read_bytes(); weights.write_bytes(whole[:len(whole)//2])
     with pytest.raises(FadaError, match='a damaged shard.*adapter_model'): attach(plain, tmp_path/'adapter')
     weights.rename(weights.with_suffix('.bin'))

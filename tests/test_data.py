@@ -4,11 +4,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from openpyxl import Workbook
+from fada.annotate import annotate
+from fada.checks import check
 from fada.clinical import QUESTIONS
 from fada.data import load_table, prepare, split_table, verify
-from fada.images import blank_outside, dicom_scale, look_all, near_groups, public_name, read_dicom, read_image, sector_mask
+from fada.images import read_image
 from fada.readers import read_any, read_group_folder
 from fada.settings import FadaError
 
@@ -43,12 +45,14 @@ def png_bomb(path, side=50_000):
 
 # ---- bad images
 
-@pytest.mark.parametrize('name,make,said', [
-    ('zero.png', lambda p: p.write_bytes(b''), '0 bytes'),
-    ('cut.png', lambda p: p.write_bytes(picture(p).read_bytes()[:900]), 'not a readable image'),
-    ('text.jpg', lambda p: p.write_text('hello'), 'not a readable image'),
-    ('bomb.png', png_bomb, '2500000000 pixels'),
-    ('cut.dcm', lambda p: p.write_bytes(b'\0'*128+b'DICM'+b'\x08\0'), 'DICOM')])
+@pytest.mark.parametrize('name,make,said', [('zero.png', lambda p: p.write_bytes(b''), '0 bytes'),
+                                            ('cut.png',
+                                            lambda p: p.write_bytes(picture(p).read_bytes()[:900]),
+                                            'not a readable image'), ('text.jpg',
+                                            lambda p: p.write_text('hello'), 'not a readable image'),
+                                            ('bomb.png', png_bomb, '2500000000 pixels'),
+                                            ('cut.dcm', lambda p: p.write_bytes(b'\0'*128+b'DICM'+b'\x08\0'),
+                                            'DICOM')])
 def test_a_bad_image_is_named_and_the_rest_goes_through(tmp_path, name, make, said):
     rows = group_folder(tmp_path, 2, ('Femur',)); make(tmp_path/'Femur'/name)
     write_rows(tmp_path, [*rows, ['Femur', name, 'Done', *'abcdefgh']]); r = read_group_folder(tmp_path)
@@ -64,6 +68,8 @@ def test_a_tiff_of_2_gb_is_refused_by_its_header(tmp_path):
     p.write_bytes(head+b''.join(struct.pack('<HHII', *t) for t in tags)+struct.pack('<I', 0))
     with open(p, 'r+b') as f: f.truncate(2_160_000_200)   # sparse: takes no room on the disk
     with pytest.raises(FadaError, match='2.2 GB in one picture'): read_image(p)
+    write_rows(tmp_path, [*group_folder(tmp_path, 2, ('Femur',)), ['Femur', 'huge.tif', 'Done', *'abcdefgh']])
+    r = read_group_folder(tmp_path); assert len(r.rows) == 16 and '2.2 GB in one picture' in reasons(r)
     with open(p, 'r+b') as f: f.truncate(4000)
     with pytest.raises(FadaError, match='720000000 pixels'): read_image(p)
 
@@ -95,6 +101,54 @@ def test_a_folder_with_none_of_it(tmp_path):
     r = read_any(tmp_path)
     assert not r.rows and 'no known category' in reasons(r) and 'no image or question column' in reasons(r)
 
+def test_a_name_or_an_exif_says_who_and_where(tmp_path):
+    names = ['Patient00168_Plane5_2_of_2.png', 'patient003_DZA_plane1.png', 'Patient7_a.png', 'img_1.jpg',
+             'img_2.png']
+    exif = Image.Exif(); exif[0x010F], exif[0x0110], exif[0x013B] = 'GE', 'GE Voluson E10', 'Miller'
+    for k, n in enumerate(names): picture(tmp_path/'Femur'/n, k)
+    Image.open(tmp_path/'Femur'/'img_1.jpg').save(tmp_path/'Femur'/'img_1.jpg', exif=exif)
+    write_rows(tmp_path, [['Femur', n, '', *'abcdefgh'] for n in names]); r = read_group_folder(tmp_path)
+    t = r.table[r.table.question_id == 1].set_index(r.table[r.table.question_id == 1].image.str[6:])
+    assert t.patient[names[:3]].tolist() == ['fetal-planes:168', 'african-planes:Algeria:3', 'named:7']
+    assert t.dataset[names[:3]].tolist() == ['fetal-planes', 'african-planes', tmp_path.name]
+    assert t.site[names[1]] == 'Algeria' and t.patient[names[4]].startswith('image:')
+    assert 'file names' in r.mapping
+    assert t.machine['img_1.jpg'] == 'GE Voluson E10' and t.machine.notna().sum() == 1
+    assert not r.table.to_csv().count('Miller')
+
+def test_corrections_are_applied_and_traceable(tmp_path):
+    rows = group_folder(tmp_path, 4); write_rows(tmp_path, rows); prepare(tmp_path, 0, [])
+    t = load_table(tmp_path); r = t[t.question_id == 6].iloc[0]; fix = lambda before, after: annotate(
+        tmp_path, 'Ada', r.image, r.pixels_sha256, 6, after, before)
+    fix(r.answer, 'moderate'); fix('moderate', 'Good image quality'); fix('never said', 'poor')
+    assert verify(tmp_path).finding.str.startswith('new').all() and len(verify(tmp_path)) == 1
+    c = check(tmp_path).findings; c = c[c.kind == 'correction']
+    assert sorted(c.action) == ['quarantined', 'repaired']
+    assert "'Good image quality', corrected by Ada" in ' '.join(c.finding)
+    for _ in range(2):      # again: the same
+        m = prepare(tmp_path, 0, []); n = load_table(tmp_path)
+        n = n[n.corrected_by.notna()]; assert len(n) == 1
+        assert (n.answer.iloc[0], n.corrected_from.iloc[0]) == ('Good image quality', r.answer)
+        assert n.answer_norm.iloc[0] == 'good' and json.loads(n.structured.iloc[0])['grade'] == 'good'
+        assert (m['corrected'], m['quarantined'], len(verify(tmp_path))) == (1, 1, 0)
+    for x in rows: x[8] = 'fair' if x[1] == Path(r.image).name else x[8]    # the workbook was changed
+    write_rows(tmp_path, rows); m = prepare(tmp_path, 0, [])
+    assert (m['corrected'], m['quarantined']) == (0, 3)
+    assert 'fair' in set(load_table(tmp_path).answer)
+
+def test_the_report_blanks_what_is_outside_the_sector(tmp_path):
+    from fada.compare import shown
+    y, x = np.mgrid[:240, :320]; fan = (np.hypot(y+20, x-160) < 230) & (abs(x-160) < .7*(y+20)) & (y > 30)
+    a = (fan*np.random.default_rng(0).gamma(2, 40, fan.shape)).clip(0, 255).astype(np.uint8)
+    im = Image.fromarray(a); ImageDraw.Draw(im).text((4, 4), 'MILLER ANNA', 255, font_size=14)
+    im.save(tmp_path/'a.png')
+    picture(tmp_path/'flat.png', size=(20, 20)); Image.new('L', (320, 240), 4).save(tmp_path/'dark.png')
+    own, phantoms = pd.DataFrame(dict(dataset=['ours'])), pd.DataFrame(dict(dataset=['fada-phantoms']))
+    see = lambda n, t: np.asarray(shown(tmp_path, n, t).convert('L'))
+    assert see('a.png', phantoms)[:25, :110].max() == 255 and not see('a.png', own)[:25, :110].any()
+    assert (see('a.png', own)[80:180, 130:190] == a[80:180, 130:190]).all()
+    assert see('dark.png', own).min() > 100      # no sector: not shown, and it says so
+
 # ---- bad workbooks
 
 def test_excel_of_every_kind(tmp_path):
@@ -117,18 +171,26 @@ def test_excel_of_every_kind(tmp_path):
     said = ' | '.join(n['finding'] for n in r.notes)
     assert 'macros, which were not run' in said and 'merged cells A4:A7' in said
 
-@pytest.mark.parametrize('name,raw,said', [
-    ('locked.xlsx', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'+'EncryptedPackage'.encode('utf-16-le'),
-    'a workbook with a password'),
-    ('old.xls', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1', 'the old Excel format'), ('empty.xlsx', b'', '0 bytes'),
-    ('junk.xlsx', b'PK\x03\x04junk', 'not a readable workbook'), ('junk.csv', bytes(range(256))*4,
-    'not a text file'),
-    ('blank.csv', b'\n\n', 'an empty file'), ('other.csv', b'a,b\n1,2\n', 'no image or question column'),
-    ('twice.csv', b'Image Name,Q1,Question 1\nimg_0,a,b\n', 'two columns mean 1')])
+@pytest.mark.parametrize('name,raw,said',
+                         [('locked.xlsx',
+                         b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'+'EncryptedPackage'.encode('utf-16-le'),
+                         'a workbook with a password'), ('old.xls', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1',
+                         'the old Excel format'), ('empty.xlsx', b'', '0 bytes'), ('junk.xlsx',
+                         b'PK\x03\x04junk', 'not a readable workbook'), ('junk.csv', bytes(range(256))*4,
+                         'not a text file'), ('blank.csv', b'\n\n', 'an empty file'), ('other.csv',
+                         b'a,b\n1,2\n', 'no image or question column'), ('twice.csv',
+                         b'Image Name,Q1,Question 1\nimg_0,a,b\n', 'two columns mean 1')])
 def test_a_bad_workbook_is_named_and_the_rest_goes_through(tmp_path, name, raw, said):
     write_rows(tmp_path, group_folder(tmp_path, 2)); (tmp_path/name).write_bytes(raw)
     r = read_group_folder(tmp_path)
     assert len(r.rows) == 32 and said in reasons(r) and set(r.quarantine.file) == {name}
+
+def test_a_workbook_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    write_rows(tmp_path, group_folder(tmp_path, 2)); b = Workbook(); b.active.append(HEADERS)
+    b.active.append(['x'*30_000]*9); b.save(tmp_path/'bomb.xlsx')
+    assert (tmp_path/'bomb.xlsx').stat().st_size < 10_000
+    monkeypatch.setattr('fada.sheets.MAX_UNPACKED', 30_000)
+    r = read_group_folder(tmp_path); assert len(r.rows) == 32 and 'unpacks to more than' in reasons(r)
 
 @pytest.mark.parametrize('enc', ['utf-8', 'utf-8-sig', 'latin-1', 'cp1252', 'utf-16', 'utf-16-le',
     'utf-16-be', 'utf-32'])
@@ -200,3 +262,50 @@ def test_fuzz_nothing_is_lost_or_made_up(tmp_path, seed):
     account(tmp_path, [l for l, x in zip(lines, rows) if any(c.strip() for c in x)], r)
     assert all(' '.join(x['answer'].split()) in given for x in r.rows)      # no answer that nobody gave
     assert all((tmp_path/x['image']).is_file() for x in r.rows) and all(a['reason'] for a in r.aside)
+
+def spoil(d, records, rng):
+    "One thing that goes wrong in chat files"
+    rec = rng.choice(records); turns = rec['conversations']; kind = rng.randrange(13)
+    p = d/'Femur'/f'{rng.randrange(6)}.png'
+    if kind == 0:
+        rec['image'] = rng.choice(['ghost.png', '../out.png', 'https://example.org/x.png', 'data:image/png;AA'])
+    elif kind == 1: rec['image'] = [rec.get('image'), 'Femur/1.png']
+    elif kind == 2: turns.append({'from': 'human', 'value': 'And the image quality?'})  # never answered
+    elif kind == 3 and turns:
+        turns[rng.randrange(len(turns))]['value'] = rng.choice(['', 'N/A', 'What is the weather like?'])
+    elif kind == 4: records.append(json.loads(json.dumps(rec)))
+    elif kind == 5: rec['category'] = 'Nowhere'
+    elif kind == 6: del turns[:1]
+    elif kind == 7: p.exists() and p.write_bytes(p.read_bytes()[:40])
+    elif kind == 8: p.unlink(missing_ok=True)
+    elif kind == 9: rec.pop('image', None)
+    elif kind == 10: turns.clear()
+    else: rec[rng.choice(['image', 'category', 'question_id', 'patient', 'id'])] = rng.choice(
+        [5, -.5, True, [[1]], {'a': [1]}, ['x', None], {'path': 3}])
+
+@pytest.mark.parametrize('seed', range(40))
+def test_fuzz_of_chat_files(tmp_path, seed):
+    "Each question of each record is in the table or set aside, or its whole record or line is"
+    rng = random.Random(seed)
+    def pairs(rec):     # each question, and each answer that no question stands before
+        who = [t['from'] for t in rec['conversations']]
+        return sum(w == 'human' or before != 'human' for before, w in zip([None, *who], who))
+    for k in range(6): picture(tmp_path/'Femur'/f'{k}.png', k)
+    turn = lambda q, k: [{'from': 'human', 'value': QUESTIONS[q].text},
+                         {'from': 'gpt', 'value': f'answer {q} of {k}'}]
+    records = [dict(image=f'Femur/{k}.png', conversations=turn(1, k)+turn(6, k)) for k in range(6)]
+    for _ in range(rng.randrange(1, 10)): spoil(tmp_path, records, rng)
+    lines = [json.dumps(r) for r in records]; torn = rng.randrange(len(lines)) if seed % 3 == 0 else None
+    if torn is not None: lines[torn] = lines[torn][:-9]
+    (tmp_path/'data.jsonl').write_text('\n'.join(lines)); r = read_any(tmp_path, 'chat')
+    for i, rec in enumerate(records, 1):
+        taken = sum(x['source'] == f'data.jsonl:{i}' for x in r.rows)
+        aside = [a for a in r.aside if (a['file'], a['row']) == ('data.jsonl', i)
+                 and a['field'][:1] in ('', 't', 'Q')]
+        whole = [a for a in aside if not a['field']]
+        assert (len(whole) == 1 and not taken) if whole else taken+len(aside) == pairs(rec), (i, rec, aside)
+        assert (i-1 == torn) <= bool(whole)
+    assert all(a['reason'] for a in r.aside) and all(x['answer'].startswith(('answer', 'What')) for x in r.rows)
+    seen = {x['image'] for x in r.rows}
+    for p in tmp_path.rglob('*.png'):
+        n = p.relative_to(tmp_path).as_posix(); assert (n in seen) != any(a['file'] == n for a in r.aside), n

@@ -6,7 +6,7 @@ from pydicom import examples
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, UltrasoundImageStorage, generate_uid
-from fada.images import dicom_facts, dicom_scale, pick_frames, read_dicom, read_image
+from fada.images import blank_outside, dicom_facts, dicom_scale, pick_frames, read_dicom, read_image
 from fada.readers import read_any
 from fada.settings import FadaError
 
@@ -88,3 +88,15 @@ def test_no_name_survives(tmp_path, monkeypatch):
     t = read_any(tmp_path).table; assert t.patient.nunique() == 1 and not t.to_csv().count('Miller')
     monkeypatch.setenv('FADA_SALT', 'two')
     assert dicom_facts(tmp_path/'Femur'/'0.dcm')['patient'] != facts['patient']
+
+@pytest.mark.parametrize('name,text,sector', [
+    ('palette_color', [(0, 58, 0, 800), (60, 350, 0, 120), (60, 350, 730, 800), (85, 110, 100, 310)],
+     (105, 135, 380, 510)),
+    ('ybr_color', [(220, 240, 0, 320), (0, 240, 285, 320), (0, 40, 0, 30)], (60, 180, 140, 200)),
+    ('rgb_color', [(0, 45, 0, 320), (175, 240, 0, 320)], (60, 150, 60, 260))])
+def test_text_of_real_frames_is_blanked(name, text, sector):
+    "pydicom's ultrasound frames: name bar, settings, scales and menus go, what the probe saw stays"
+    image = read_image(examples.get_path(name)); a = np.asarray(image); b = np.asarray(blank_outside(image))
+    for y0, y1, x0, x1 in text:
+        assert a[y0:y1, x0:x1].max() > 100 and not b[y0:y1, x0:x1].any(), (y0, y1, x0, x1)
+    y0, y1, x0, x1 = sector; assert (a[y0:y1, x0:x1] == b[y0:y1, x0:x1]).all()

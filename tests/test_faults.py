@@ -83,3 +83,26 @@ def test_bad_input_is_one_sentence(words, said, tmp_path, small_data):
     r = subprocess.run([*FADA, *words], cwd=tmp_path, capture_output=True, text=True)
     assert ((r.returncode, r.stdout) == (1, '') and said in r.stderr
             and len(r.stderr.strip().splitlines()) == 1)
+
+@pytest.mark.parametrize('word', ['check', 'prepare'])
+def test_killed_look_at_a_folder_goes_on(tmp_path, word):
+    "What was seen of 2,400 pictures before the kill is not decoded again; the result is whole"
+    import numpy as np, pandas as pd
+    from fada.images import SEEN
+    from PIL import Image
+    (tmp_path/'Femur').mkdir(); rng = np.random.default_rng(0)
+    for k in range(2400):
+        Image.fromarray(rng.integers(0, 120, (160, 160), np.uint8)).save(tmp_path/'Femur'/f'{k}.png')
+    pd.DataFrame({'Image Name': [f'{k}.png' for k in range(2400)], 'Q6': 'good'}).to_csv(
+        tmp_path/'Femur'/'a.csv', index=False)
+    command = [*FADA, 'data', 'check', str(tmp_path), '--json'] if word == 'check' else [
+        *FADA, 'prepare', '--data', str(tmp_path), '--source', 'folder', '--json']
+    env = dict(os.environ, FADA_QUIET='0')
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
+                         start_new_session=True)
+    _wait((tmp_path/SEEN).exists); os.killpg(p.pid, signal.SIGKILL); p.wait()
+    done = len(pd.read_parquet(tmp_path/SEEN)); assert 1000 <= done < 2400
+    assert not (tmp_path/'questions.parquet').exists()
+    r = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert f'/{2400-done} [' in r.stderr, r.stderr[-400:]        # the bar counts only what is left
+    out = json.loads(r.stdout); assert (out['answers'] if word == 'check' else out['rows']) == 2400

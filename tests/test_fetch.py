@@ -66,18 +66,12 @@ def server():
 
 
 def remote(s, kind, body=BODY):
-    return Remote(
-        f'{kind}.bin',
-        f'http://127.0.0.1:{s.server_port}/{kind}/f',
-        len(body),
-        f'sha256:{hashlib.sha256(body).hexdigest()}',
-    )
+    return Remote(f'{kind}.bin', f'http://127.0.0.1:{s.server_port}/{kind}/f', len(body),
+                  f'sha256:{hashlib.sha256(body).hexdigest()}')
 
 
-@pytest.mark.parametrize(
-    'kind',
-    ['fine', 'truncates', 'stalls', 'short-length', 'long-length', 'norange', 'wrong-once', 'down-once'],
-)
+@pytest.mark.parametrize('kind', ['fine', 'truncates', 'stalls', 'short-length', 'long-length', 'norange',
+                                  'wrong-once', 'down-once'])
 def test_a_bad_line_still_gives_the_whole_file(server, tmp_path, kind):
     p = download(remote(server, kind), tmp_path, timeout=.4, pause=.01)
     assert p.read_bytes() == BODY and not list(tmp_path.glob('.*.part'))
@@ -87,10 +81,8 @@ def test_a_bad_line_still_gives_the_whole_file(server, tmp_path, kind):
     assert len(server.asked) == n  # nothing is asked twice
 
 
-@pytest.mark.parametrize(
-    'kind,said',
-    [('too-long', 'more bytes than the published'), ('wrong', 'another checksum'), ('down', '503|Service')],
-)
+@pytest.mark.parametrize('kind,said', [('too-long', 'more bytes than the published'),
+                                       ('wrong', 'another checksum'), ('down', '503|Service')])
 def test_a_lie_is_never_a_file(server, tmp_path, kind, said):
     with pytest.raises(FadaError, match=said):
         download(remote(server, kind), tmp_path, timeout=0.4, tries=2, pause=0.01)
@@ -104,23 +96,12 @@ def test_a_shifted_range_is_not_glued_on(server, tmp_path):
 def test_get_says_licence_size_and_time_first(server, tmp_path, monkeypatch):
     z = archive(); server.bodies['zip'] = z; said = []
     url = f'http://127.0.0.1:{server.server_port}'
-    server.record = dict(
-        files=[
-            dict(
-                key='training_set.zip',
-                size=len(z),
-                checksum='md5:' + hashlib.md5(z).hexdigest(),
-                links=dict(self=f'{url}/zip/f'),
-            )
-        ]
-    )
+    server.record = dict(files=[dict(key='training_set.zip', size=len(z), checksum='md5:'
+                                     + hashlib.md5(z).hexdigest(), links=dict(self=f'{url}/zip/f'))])
     with pytest.raises(FadaError, match='licence CC BY 4.0 is not accepted'):
         get('hc18', tmp_path / 'd', address=f'{url}/record', say=said.append)
-    assert (
-        'minutes at 10 Mbit/s' in said[0]
-        and not (tmp_path / 'd').exists()
-        and [k for k, _ in server.asked] == ['record']
-    )
+    assert ('minutes at 10 Mbit/s' in said[0] and not (tmp_path / 'd').exists() and [k for k,
+        _ in server.asked] == ['record'])
     got = get('hc18', tmp_path/'d', True, f'{url}/record', say=said.append)
     assert (tmp_path/'d'/'training_set'/'a.txt').stat().st_size == 50_000 and got['accepted'] == 'CC BY 4.0'
     usage = fetch.shutil.disk_usage(tmp_path)
@@ -130,9 +111,8 @@ def test_get_says_licence_size_and_time_first(server, tmp_path, monkeypatch):
 
 def test_records_and_archives_that_cannot_be_trusted(server, tmp_path):
     url = f'http://127.0.0.1:{server.server_port}'
-    server.record = dict(
-        files=[dict(key='x', size=5, checksum='md5:0', links=dict(self='http://example.org/x'))]
-    )
+    server.record = dict(files=[dict(key='x', size=5, checksum='md5:0',
+                                     links=dict(self='http://example.org/x'))])
     with pytest.raises(FadaError, match='not https'):
         download(published_files('hc18', f'{url}/record')[0], tmp_path)
     server.record = dict(message='gone')

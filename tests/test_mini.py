@@ -43,7 +43,7 @@ def test_mini_loads_speaks_and_knows_its_size(made):
 def test_mini_quantised_passes_its_canary(made, precision):
     from fada.vlm import load
     vlm = load('blip2-mini', precision=precision, device='cpu')
-    assert vlm.canary['cosine'] > (.95 if precision == 'int8' else .8) and vlm.canary['reference'] == 'fp32'
+    assert vlm.canary['cosine'] > (.96 if precision == 'int8' else .85) and vlm.canary['reference'] == 'fp32'
 
 def test_mini_learns_its_bridge(made, small_data, tmp_path, monkeypatch):
     "Q-Former and projection are trained whole and travel in the adapter; the loss falls"

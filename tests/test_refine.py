@@ -1,12 +1,12 @@
-"""A text model may rephrase and not invent: a malicious one, over the real protocol, never gets a word in; fair paraphrases pass;
-a real tiny language model through the loader of the real one."""
+"""A text model may rephrase and not invent: a malicious one, over the real protocol, never gets a word in; fair
+paraphrases pass; a real tiny language model through the loader of the real one."""
 import re, sys
 from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from adversarial import attacks, originals, paraphrases
-from services import Door, reply, words
-from test_remote import door, service
+from services import reply, words
+from test_remote import door, service  # noqa: F401, a fixture
 from tiny import tiny
 from fada.clinical import QUESTIONS, parse_answer
 from fada.phantoms import make_phantom
@@ -31,7 +31,8 @@ def test_no_finding_is_added_by_500_rewrites(door, tmp_path):
     assert slipped == []
     assert all(r.attempt and (r.added or r.lost) for r in out)
 
-@pytest.mark.parametrize('seed', [1, *(pytest.param(k, marks=pytest.mark.slow) for k in range(2, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(1, 4))
 def test_other_rewrites(seed):
     "The judgement alone, on other draws"
     slipped = [(t, a) for q, t, a in attacks(1500, seed) if judge(t, a, q).accepted]
@@ -39,8 +40,8 @@ def test_other_rewrites(seed):
 
 def test_fair_paraphrases_pass():
     "Other wordings, spellings and orders of the same: at least nine in ten stand, and each is read as the original"
-    cases = paraphrases(300); said = [judge(t, a, q) for q, t, a in cases]
-    assert sum(r.accepted for r in said) >= .9*len(said), [(r.original, r.attempt, r.added, r.lost) for r in said if not r.accepted][:20]
+    cases = paraphrases(150); said = [judge(t, a, q) for q, t, a in cases]
+    assert sum(r.accepted for r in said) >= .9*len(said), [r for r in said if not r.accepted][:20]
     assert all(parse_answer(q, r.text) == parse_answer(q, t) for (q, t, _), r in zip(cases, said))
 
 def test_an_answer_claims_what_it_claims():
@@ -49,12 +50,16 @@ def test_an_answer_claims_what_it_claims():
         assert added(t, t) == lost(t, t) == [] and judge(t, t, q).accepted and (claims(t) or q == 0)
 
 @pytest.mark.parametrize('source,text,said', [
-    ('abnormal: short femur', 'abnormal', 'lost'), ('no abnormality seen', '', 'lost'), ('stomach bubble, spine', 'spine', 'lost'),
-    ('femur', 'femur with hydronephrosis', 'added'), ('20-24 weeks', '24 weeks', 'added'), ('AC 250.0 mm', 'AC 250.0 cm', 'added'),
-    ('AC 250.0 mm, HC 300.0 mm', 'AC and HC, 250.0 mm and 300.0 mm', 'added'), ('no abnormality seen', 'Normal for gestational age', 'added'),
-    ('head left, face up', 'head left, face down', 'added'), ('axial, spine left', 'axial, spine left, head', 'added')])
+    ('abnormal: short femur', 'abnormal', 'lost'), ('no abnormality seen', '', 'lost'),
+    ('stomach bubble, spine', 'spine', 'lost'), ('femur', 'femur with hydronephrosis', 'added'),
+    ('20-24 weeks', '24 weeks', 'added'), ('AC 250.0 mm', 'AC 250.0 cm', 'added'),
+    ('AC 250.0 mm, HC 300.0 mm', 'AC and HC, 250.0 mm and 300.0 mm', 'added'),
+    ('no abnormality seen', 'Normal for gestational age', 'added'),
+    ('head left, face up', 'head left, face down', 'added'),
+    ('axial, spine left', 'axial, spine left, head', 'added')])
 def test_one_by_one(source, text, said):
-    r = judge(source, text); assert r.text == source and (r.added if said == 'added' else r.lost) and not r.accepted
+    r = judge(source, text)
+    assert r.text == source and (r.added if said == 'added' else r.lost) and not r.accepted
 
 @pytest.fixture(scope='module')
 def writer(tmp_path_factory):
@@ -73,11 +78,14 @@ def test_a_report_from_findings(writer, door, tmp_path):
     found = make_phantom('Thorax', (5, 1, 0)).answers; text = report_text(found)
     assert write_report(found).text == text and added(text, ' '.join(report_text({q: s}) for q, s in found.items())) == []
     nonsense = write_report(found, writer, 12); assert nonsense.text == text and not nonsense.accepted
-    fair = door(lambda body: reply('In this scan: '+words(body).split('Findings: ', 1)[1].replace('moderate', 'fair'), 200, 90))
-    r = write_report(found, service(fair, tmp_path/'a')); assert r.accepted and r.text.startswith('In this scan') and r.text != text
-    liar = door(lambda body: reply(words(body).split('Findings: ', 1)[1]+' The cerebellum is normal.', 200, 90))
+    given = lambda body: words(body).split('Findings: ', 1)[1]
+    fair = door(lambda body: reply('In this scan: '+given(body).replace('moderate', 'fair'), 200, 90))
+    r = write_report(found, service(fair, tmp_path/'a'))
+    assert r.accepted and r.text.startswith('In this scan') and r.text != text
+    liar = door(lambda body: reply(given(body)+' The cerebellum is normal.', 200, 90))
     r = write_report(found, service(liar, tmp_path/'b')); assert r.text == text and 'cerebellum' in r.added
     broken = door(lambda body: reply('x'), faults=1., kinds=('500',))
-    r = write_report(found, service(broken, tmp_path/'c', remote_retries=1)); assert r.text == text and 'answered 500' in r.error
+    r = write_report(found, service(broken, tmp_path/'c', remote_retries=1))
+    assert r.text == text and 'answered 500' in r.error
     with pytest.raises(FadaError, match='is no finding'): report_text({'plane': {'standard': True}})
     with pytest.raises(FadaError, match='did you mean plane'): report_text({'plain': {}})

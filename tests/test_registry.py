@@ -84,7 +84,8 @@ def test_ticks_stand_for_tests():
     assert tick_table() in readme, 'run python tests/ticks.py and make readme'
     assert HEADING == 'architecture tested with random weights; real weights: run `fada models test NAME`'
     found = set(re.findall(r'def (test_\w+)', (root/'tests/test_families.py').read_text()
-                           +(root/'tests/test_planes.py').read_text()))
+                           +(root/'tests/test_planes.py').read_text()
+                           +(root/'tests/test_remote.py').read_text()))
     ticks = json.loads((ASSETS/'ticks.json').read_text())['ticks']
     assert {t.split('[')[0] for by in ticks.values() for t in by.values()} <= found
     assert all({'answer', 'train', 'int8', 'nf4'} <= set(ticks[a]) for a in ARCHITECTURES)

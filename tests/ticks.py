@@ -22,7 +22,8 @@ def passed(xml)->dict:
 def main():
     with tempfile.TemporaryDirectory() as d:
         subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
-                        f'--junitxml={d}/x.xml', 'tests/test_families.py', 'tests/test_planes.py'], cwd=ROOT)
+                        f'--junitxml={d}/x.xml', 'tests/test_families.py', 'tests/test_planes.py',
+                        'tests/test_remote.py'], cwd=ROOT)
         out = passed(f'{d}/x.xml')
     (ROOT/'fada'/'assets'/'ticks.json').write_text(json.dumps(dict(kind='fada ticks', ticks=out), indent=1)
                                                    +'\n')
