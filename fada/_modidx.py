@@ -740,6 +740,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'fada.plan.kept_plans': ('plan.html#kept_plans', 'fada/plan.py'),
                            'fada.plan.measure_model': ('plan.html#measure_model', 'fada/plan.py'),
                            'fada.plan.open_for_measure': ('plan.html#open_for_measure', 'fada/plan.py'),
+                           'fada.plan.plain_answers': ('plan.html#plain_answers', 'fada/plan.py'),
                            'fada.plan.plan': ('plan.html#plan', 'fada/plan.py'),
                            'fada.plan.plan_figure': ('plan.html#plan_figure', 'fada/plan.py'),
                            'fada.plan.plan_table': ('plan.html#plan_table', 'fada/plan.py'),

@@ -52,7 +52,8 @@ def quick_linears(model):
     "Inside, fp32 linear layers of `model` on the CPU are as fast as this machine allows"
     import torch
     plain = lambda m: type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu'
-    layers = [m for m in model.modules() if plain(m) and 'forward' not in vars(m)] if onednn_gains() else []
+    layers = [m for m in model.modules() if plain(m) and 'forward' not in vars(m)]
+    if not layers or not onednn_gains(): layers = []   # nothing is measured where there is nothing to gain
     for m in layers: vars(m)['forward'] = _forward_of(m)
     try: yield
     finally:

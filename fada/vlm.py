@@ -20,7 +20,7 @@ from .registry import ModelSpec, model_spec
 from .decode import (Pairs, Rows, Words, capped, costs_of, end_ids, finish, in_parts, read_prefix,
                      right_padded)
 from .guard import guard
-from .linears import quick_linears
+from .linears import onednn_gains, quick_linears
 from .checkpoints import base_identity, load_model, shard_header, weights_digest
 
 # %% ../nbs/07_vlm.ipynb #8670b436
@@ -79,6 +79,7 @@ class VLM:
         self.spec,self.model,self.processor,self.base = spec,model,processor,base
         self.precision,self.device,self.max_new_tokens,self.adapter = precision,device,max_new_tokens,adapter
         self._features,self.cache_images = OrderedDict(),64
+        if device == 'cpu': onednn_gains()   # measured now, so that no answer waits for it
 
     @property
     def core(self):
