@@ -1,42 +1,264 @@
-"""One image, eight questions: the engine against the plain loop, in one run, on the embedded nano.
+"""One image with eight questions, and a table of images with eight questions each: the engine against the plain loop.
 
-The baseline is what public pipelines for this task do: one processor call and one `generate` per question. Both give the
-same answers, which is asserted. Best of several alternating runs, because machines are noisy.
+The baseline is what public pipelines for this task do: one processor call and one `generate` per question; beside it stands
+a plain batched `generate` at the engine's batch size. Answers are compared token by token, and how many agree is reported
+(the exact test, with its tie of 1e-4 between the two best logits, is tests/test_engine.py). Same model, same dtype, same threads, questions of 30 tokens, exactly 12 new
+tokens, greedy, cache on; best of several runs that alternate, because machines are noisy.
 
-    python bench/engine.py --quick --json
+    FADA_THREADS=1 OMP_NUM_THREADS=1 python bench/engine.py --quick --json
 """
-import argparse, json, sys, time
-from fada.clinical import QUESTIONS
+import argparse, json, os, sys, time
+from contextlib import contextmanager
+import numpy as np
+from fada.decode import Rows, finish
 from fada.memory import peak_bytes
-from fada.phantoms import make_phantom
 from fada.settings import environment
-from fada.vlm import load, reference_answers
+from fada.vlm import build_prompt, load, reference_said
+
+TOKENS, NEW = 30, 12   # of a question with its prompt (or more, where the prompt alone is longer); of an answer
+PLACES = ('head', 'spine', 'heart', 'stomach', 'femur', 'cord', 'liver', 'bladder', 'lips', 'kidney', 'aorta', 'cortex')
+
+def words_of(tok, n:int, k:int)->str:
+    "A question of about `n` tokens, another one for every `k`"
+    words = []
+    while len(tok(' '.join(words))['input_ids']) < n: words.append(PLACES[(k+3*len(words)+len(words)*k) % len(PLACES)])
+    return ' '.join(words[:-1] or words)
+
+def questions(vlm, n:int)->list:
+    "`n` questions whose prompts have about 30 tokens"
+    tok = getattr(vlm.processor, 'tokenizer', vlm.processor); frame = len(tok(build_prompt(vlm.spec, 'x'))['input_ids'])-1
+    return [f'{k} {words_of(tok, max(4, TOKENS-frame-2), k)}' for k in range(n)]
+
+def pictures(side:int, n:int)->list: return list(np.random.default_rng(0).integers(0, 255, (n, side, side, 3), dtype=np.uint8))
+
+# ---- models -------------------------------------------------------------------------------------------------------------
+def forced(vlm):
+    "Exactly 12 new tokens: random models never stop, trained ones are not asked whether they would"
+    import torch
+    torch.set_num_threads(int(os.environ.get('FADA_THREADS') or os.cpu_count()))
+    vlm.max_new_tokens = NEW
+    for m in (vlm.core, getattr(vlm.core, 'language_model', vlm.core)):
+        if hasattr(m, 'generation_config'): m.generation_config.eos_token_id = None
+    return vlm
+
+def nano(): return forced(load('blip2-nano', device='cpu', precision='fp32')), 112
+def mini(): return forced(load('blip2-mini', device='cpu', precision='fp32')), 224
+
+def wrap(spec, model, processor):
+    "A model made here behind the engine of its family"
+    from fada.registry import model_spec
+    from fada.vlm import engine
+    spec = model_spec(spec)
+    return forced(engine(spec)(spec, model.eval(), processor, 'random', 'fp32', 'cpu', NEW))
+
+def mid():
+    "BLIP-2, random: ViT 12 × 384 at 224 px, Q-Former 6 × 384, OPT 6 × 512"
+    import torch
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    tok = load('blip2-nano', device='cpu', precision='fp32').processor.tokenizer; torch.manual_seed(0)
+    vision = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=16,
+                  initializer_range=.05)
+    qformer = dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, encoder_hidden_size=384,
+                   vocab_size=len(tok), initializer_range=.05, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    text = dict(model_type='opt', hidden_size=512, word_embed_proj_dim=512, ffn_dim=2048, num_hidden_layers=6, num_attention_heads=8,
+                vocab_size=len(tok), max_position_embeddings=512, init_std=.08, dropout=0., pad_token_id=tok.pad_token_id,
+                bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    m = Blip2ForConditionalGeneration(Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=32,
+                                                  image_token_index=tok.convert_tokens_to_ids('<image>')))
+    with torch.no_grad(): m.query_tokens.normal_(0, .5)
+    return wrap('blip2-opt-2.7b', m, Blip2Processor(BlipImageProcessorPil(size=dict(height=224, width=224)), tok, num_query_tokens=32)), 224
+
+def llava():
+    "LLaVA-shaped, random: 576 image tokens, ViT 6 × 384 at 336 px, Llama 8 × 512"
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    tok = load('blip2-nano', device='cpu', precision='fp32').processor.tokenizer; torch.manual_seed(0)
+    image = tok.convert_tokens_to_ids('<image>')
+    tok.chat_template = ("{% for m in messages %}USER: {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n{% else %}"
+                         "{{ p['text'] }}{% endif %}{% endfor %} ASSISTANT:{% endfor %}")
+    vision = dict(model_type='clip_vision_model', hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
+                  image_size=336, patch_size=14)
+    text = dict(model_type='llama', hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+                num_key_value_heads=8, vocab_size=len(tok), max_position_embeddings=2048, initializer_range=.06,
+                pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    m = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_seq_length=576))
+    ip = CLIPImageProcessorPil(size=dict(shortest_edge=336), crop_size=dict(height=336, width=336))
+    return wrap('llava-1.5-7b', m, LlavaProcessor(ip, tok, patch_size=14, vision_feature_select_strategy='default',
+                                                  num_additional_image_tokens=1, chat_template=tok.chat_template)), 336
+
+MODELS = dict(nano=nano, mid=mid, llava=llava, mini=mini)
+
+# ---- ways ---------------------------------------------------------------------------------------------------------------
+def loop(vlm, images, asked):
+    "One processor call and one `generate` per question"
+    return [reference_said(vlm, im, q)[0] for im in images for q in asked]
+
+def batched(vlm, images, asked, most=16):
+    "A plain `generate` over the same rows at the engine's batch size: every row brings its image"
+    import torch
+    out = []; tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
+    for k in range(0, len(images), most):
+        rows = [(im, build_prompt(vlm.spec, q)) for im in images[k:k+most] for q in asked]
+        if hasattr(vlm, 'inputs'):
+            from PIL import Image
+            t = vlm.inputs([Image.fromarray(im) for im,_ in rows], [vlm.render(p, True)[0] for _,p in rows])
+        else: t = vlm.processor(images=[im for im,_ in rows], text=[p for _,p in rows], return_tensors='pt', padding=True)
+        with torch.inference_mode(): g = vlm.core.generate(**t, max_new_tokens=NEW, do_sample=False, pad_token_id=tok.pad_token_id)
+        out += g[:,-NEW:].tolist()
+    return out
+
+def engine_(vlm, images, asked, cached=False, most=16):
+    "The engine, nothing kept from before unless `cached`"
+    if not cached: vlm._features.clear()
+    out = []
+    for k in range(0, len(images), most):
+        part = images[k:k+most]; at = [n for n in range(len(part)) for _ in asked]
+        out += [ids for ids,_ in vlm.said(vlm.see(part), at, [build_prompt(vlm.spec, q) for _ in part for q in asked])]
+    return out
+
+def cached(vlm, images, asked): return engine_(vlm, images, asked, True)
+
+def race(ways:dict, times:int)->dict:
+    "Best wall and processor seconds of each way, in runs that alternate; the ways' outputs"
+    out = {k: f() for k,f in ways.items()}; best = {k: [np.inf]*2 for k in ways}
+    for _ in range(times):
+        for k,f in ways.items():
+            w,c = time.perf_counter(),time.process_time(); f()
+            best[k] = [min(best[k][0], time.perf_counter()-w), min(best[k][1], time.process_time()-c)]
+    return best, out
+
+# ---- what the machine can do --------------------------------------------------------------------------------------------
+def limits()->dict:
+    "Arithmetic and memory bandwidth of this machine with these threads, measured now: GFLOP/s of the faster matrix library, GB/s"
+    import torch
+    from fada.linears import best_seconds, onednn_gains, onednn_linear
+    x,w,big = torch.randn(512, 1024),torch.randn(1024, 1024),torch.randn(64_000_000)
+    with torch.inference_mode():
+        f = onednn_linear if onednn_gains() else torch.nn.functional.linear
+        return dict(gflops=2*512*1024*1024/best_seconds(lambda: f(x, w))/1e9, gbytes=big.nbytes/best_seconds(lambda: big.sum())/1e9,
+                    library='oneDNN' if onednn_gains() else 'MKL')
+
+def linear_size(module, but=())->int:
+    "Weights of the linear layers in `module`"
+    import torch
+    return sum(m.weight.numel() for n,m in module.named_modules() if isinstance(m, torch.nn.Linear) and not any(b in n for b in but))
+
+def shape(vlm, asked)->dict:
+    "Weights of vision (with Q-Former) and language model, tokens of patches, prefix and question"
+    words = vlm.words(); text = linear_size(words.decoder); side = vlm.core.config.vision_config
+    patches = (side.image_size//side.patch_size)**2+1
+    head = words.head.weight.numel() if hasattr(words.head, 'weight') else 0
+    tok = getattr(vlm.processor, 'tokenizer', vlm.processor); chat = hasattr(vlm, 'render')
+    q = max(len(tok(vlm.render(p, False)[0] if chat else p)['input_ids']) for p in (build_prompt(vlm.spec, x) for x in asked))
+    eyes = linear_size(vlm.core)-text-(linear_size(vlm.core.language_model)-text if not chat else head)
+    return dict(vision=eyes, text=text, head=head, patches=patches, prefix=vlm.image_tokens(), question=q)
+
+def bound(s:dict, n:int)->dict:
+    """By counting multiplications alone: how much less the engine does than a loop, for `n` questions of one image. Decode counts the
+    same in both here; on hardware that waits for memory it is cheaper in a batch, so the ratio may be exceeded"""
+    eye = s['vision']*s['patches']; p,q = s['prefix']*s['text'],s['question']*s['text']; d = NEW*(s['text']+s['head'])
+    return {'arithmetic': n*(eye+p+q+d)/(eye+p+n*(q+d)), 'without decode': n*(eye+p+q)/(eye+p+n*q)}
+
+@contextmanager
+def clock(spent:dict, name:str):
+    t = time.perf_counter(); yield; spent[name] = spent.get(name, 0)+time.perf_counter()-t
+
+def shares(vlm, images, asked, s:dict, top:dict)->dict:
+    "Time of pixels, vision with prefix, questions and decode in one run, and what was reached of the machine's limits"
+    import torch
+    from fada.linears import quick_linears
+    spent = {}; vlm._features.clear(); rows = len(images)*len(asked); at = [n for n in range(len(images)) for _ in asked]
+    prompts = [build_prompt(vlm.spec, q) for _ in images for q in asked]
+    with clock(spent, 'pixels'):
+        if hasattr(vlm, 'inputs'):
+            seen = vlm.see(images)
+            for im in seen: vlm.inputs([im], [vlm.render(prompts[0], True)[0]])
+        else:
+            from fada.vlm import pixel_values
+            pixel_values(vlm, images)
+    with torch.inference_mode(), quick_linears(vlm.core):
+        with clock(spent, 'vision and prefix'): steps = vlm.begin(vlm.see(images), at, prompts, NEW)
+        with clock(spent, 'questions'): steps.step()
+        with clock(spent, 'decode'): finish(steps)
+    spent['vision and prefix'] = max(0, spent['vision and prefix']-spent['pixels']); total = sum(spent.values())
+    flops = 2*(len(images)*(s['vision']*s['patches']+s['prefix']*s['text']) + rows*s['question']*s['text'])
+    bytes_ = (NEW-1)*4*(s['text']+s['head'])
+    return dict(seconds=spent, shares={k: v/total for k,v in spent.items()},
+                of_arithmetic=flops/(spent['vision and prefix']+spent['questions'])/1e9/top['gflops'],
+                decode_of_arithmetic=2*rows*(NEW-1)*(s['text']+s['head'])/spent['decode']/1e9/top['gflops'],
+                decode_of_bandwidth=bytes_/spent['decode']/1e9/top['gbytes'])
+
+# ---- the report ---------------------------------------------------------------------------------------------------------
+def agree(vlm, images, asked, out)->dict:
+    "How many answers of each way are the loop's, token by token"
+    return {k: sum(a == b for a,b in zip(v, out['loop'])) for k,v in out.items()} | dict(of=len(out['loop']))
+
+def use(vlm, images, asked, times:int)->dict:
+    "Times, ratios and agreement of all ways on one use"
+    ways = dict(loop=lambda: loop(vlm, images, asked), batched=lambda: batched(vlm, images, asked),
+                engine=lambda: engine_(vlm, images, asked))
+    if len(images) <= vlm.cache_images: ways['cached'] = lambda: cached(vlm, images, asked)
+    best,out = race(ways, times); same = agree(vlm, images, asked, out)
+    ratio = lambda i: {'engine': best['loop'][i]/best['engine'][i], 'against batched generate': best['batched'][i]/best['engine'][i],
+                       **({'features cached': best['loop'][i]/best['cached'][i]} if 'cached' in best else {})}
+    return dict(ratios=ratio(0), ratios_of_processor_time=ratio(1), seconds={k: b[0] for k,b in best.items()}, same_tokens=same)
+
+def growth(vlm, side:int, quick:bool)->dict:
+    "Milliseconds a question as questions of one image grow, and as images grow; resident memory with the latter"
+    from fada.linears import best_seconds
+    from fada.memory import resident_bytes
+    one = pictures(side, 1); out = dict(questions={}, images={})
+    for n in (1, 2, 4, 8, 16, 32):
+        asked = questions(vlm, n); out['questions'][n] = best_seconds(lambda: engine_(vlm, one, asked), 3)*1e3/n
+    asked = questions(vlm, 8); most = (10, 30, 100) if quick else (10, 100, 1000)
+    for n in most:
+        t = time.perf_counter(); part = pictures(side, min(n, 100))
+        for k in range(0, n, len(part)): engine_(vlm, part[:n-k], asked)
+        out['images'][n] = dict(ms=(time.perf_counter()-t)*1e3/n/8, resident_mib=resident_bytes()/2**20)
+    return out
+
+def measure(name:str, quick:bool, grow:bool)->dict:
+    "Everything about one model"
+    vlm,side = MODELS[name](); asked = questions(vlm, 8); s = shape(vlm, asked); top = limits()
+    table = pictures(side, (16 if name == 'nano' else 4) if quick else 64)
+    return dict(shape=s, machine_limits=top, bound=bound(s, 8), one_image=use(vlm, pictures(side, 1), asked, 3 if quick else 5),
+                table=dict(images=len(table), **use(vlm, table, asked, 1 if quick else 5)),
+                engine=dict(one_image=shares(vlm, pictures(side, 1), asked, s, top), table=shares(vlm, table[:16], asked, s, top)),
+                peak_bytes=peak_bytes(), **(dict(growth=growth(vlm, side, quick)) if grow else {}))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--quick', action='store_true', help='fewer repetitions')
+    p.add_argument('--quick', action='store_true', help='fewer repetitions, smaller tables')
     p.add_argument('--json', action='store_true', help='one JSON document on standard output')
-    a = p.parse_args()
-    vlm = load('blip2-nano'); image = make_phantom('Abdomen', (7, 1, 0)).image; qs = list(QUESTIONS)
-    def loop(): return reference_answers(vlm, image, qs)
-    def engine(): vlm._features.clear(); return [x.text for x in vlm.ask(image, qs)]
-    def cached(): return [x.text for x in vlm.ask(image, qs)]
-    ways = dict(loop=loop, engine=engine, cached=cached); best = {k: float('inf') for k in ways}
-    answers = {k: f() for k, f in ways.items()}
-    assert answers['loop'] == answers['engine'] == answers['cached'], (
-        'the ways must agree before their times mean anything')
-    for _ in range(3 if a.quick else 10):
-        for k, f in ways.items():
-            t = time.perf_counter(); f(); best[k] = min(best[k], time.perf_counter()-t)
-    out = dict(ratios={'one image, 8 questions': best['loop']/best['engine'],
-                       'the same, features cached': best['loop']/best['cached']},
-               baseline='one generate per question, same model, same answers',
-               seconds=best, peak_bytes=peak_bytes(),
-               machine={k: environment()[k] for k in ('system', 'machine', 'cores')}, versions=environment())
-    if a.json: print(json.dumps(out, indent=1))
-    else:
-        print(f"loop {1000*best['loop']:.0f} ms, engine {1000*best['engine']:.0f} ms "
-              f"({out['ratios']['one image, 8 questions']:.1f} times as fast), features cached "
-              f"{1000*best['cached']:.0f} ms ({out['ratios']['the same, features cached']:.1f} times)")
+    p.add_argument('--models', default='nano,mid,llava', help=f"of {', '.join(MODELS)}; mini where `fada models get blip2-mini` has run")
+    a = p.parse_args(); found = {}
+    for name in a.models.split(','):
+        if name not in MODELS: p.error(f'no model {name!r}: one of {", ".join(MODELS)}')
+        found[name] = measure(name, a.quick, name == 'nano')
+        if not a.json: tell(name, found[name])
+    if a.json:
+        import torch
+        ratios = {f'{n}, {k}': f[u]['ratios']['engine'] for n,f in found.items() for k,u in (('one image', 'one_image'), ('table', 'table'))}
+        print(json.dumps(dict(ratios=ratios, baseline='one processor call and one `generate` per question, same model, same answers',
+                              models=found, threads=torch.get_num_threads(), versions=environment(),
+                              machine={k: environment()[k] for k in ('system', 'machine', 'cores')}), indent=1))
+
+def tell(name, f):
+    "One model in a few lines"
+    for title,u in (('one image', f['one_image']), (f"{f['table']['images']} images", f['table'])):
+        r,c,s = u['ratios'],u['ratios_of_processor_time'],u['same_tokens']
+        print(f"{name}, {title} × 8: loop {1000*u['seconds']['loop']:.0f} ms, engine {1000*u['seconds']['engine']:.0f} ms, "
+              f"{r['engine']:.1f} times (processor time {c['engine']:.1f}); features cached {r.get('features cached', 0):.1f}; against batched "
+              f"generate {r['against batched generate']:.1f}; same tokens {s['engine']} of {s['of']}")
+    e = f['engine']['one_image']
+    print(f"  bound by arithmetic {f['bound']['arithmetic']:.1f} ({f['bound']['without decode']:.1f} without decode); "
+          + ', '.join(f'{k} {v:.0%}' for k,v in e['shares'].items())
+          + f"; prefill at {e['of_arithmetic']:.0%} of {f['machine_limits']['gflops']:.0f} GFLOP/s, decode at {e['decode_of_bandwidth']:.0%} of "
+            f"{f['machine_limits']['gbytes']:.0f} GB/s")
+    if 'growth' in f:
+        print('  ms a question:', ', '.join(f'{n} questions {v:.1f}' for n,v in f['growth']['questions'].items()), '|',
+              ', '.join(f"{n} images {v['ms']:.1f} ({v['resident_mib']:.0f} MiB)" for n,v in f['growth']['images'].items()))
 
 if __name__ == '__main__': sys.exit(main())

@@ -147,7 +147,7 @@ def _record(identity, versions, row, shown, a, unread):
     kept = {k: row[k] for k in ('key','condition','image','category','patient','question_id','question')}
     said = (dict(text='', confidence=None, error=unread, stage='read', seconds=None) if a is None
             else dict(text=a.text, confidence=a.confidence, error=a.error, stage=a.stage, seconds=a.seconds,
-                      **(dict(more=a.more) if a.more else {})))
+                      **{k: v for k,v in (('flags', a.flags), ('more', a.more)) if v}))
     return dict(kept, reference=row['answer'], shown=shown[0], shown_sha256=shown[1], **said,
                 identity=identity, time=now(), versions=versions)
 

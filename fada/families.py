@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'answer_labels', 'flatten', 't5_loss', 'T5VLM', 'InstructVLM', 'graph_from', 'attention_layers',
-           'through_qformer', 'through_language', 'qformer_maps', 'Chat', 'append_answers', 'image_grid', 'untile',
-           'PaliGemma', 'Florence', 'places_in_words', 'TextLM']
+           'through_qformer', 'through_language', 'qformer_maps', 'Chat', 'blind', 'append_answers', 'image_grid',
+           'untile', 'PaliGemma', 'Florence', 'places_in_words', 'TextLM']
 
 # %% ../nbs/07a_families.ipynb #70c05adb
 import re
 from math import isqrt
 from .settings import FadaError, digest
-from .vlm import VLM, _as_rgb, bridge, image_hash, pixel_values, project, read_out
+from .decode import Pairs, Rows, Words, capped, end_ids, left_padded, no_prefix, read_prefix, right_padded
+from .vlm import VLM, _as_rgb, begin_features, bridge, check_room, image_hash, pixel_values, project
 
 # %% ../nbs/07a_families.ipynb #738042b5
 def _padded(rows, fill):
@@ -57,13 +58,13 @@ class InstructVLM(VLM):
         "Vision features, one per image: patches × width, or None without an image; each image computed once"
         import torch
         keys = [image_hash(i) for i in images]
-        new = {k: im for k,im in zip(keys, images) if k is not None and k not in self._features}
+        new = {k: im for k,im in zip(keys, images) if k is not None and self.recall(k) is None}
         with torch.inference_mode():
             if new:
-                self._features.update(zip(new, self.core.vision_model(pixel_values(self,
-                        list(new.values()))).last_hidden_state))
-        seen = [None if k is None else self._features[k] for k in keys]
-        while len(self._features) > self.cache_images: self._features.popitem(last=False)
+                out = self.core.vision_model(pixel_values(self, list(new.values()))).last_hidden_state
+                for k,o in zip(new, out): self.remember(k, [o])
+        seen = [None if k is None else self._features[k][0] for k in keys]
+        self.forget()
         return seen
 
     def from_inputs(self, inputs): return list(inputs.to(self.core.device))
@@ -87,19 +88,17 @@ def read(self:InstructVLM, patches, prompts):
 
 # %% ../nbs/07a_families.ipynb #dc234360
 @patch
-def reply(self:InstructVLM, seen, at, prompts)->list:
-    "Replies; a question without an image gets zeros in the place of its features"
+def begin(self:InstructVLM, seen, at, prompts, most):
+    "Answers before their first step; a question without an image gets zeros in the place of its features"
     import torch
-    from fada.vlm import generate
     width = (self.core.config.num_query_tokens, self.core.config.text_config.hidden_size)
     weight = self.core.get_input_embeddings().weight
     features = torch.zeros(len(at), *width, device=weight.device, dtype=weight.dtype)
     rows = [i for i,n in enumerate(at) if seen[n] is not None]
-    with torch.inference_mode():
-        if rows:
-            features[rows] = self.read(torch.stack([seen[at[i]] for i in rows]),
-                                       [prompts[i] for i in rows]).to(weight.dtype)
-    return generate(self, features, prompts)
+    if rows:
+        features[rows] = self.read(torch.stack([seen[at[i]] for i in rows]),
+                                   [prompts[i] for i in rows]).to(weight.dtype)
+    return begin_features(self, features, list(range(len(at))), prompts, most)
 
 # %% ../nbs/07a_families.ipynb #3457cfdb
 @patch
@@ -196,7 +195,12 @@ def token_maps(self:InstructVLM, image, prompt, ids):
 class Chat(VLM):
     "A chat model: LLaVA, Gemma 3 / MedGemma, Qwen-VL, InternVL, SmolVLM"
     trains_on = 'images'
-    kept = ()   # special tokens that belong to an answer, ids
+    first_position = 0   # of a prompt
+
+    @property
+    def lists_features(self)->bool:
+        "Whether the model takes image features as a list"
+        return self.spec.architecture in ('llava','qwen2.5-vl','qwen3-vl','smolvlm')
 
     def identity(self)->dict:
         "What decides an answer: as every model, and the chat template"
@@ -209,10 +213,18 @@ class Chat(VLM):
     @property
     def tokenizer(self): return getattr(self.processor, 'tokenizer', self.processor)
 
-    def ends(self)->list:
-        "Token ids that end an answer"
-        e = getattr(self.model.generation_config, 'eos_token_id', None)
-        return [i for i in (e if isinstance(e, list) else [e]) if i is not None]
+    def words(self)->Words:
+        "The parts that turn token ids into logits"
+        core = self.core; text = core.config.get_text_config()
+        return Words(core.get_decoder(), core.get_input_embeddings(),
+                     capped(core.get_output_embeddings(), getattr(text, 'final_logit_softcapping', None)),
+                     end_ids(core.generation_config), self.tokenizer.pad_token_id,
+                     self.spec.architecture in ('qwen2.5-vl','qwen3-vl'), core.generation_config)
+
+    def image_tokens(self)->int:
+        "Tokens that an image takes in the language model, about"
+        return self.spec.tiles*(getattr(self.processor, 'image_seq_length', None)
+                                or getattr(self.processor, 'image_seq_len', None) or 576)
 
 # %% ../nbs/07a_families.ipynb #c96c0d85
 @patch
@@ -260,13 +272,18 @@ def tile_grid(self:Chat, image)->tuple:
     return get_optimal_tiled_canvas((h, w), side, o['min_patches'], o['max_patches'])[::-1]
 
 @patch
-def inputs(self:Chat, images, texts):
+def adds_special(self:Chat, texts)->bool:
+    "Whether the tokenizer is to add its special tokens to rendered texts: not where the template has done so"
+    return not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
+
+@patch
+def inputs(self:Chat, images, texts, **more):
     """Model inputs of rendered texts, left-padded, on the device; `FadaError` where image tokens are missing
-    or the text is too long"""
-    bos = self.tokenizer.bos_token or ''; special = not (bos and texts[0].startswith(bos))
+    or the text is too long; `more` goes to the processor"""
     with_images = images[0] is not None
-    kw = dict(images=[[i] for i in images], **self.tiling()) if with_images else {}
-    t = self.processor(text=list(texts), return_tensors='pt', padding=True, add_special_tokens=special, **kw)
+    kw = dict(images=[[i] for i in images], **self.tiling(), **more) if with_images else {}
+    t = self.processor(text=list(texts), return_tensors='pt', padding=True,
+                       add_special_tokens=self.adds_special(texts), **kw)
     room = getattr(self.core.config.get_text_config(), 'max_position_embeddings',
                    None); longest = t['input_ids'].shape[1]+self.max_new_tokens
     if room and longest > room:
@@ -295,44 +312,110 @@ def count_image_tokens(self:Chat, t)->list:
 
 # %% ../nbs/07a_families.ipynb #65579941
 @patch
-def reply(self:Chat, seen, at, prompts)->list:
-    "Greedy replies; rows with and without an image go through apart"
-    out = [None]*len(at)
-    for has in (True, False):
-        rows = [i for i,n in enumerate(at) if (seen[n] is not None) == has]
-        if not rows: continue
-        if not has and 'no-image' not in self.spec.capabilities:
-            said = self.reply_blind([prompts[i] for i in rows])
-        else:
-            said = self.say(self.inputs([seen[at[i]] for i in rows],
-                                        [self.render(prompts[i], has)[0] for i in rows]))
-        for i,s in zip(rows, said): out[i] = s
-    return out
+def layout(self:Chat, image, texts)->tuple:
+    """(what the processor makes of an image with the first of its texts, token ids of every text); the image is processed
+    once"""
+    for text in texts:
+        if text.count(self.processor.image_token) != 1:
+            raise FadaError('a question with an image token in it', text[-60:], 'words', 'leave the token out')
+    t = self.inputs([image], texts[:1], return_text_replacement_offsets=True); place = t.pop('text_replacement_offsets')[0][0]
+    head = t['input_ids'][0].tolist(); special = self.adds_special(texts)
+    def expand(text): return text.replace(place['text'], place['replacement'], 1)
+    ids = self.tokenizer([expand(x) for x in texts], add_special_tokens=special)['input_ids']
+    end = self.image_end(head)
+    if any(row[:end] != head[:end] or self.image_end(row) != end for row in ids):
+        raise FadaError('questions of one image begin differently', self.spec.name, 'a template that puts the image before the question', '')
+    check_room(self, max(map(len, ids)), self.core.config.get_text_config())
+    return t, ids
 
 @patch
-def reply_blind(self:Chat, prompts)->list:
-    "Replies with the image's features replaced by zeros, for a model that cannot do without an image"
+def image_end(self:Chat, ids)->int:
+    "Where the last image token of `ids` ends"
+    return len(ids)-ids[::-1].index(self.core.config.image_token_id)
+
+# %% ../nbs/07a_families.ipynb #a6d10b02
+_NO_PIXELS = ('input_ids','attention_mask','token_type_ids','mm_token_type_ids','labels','text_replacement_offsets')
+
+@patch
+def features(self:Chat, images, inputs)->list:
+    """What the language model reads of each image, [tokens × width, deep features …]: kept for images seen before, the vision
+    tower takes pictures of one shape together"""
     import torch
-    from PIL import Image
-    projector = next(m for n,m in self.core.named_modules() if n.endswith('multi_modal_projector'))
-    hook = projector.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-    try:
-        texts = [self.render(p, True)[0] for p in prompts]
-        return self.say(self.inputs([Image.new('RGB', (64,64))]*len(texts), texts))
-    finally: hook.remove()
+    keys = [image_hash(i) for i in images]; groups = {}
+    for k,t in zip(keys, inputs):
+        if self.recall(k) is None: groups.setdefault(tuple(t['pixel_values'].shape), {})[k] = t
+    for new in groups.values():
+        px = {n: torch.cat([t[n] for t in new.values()]) for n in next(iter(new.values())) if n not in _NO_PIXELS}
+        out = self.core.model.get_image_features(**px)
+        flat = lambda x: (torch.cat(list(x)) if isinstance(x, (list, tuple)) else x).flatten(0, -2).chunk(len(new))
+        deep = list(zip(*map(flat, getattr(out, 'deepstack_features', None) or ()))) or [()]*len(new)
+        for k,f,d in zip(new, flat(out.pooler_output), deep): self.remember(k, [f, *d])
+    seen = [self._features[k] for k in keys]
+    self.forget()
+    return seen
+
+# %% ../nbs/07a_families.ipynb #a6d10b03
+@patch
+def read_images(self:Chat, ids, features, inputs, head=None):
+    "The prefix of each image: token ids that end with its image (or whole prompts), its features, its processor inputs"
+    import torch
+    from types import SimpleNamespace
+    words = self.words(); on = dict(device=words.device)
+    t,valid = left_padded(ids, words.pad, **on); more = {}
+    for name in ('token_type_ids','mm_token_type_ids'):
+        if name in inputs[0]:
+            more[name] = left_padded([x[name][0,:len(i)].tolist() for x,i in zip(inputs, ids)], **on)[0]
+    if 'image_grid_thw' in inputs[0]: more['image_grid_thw'] = torch.cat([x['image_grid_thw'] for x in inputs])
+    out = SimpleNamespace(pooler_output=[f[0] for f in features],
+                          deepstack_features=[list(d) for d in zip(*(f[1:] for f in features))])
+    if not self.lists_features: out.pooler_output = torch.cat(out.pooler_output)[None]
+    if not words.mrope: more['position_ids'] = (valid.cumsum(1)-1).clamp(min=0)+self.first_position
+    model = self.core.model
+    ahead = (lambda: model.rope_deltas[:,0]) if words.mrope else self.first_position
+    return read_prefix(lambda **kw: model(input_ids=t, attention_mask=valid, mm_encoder_outputs=dict(image=out), **more, **kw),
+                       valid, head, ahead)
 
 # %% ../nbs/07a_families.ipynb #ab6fdfc9
 @patch
-def say(self:Chat, inputs)->list:
-    "Generate from model inputs: list of (text, tokens, confidence)"
+def apart(self:Chat, seen, at)->list:
+    "Rows with and without an image go through apart"
+    rows = [[i for i,n in enumerate(at) if (seen[n] is not None) == has] for has in (True, False)]
+    return [r for r in rows if r]
+
+@patch
+def begin(self:Chat, seen, at, prompts, most):
+    "Answers before their first step; all rows with an image, or all without"
+    from PIL import Image
+    if seen[at[0]] is not None: return self.begin_images(seen, at, [self.render(p, True)[0] for p in prompts], most)
+    if 'no-image' not in self.spec.capabilities:
+        with blind(self):
+            return self.begin_images([Image.new('RGB', (64,64))], [0]*len(at), [self.render(p, True)[0] for p in prompts], most)
+    texts = [self.render(p, False)[0] for p in prompts]; words = self.words()
+    ids = self.tokenizer(texts, add_special_tokens=self.adds_special(texts))['input_ids']
+    check_room(self, max(map(len, ids)), self.core.config.get_text_config())
+    return Rows(words, no_prefix(words), [0]*len(at), ids, most)
+
+@patch
+def begin_images(self:Chat, images, at, texts, most):
+    "Answers about images, before their first step: what stands before and in an image is read once"
+    used = sorted(set(at)); mine = [[i for i,a in enumerate(at) if a == n] for n in used]
+    laid = [self.layout(images[n], [texts[i] for i in rows]) for n,rows in zip(used, mine)]
+    inputs = [t for t,_ in laid]; features = self.features([images[n] for n in used], inputs)
+    ids = {i: r for rows,(_,all_ids) in zip(mine, laid) for i,r in zip(rows, all_ids)}
+    cut = [self.image_end(all_ids[0]) for _,all_ids in laid]
+    heads = [all_ids[0][:c] for (_,all_ids),c in zip(laid, cut)]
+    prefix = self.read_images(heads, features, inputs); row = [used.index(n) for n in at]
+    return Rows(self.words(), prefix, row, [ids[i][cut[n]:] for i,n in enumerate(row)], most, heads)
+
+@contextmanager
+def blind(vlm):
+    "Inside, an image's features are zeros: for a model that cannot do without an image; nothing of it is kept"
     import torch
-    with torch.inference_mode():
-        out = self.core.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False,
-                                 pad_token_id=self.tokenizer.pad_token_id,
-                                 return_dict_in_generate=True, output_logits=True)
-        said = out.sequences[:,-len(out.logits):]
-        logp = torch.stack(out.logits, 1).float().log_softmax(-1).gather(2, said[:,:,None])[...,0]
-    return read_out(self.tokenizer, said, logp, self.ends(), self.kept)
+    projector = next(m for n,m in vlm.core.named_modules() if n.endswith('multi_modal_projector'))
+    hook = projector.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    kept,store = vlm._features,vlm.store; vlm._features,vlm.store = type(kept)(),None
+    try: yield
+    finally: hook.remove(); vlm._features,vlm.store = kept,store
 
 # %% ../nbs/07a_families.ipynb #a0631615
 _PER_TOKEN = ('attention_mask', 'token_type_ids', 'mm_token_type_ids')
@@ -409,7 +492,20 @@ def on_grid(self:Chat, rows, grid=None):
 
 # %% ../nbs/07a_families.ipynb #ecfb7644
 class PaliGemma(Chat):
-    "PaliGemma 2: one task prompt, one answer"
+    """PaliGemma 2: one task prompt, one answer. Its image tokens see the question (prefix-LM), so prompts are read whole, and
+    only the vision tower's work is shared"""
+    lists_features,first_position = False,1
+
+    def begin_images(self, images, at, texts, most):
+        "Answers about images, before their first step"
+        t = self.inputs([images[n] for n in at], texts); used = sorted(set(at)); words = self.words()
+        one = [{k: v[at.index(n)][None] for k,v in t.items()} for n in used]
+        seen = dict(zip(used, self.features([images[n] for n in used], one)))
+        ids = [r[m.bool()].tolist() for r,m in zip(t['input_ids'], t['attention_mask'])]
+        types = [dict(token_type_ids=r[m.bool()][None]) for r,m in zip(t['token_type_ids'], t['attention_mask'])]
+        prefix = self.read_images(ids, [seen[n] for n in at], types, words.head)
+        return Rows(words, prefix, list(range(len(at))), [[] for _ in at], most, ids)
+
     def render(self, prompt, image, answer=None):
         return prompt, '' if answer is None else answer+self.tokenizer.eos_token
 
@@ -430,9 +526,28 @@ class Florence(Chat):
     @property
     def kept(self): return {i for token,i in self.tokenizer.get_vocab().items() if token.startswith('<loc_')}
 
-    def reply(self, seen, at, prompts):
+    def words(self)->Words:
+        "The parts that turn token ids into logits"
+        lm = self.core.model.language_model
+        return Words(lm.decoder, self.core.get_input_embeddings(), self.core.lm_head, end_ids(self.core.generation_config),
+                     self.tokenizer.pad_token_id, settings=self.core.generation_config)
+
+    def begin_images(self, images, at, texts, most):
+        "Answers about images, before their first step: the encoder reads image and question together, padded on the right"
+        import torch
+        t = self.inputs([images[n] for n in at], texts); used = sorted(set(at)); words = self.words()
+        one = [{k: v[at.index(n)][None] for k,v in t.items()} for n in used]
+        seen = dict(zip(used, (f[0] for f in self.features([images[n] for n in used], one))))
+        ids,valid = right_padded([r[m.bool()].tolist() for r,m in zip(t['input_ids'], t['attention_mask'])], words.pad,
+                                 words.device)
+        x = words.embed(ids); pixels = (ids == self.core.config.image_token_id)[...,None].expand_as(x)
+        x = x.masked_scatter(pixels, torch.cat([seen[n] for n in at]).to(x.dtype))
+        hidden = self.core.model.language_model.encoder(inputs_embeds=x, attention_mask=valid).last_hidden_state
+        return Pairs(words, self.core, hidden, valid, most)
+
+    def reply(self, seen, at, prompts, most=None):
         "Greedy replies; places that a task prompt found are said in words, with pixels"
-        out = super().reply(seen, at, prompts)
+        out = super().reply(seen, at, prompts, most)
         return [(self.say_places(text, p, seen[n]), words, c) for (text,words,c),n,p in zip(out, at, prompts)]
 
     def loss(self, inputs, rows):

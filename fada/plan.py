@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'ANSWER', 'SIDE', 'TASKS', 'CONTEXT', 'RESERVE', 'TIGHT', 'CARDS', 'PUBLISHED_SPEED', 'PARTS',
-           'TABLE_PRECISIONS', 'shape_of', 'image_side', 'image_tokens', 'StandIn', 'run_answer', 'run_train',
-           'text_depth', 'shell', 'Dynamic', 'dynamic', 'Plan', 'training_speed', 'this_card', 'plan',
+           'TABLE_PRECISIONS', 'shape_of', 'image_side', 'image_tokens', 'StandIn', 'plain_answers', 'run_answer',
+           'run_train', 'text_depth', 'shell', 'Dynamic', 'dynamic', 'Plan', 'training_speed', 'this_card', 'plan',
            'settings_that_fit', 'setting_text', 'plan_text', 'all_plans', 'kept_plans', 'plan_table', 'plan_figure',
            'random_model', 'open_for_measure', 'measure_model']
 
@@ -152,10 +152,32 @@ def _no_end(model):
 
 def _blanks(spec, n): return [None if spec.family == 'text' else np.full((16,16,3), i%256, np.uint8) for i in range(n)]
 
+def plain_answers(vlm, seen, at, prompts):
+    """A plain batched `generate`, every row with its own image: what plans count. The engine holds less, for it reads an image
+    once and lets rows go"""
+    import torch
+    if hasattr(vlm, 'inputs'):
+        core,has = vlm.core,seen[at[0]] is not None
+        inputs = vlm.inputs([seen[n] for n in at], [vlm.render(p, has)[0] for p in prompts])
+    else:
+        tok,core = vlm.processor.tokenizer,vlm.core.language_model
+        t = tok(prompts, return_tensors='pt', padding=True).to(vlm.core.device)
+        with torch.inference_mode():
+            x = vlm.read(torch.stack([seen[n] for n in at]), prompts) if hasattr(vlm, 'read') else seen[at]
+            x = torch.cat([x.to(vlm.core.get_input_embeddings().weight.dtype), vlm.core.get_input_embeddings()(t['input_ids'])], 1)
+        mask = torch.cat([torch.ones(len(x), x.shape[1]-t['input_ids'].shape[1], dtype=torch.long, device=x.device),
+                          t['attention_mask']], 1)
+        inputs = dict(inputs_embeds=x, attention_mask=mask)
+    with torch.inference_mode():
+        out = core.generate(**inputs, max_new_tokens=vlm.max_new_tokens, do_sample=False, return_dict_in_generate=True,
+                            output_logits=True)
+        said = out.sequences[:,-len(out.logits):]
+        return torch.stack(out.logits, 1).float().log_softmax(-1).gather(2, said[:,:,None])[...,0]
+
 def run_answer(vlm, batch:int, questions:int):
     "Answer `questions` questions on each of `batch` images"
     vlm._features.clear(); seen = vlm.see(_blanks(vlm.spec, batch))
-    return vlm.reply(seen, [i for i in range(batch) for _ in range(questions)], ['?']*(batch*questions))
+    return plain_answers(vlm, seen, [i for i in range(batch) for _ in range(questions)], ['?']*(batch*questions))
 
 def run_train(vlm, batch:int, questions:int, update=lambda loss: loss.backward(), steps:int=2):
     "Train `steps` steps on `questions` questions of each of `batch` images; `update` gets each loss"
