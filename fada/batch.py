@@ -178,7 +178,8 @@ def run_notebooks(start='.')->Path:
 # %% ../nbs/13_batch.ipynb #9dd69ab8
 # modules whose code decides a result
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
-            'checkpoints','compose','models','vlm','families','canary','metrics','train','base','planes','evaluate')
+            'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','metrics','train','base',
+            'planes','evaluate')
 # enough to run every step, too little to learn
 SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)
 
