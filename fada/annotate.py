@@ -198,7 +198,8 @@ class Annotator:
         self.enter.add_class('fada-take'); self.back.add_class('fada-back')
         self.enter.on_click(lambda _: self.take(self.free.value))
         self.back.on_click(lambda _: self.step_back())
-        right = [self.head, *self.buttons, self.free, w.HBox([self.enter, self.back]), self.state]
+        # the field stands above the choices: their number changes, and it must not move away under the pointer
+        right = [self.head, self.free, w.HBox([self.enter, self.back]), self.state, *self.buttons]
         self.widget = w.HBox([self.picture, w.VBox(right)])
         self.widget.add_class('fada-annotate'); self.go_on(); self.show()
         if torn := annotations(folder).attrs['torn']:
@@ -222,12 +223,13 @@ def show(self:Annotator):
         return
     image,cat,sha,kind = self.todo[self.at]; self.picture.value = _png(_shown(self.folder, image))
     self.options = choices(self.q, cat)
-    self.head.value = (f'<b>{html.escape(QUESTIONS[self.q].text)}</b><br>{html.escape(cat or "")} · '
-                       f'picture {self.at+1} of {len(self.todo)} · question {self.q} of 8'
-                       + (' · second reading' if kind == 'second' else ''))
     for k,b in enumerate(self.buttons):
         b.layout.display = '' if k < len(self.options) else 'none'
         if k < len(self.options): b.description = f'{k+1}  {self.options[k]}'
+    # last, so that whoever reads the new question finds its choices in place
+    self.head.value = (f'<b>{html.escape(QUESTIONS[self.q].text)}</b><br>{html.escape(cat or "")} · '
+                       f'picture {self.at+1} of {len(self.todo)} · question {self.q} of 8'
+                       + (' · second reading' if kind == 'second' else ''))
 
 # %% ../nbs/04j_annotate.ipynb #f5cf7672
 @patch
@@ -331,7 +333,7 @@ def _controls(self:Explorer):
     self.which = w.Dropdown(options=keys, description='correct')
     self.new = w.Text(placeholder='the right answer', **whole)
     self.keep = w.Button(description='Append correction')
-    change = [w.HBox([self.who]), w.HBox([self.which, self.new, self.keep]), self.state]
+    change = [self.who, self.which, self.new, self.keep, self.state]
     pictures = w.HBox([self.picture, w.VBox([self.info, self.answers, *change])])
     tabs = w.Tab([pictures, self.plot, w.HTML(self._quarantine())])
     tabs.titles = ('pictures', 'distributions', 'quarantine')

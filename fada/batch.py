@@ -104,6 +104,21 @@ def _claim(folder:Path)->int:
                 raise FadaError('stopped while waiting', str(folder), '', 'run again') from None
 
 # %% ../nbs/13_batch.ipynb #e76dd8b9
+def _execute(command, log:Path, env:dict, lock:int)->int:
+    "Run papermill in a process group of its own, which inherits the lock; returns its exit status"
+    with open(log, 'wb') as out:
+        p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+                             **({'pass_fds': [lock]} if os.name == 'posix' else {}))
+        _running.add(p)
+        if _stop.is_set(): stop_running()  # stopped between the claim and the start
+        try: return p.wait()
+        finally: _running.discard(p)
+
+def _never_started(log:Path)->bool:
+    """Whether the kernel ended before it took its first order: Jupyter picks free ports before the kernel
+    opens them, and a notebook that starts in the same moment can take one. No cell has run then."""
+    return 'Kernel died before replying to kernel_info' in _reason(log)
+
 def run_job(job:Job, threads:int=1)->Result:
     "Run one job in a process group of its own unless it is done; its output goes to run.log in its folder"
     check_parameters(job.notebook, job.parameters)
@@ -123,13 +138,11 @@ def run_job(job:Job, threads:int=1)->Result:
     command = [sys.executable, '-m', 'papermill', str(job.notebook), str(folder/'run.ipynb'),
                '-f', str(folder/'parameters.yaml'), '-k', 'python3', '--cwd', os.getcwd(),
                '--no-progress-bar', '--log-output']
-    with open(log, 'wb') as out:
-        p = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
-                             **({'pass_fds': [lock]} if os.name == 'posix' else {}))
-        _running.add(p)
-        if _stop.is_set(): stop_running()  # stopped between the claim and the start
-        try: code = p.wait()
-        finally: _running.discard(p); os.close(lock)
+    try:
+        for _ in range(3):
+            code = _execute(command, log, env, lock)
+            if _stop.is_set() or not code or not _never_started(log): break
+    finally: os.close(lock)
     seconds = time.perf_counter()-start
     if _stop.is_set(): return Result(job, 'cancelled', seconds)
     if code: return Result(job, 'failed', seconds, f'{_reason(log)} (exit {code}, log: {log})')
@@ -246,7 +259,7 @@ def run_demo(
     say(f'FADA demonstration: makes {SMALL["phantoms"] if small else phantoms} phantoms, trains a '
         '1.4-million-parameter BLIP-2 from scratch, fine-tunes it on five categories,')
     say(f'answers the test questions with controls and writes {out/"report.html"}. '
-        + ('About 3 minutes' if small else 'About 10 minutes')
+        + ('About 3 minutes' if small else 'About 8 minutes')
         + f' on 2 CPU cores; what is done is reused. {SYNTHETIC} {NOTICE}')
     for title,jobs in demo_stages(out, data, small, seed, phantoms):
         say(f'\n{title} ({len(jobs)} job{"s" if len(jobs) > 1 else ""}) …'); t = time.perf_counter()

@@ -6,12 +6,10 @@
 __all__ = ['COLUMNS', 'KINDS', 'SOURCES', 'Check', 'check_images', 'check_answers', 'check_confounding', 'agreement', 'check']
 
 # %% ../nbs/04f_checks.ipynb #9677e8a9
-import html
+import difflib, html, re
 from dataclasses import dataclass, field
-from pathlib import Path
 import pandas as pd
-from .settings import FadaError
-from .clinical import CATEGORIES, QUESTIONS, parse_answer
+from .clinical import QUESTIONS, parse_answer
 from .images import near_pairs, unlike_ultrasound
 from .readers import Reading, read_any
 from .vocabulary import load_rules, normalise
@@ -103,6 +101,27 @@ def _check_question(out, q, g):
              f'{same.answer.iloc[0][:60]!r} have no structured form: text scores only')
 
 # %% ../nbs/04f_checks.ipynb #c4d4def9
+def _check_spelling(out, q, g):
+    "Rare answers of question `q` that are nearly a common one: a slip of the pen, no rule mends it"
+    count = g.answer_norm.value_counts(); often = g[g.answer_norm.isin(count[count >= 5].index[:50])]
+    common = {**dict(zip(often.answer.str.lower(), often.answer_norm)), **{a: a for a in often.answer_norm}}
+    no_digits = lambda s: re.sub(r'\d', '', s)
+    for a in count[count <= 2].index[:2000]:
+        near = difflib.get_close_matches(a, list(common)[:500], 1, .88); most = near and count[common[near[0]]]
+        if near and most >= 5*count[a] and a.split() != near[0].split() and no_digits(a) != no_digits(near[0]):
+            f,_,i = str(g[g.answer_norm == a].source.iloc[0]).rpartition(':') if 'source' in g else ('', '', 0)
+            _add(out, f, int(i or 0), f'Q{q}', 'spelling', f'{a!r} is nearly {near[0]!r} ({most}×): '
+                 'where they mean the same, say so in vocabulary.toml')
+
+def _check_knowable(out, table):
+    "References that no picture shows: millimetres without a scale, weeks without a date"
+    known = lambda c: table[c].notna() if c in table else pd.Series(False, table.index)
+    number = table.answer.astype(str)
+    for q,has,pattern,why in ((4, known('mm_per_px'), r'\d\s*(?:mm|cm)\b', 'sizes, of images without millimetres per pixel'),
+                              (5, known('ga_days'), r'\d\s*(?:w|week)', 'ages, of images whose age by dates is not given')):
+        n = ((table.question_id == q) & ~has & number.str.contains(pattern, case=False)).sum()
+        if n: _add(out, '', 0, f'Q{q}', 'not in the picture', f'{n} answers give {why}: a model can only guess them')
+
 def check_answers(
     table:pd.DataFrame,      # with answer_norm
 )->list:
@@ -111,7 +130,8 @@ def check_answers(
     if len(images) > 1 and images.max() > 10*images.min():
         _add(out, '', 0, 'category', 'imbalance',
              f'{images.idxmax()} has {images.max()} images, {images.idxmin()} {images.min()}')
-    for q,g in table.groupby('question_id'): _check_question(out, q, g)
+    for q,g in table.groupby('question_id'): _check_question(out, q, g); _check_spelling(out, q, g)
+    _check_knowable(out, table)
     for (c,q),g in table.groupby(['category', 'question_id']):
         if len(g) >= 5 and g.answer_norm.nunique() == 1:
             _add(out, '', 0, f'Q{q}', 'degenerate',

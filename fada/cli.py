@@ -133,17 +133,17 @@ def train(
     data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
     precision:Precision=None, device:Device=None,
     task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch; planes: a classifier.')]='lora',
-    output:Annotated[Optional[str], typer.Option(help='Folder of the result.')]=None,
+    out:Annotated[Optional[str], typer.Option('--out', '--output', help='Folder of the result.')]=None,
     rank:int=8, lr:float=2e-3, steps:int=120, batch:int=16,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Fine-tune a model by LoRA, or train the embedded base from scratch.
 
-    Example: fada train --categories Femur --output outputs/femur"""
+    Example: fada train --categories Femur --out outputs/femur"""
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
     from fada.train import train_job
-    out = (Path(output) if output
+    out = (Path(out) if out
            else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
     about = train_job(s, out, task, weights,
                       **({} if task != 'lora' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))

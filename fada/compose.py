@@ -227,7 +227,6 @@ def make_medgemma(spec:ModelSpec, say=lambda line: print(line, file=sys.stderr, 
     """Compose BLIP-2's encoder and Q-Former with the language model of MedGemma; downloads both where they
     are missing"""
     import torch
-    from transformers import AutoTokenizer
     from fada.checkpoints import locate
     eyes,words = (next(m for m in MODELS.values() if m.checkpoint == spec.parts[k] and m.architecture == a)
                   for k,a in (('vision','blip2-opt'), ('language','gemma3-text')))

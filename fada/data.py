@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'OPTIONAL', 'SPLITS', 'FILES', 'check_table', 'read_phantoms', 'split_by_patient', 'split_units',
-           'split_table', 'leaks', 'make_manifest', 'table_digest', 'save_table', 'verify', 'load_table', 'prepare_own',
-           'prepare', 'subset']
+           'split_table', 'leaks', 'make_manifest', 'table_digest', 'save_table', 'changed', 'verify', 'load_table',
+           'prepare_own', 'prepare', 'subset']
 
 # %% ../nbs/04_data.ipynb #faae3cb8
-import hashlib, json
+import hashlib, json, os
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .settings import (FadaError, digest, environment, now, read_json, sha256_file, write_json,
+from .settings import (FadaError, digest, environment, nearest, now, read_json, sha256_file, write_json,
                            writable_folder, pixels_sha256)
 from .clinical import CATEGORIES, QUESTIONS, category
-from .images import CM, IMAGES, dicom_scale, near_groups, read_dicom, read_image
-from .readers import PLACEHOLDERS, QUARANTINE, read_any, read_folder
+from .images import IMAGES, near_groups, read_image
+from .readers import QUARANTINE, read_any
 
 # %% ../nbs/04_data.ipynb #01ab788d
 REQUIRED = ('image', 'pixels_sha256', 'category', 'patient', 'question_id', 'question', 'answer',
@@ -260,7 +260,10 @@ def _plain(manifest):
     return json.loads(json.dumps({k: v for k,v in manifest.items() if k != 'manifest_digest'}, default=str))
 
 # %% ../nbs/04_data.ipynb #f9280ec2
-def _changed(path, size, sha):
+def changed(
+    path,        # of a file
+    size, sha,   # bytes and sha256 as they were
+)->str:
     "What became of a file of which size and hash are known; '' where nothing did"
     if not path.is_file(): return 'missing'
     if path.name == 'annotations.jsonl' and path.stat().st_size > size:  # it grows, and what stood there stays
@@ -283,14 +286,18 @@ def verify(
     folder,                 # with manifest.json
 )->pd.DataFrame:            # file, finding; empty where nothing changed
     "Every change to any file since the table was made; `FadaError` where there is no manifest"
-    folder = Path(folder); m = read_json(folder/'manifest.json')
+    folder = Path(folder)
+    if not (folder/'manifest.json').is_file():
+        raise FadaError('there is no question table yet', str(folder), 'manifest.json',
+                        f'make it first: fada prepare --data {folder}')
+    m = read_json(folder/'manifest.json')
     if 'files_digest' not in m or not (folder/FILES).is_file():
         raise FadaError('the manifest does not list its files', str(folder/'manifest.json'), FILES,
                         'prepare the data again')
     files = read_json(folder/FILES); out = []
     if m.get('manifest_digest') != digest(_plain(m)): out.append(('manifest.json', 'changed'))
     if digest(files) != m['files_digest']: out.append((FILES, 'changed'))
-    out += [(n, why) for n,(size,sha) in files.items() if (why := _changed(folder/n, size, sha))]
+    out += [(n, why) for n,(size,sha) in files.items() if (why := changed(folder/n, size, sha))]
     if m['reader'] != 'phantoms': out += _strangers(folder, files)
     return pd.DataFrame(out, columns=['file','finding'])
 
@@ -300,7 +307,9 @@ def load_table(
     categories=('all',),      # names, or ('all',)
     split:str=None,           # train, val or test; None: all
 )->pd.DataFrame:
-    "Open a data set; `FadaError` where it is missing or lacks a category"
+    "Open a data set; `FadaError` where it is missing or lacks a category, or for an unknown split"
+    if split not in (None, '', *SPLITS):
+        raise FadaError(f'unknown split {split!r}', '', nearest(split, SPLITS), 'correct the name')
     path = Path(folder)/'questions.parquet'
     if not path.is_file():
         raise FadaError('no question table', str(folder), 'questions.parquet',
@@ -359,6 +368,9 @@ def prepare(
     if source == 'auto':
         source = 'phantoms' if (folder/'phantoms.json').exists() or folder.name == 'phantoms' else 'folder'
     if source != 'phantoms':
+        if folder.is_dir() and not os.access(folder, os.W_OK):  # said before an hour of reading
+            raise FadaError('the image folder cannot be written', str(folder), 'a folder you may write to',
+                            'the question table stands beside its images: copy the folder, or ask for the right')
         return prepare_own(folder, seed, workers, 'auto' if source == 'folder' else source, **options)
     if options:
         raise FadaError(f'options for phantoms: {", ".join(options)}', str(folder), 'a folder of your own', '')

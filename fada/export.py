@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'safe_name', 'chat_records', 'export', 'template']
 import json, re
 from pathlib import Path
 import pandas as pd
-from .settings import FadaError, digest, now, progress, writable_folder, write_atomic, write_json
+from .settings import FadaError, digest, progress, writable_folder, write_atomic, write_json
 from .clinical import CATEGORIES, GRADES, QUESTIONS, RECOMMENDATIONS
 from .images import blank_outside, hashed, public_name, read_image
 from .readers import KNOWN, RESERVED, Reading, find_category, list_files
@@ -30,12 +30,18 @@ def safe_name(name, taken):
     return out
 
 def _export_images(table, folder, out, as_is):
-    "Write the pictures once; returns ({image: new path}, those left behind with the reason)"
+    """Write the pictures once; returns ({image: new path}, those left behind with the reason). A picture that
+    was changed since it was answered stays behind: its answers may not be true of it."""
+    from fada.data import FILES, changed
+    from fada.settings import read_json
+    files = read_json(folder/FILES) if (folder/FILES).is_file() else {}
     new,left,taken = {},[],{}
     images = table.drop_duplicates('image')
     for r in progress(list(images.itertuples()), 'exporting', unit='image'):
         name = f"{r.category}/{safe_name(Path(r.image).name, taken.setdefault(r.category, set()))}"
         try:
+            if r.image in files and (why := changed(folder/r.image, *files[r.image])):
+                raise FadaError(f'{why} since the table was made: prepare the data again')
             im = read_image(folder/r.image)
             im = im if as_is else blank_outside(im, r.image)
         except FadaError as e: left.append(dict(file=r.image, reason=e.what)); continue
@@ -156,7 +162,6 @@ def export(
 )->dict:                     # counts and what was left behind
     "Write a question table and its pictures in another format; `FadaError` where the target is not empty"
     from fada.data import load_table
-    from fada.settings import read_json
     import shutil
     if format not in FORMATS: raise FadaError(f'unknown format {format!r}', '', ', '.join(FORMATS), '')
     folder,out = Path(folder),Path(out)

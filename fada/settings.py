@@ -31,7 +31,8 @@ class FadaError(Exception):
         do:str='',       # what to do about it
     ):
         self.what,self.where,self.expected,self.do = what,where,expected,do
-        parts = [what + (f' in {where}' if where else ''), f'expected {expected}' if expected else '', do]
+        wanted = expected if expected.endswith('?') else expected and f'expected {expected}'   # `nearest` asks
+        parts = [what + (f' in {where}' if where else ''), wanted, do]
         super().__init__('; '.join(p for p in parts if p))
 
 # %% ../nbs/00_settings.ipynb #59825bee
@@ -43,7 +44,7 @@ def nearest(
     known = [str(k) for k in known]
     folded = {k.lower(): k for k in known}
     close = [folded[k] for k in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.5)]
-    return f'did you mean {" or ".join(close)}?' if close else f'known: {", ".join(known)}'
+    return f'did you mean {" or ".join(close)}?' if close else f'one of {", ".join(known)}'
 
 # %% ../nbs/00_settings.ipynb #c95fe4cc
 PRECISIONS = ('fp32', 'bf16', 'fp16', 'int8', 'nf4')
@@ -238,7 +239,7 @@ def writable_folder(
         with tempfile.TemporaryFile(dir=path): pass
     except OSError as e:
         raise FadaError('the output folder cannot be written', str(path), 'a folder you may write to',
-                        f'{e.strerror or e}: choose another with --output or '
+                        f'{e.strerror or e}: choose another with --out or '
                         '[output] folder in settings.ini') from None
     return path
 

@@ -126,6 +126,28 @@ def test_keys_of_the_annotation_panel(browser, lab, shots, root, tmp_path):
     assert log.question_id.tolist() == [1, 2, 2, *range(3, 9)] and set(log.who) == {'Ada'} and all(log.after)
     assert log.after[2] == 'axial, 2 spines seen'
 
+def test_explorer_in_jupyterlab(browser, lab, shots, root, tmp_path, small_data):
+    "Filter by category, split, question and words, turn pages, see the quarantine, append a correction"
+    from fada.annotate import annotations
+    d = tmp_path/'phantoms'; shutil.copytree(small_data, d)
+    _put_notebook(lab, 'explore.ipynb', root/'nbs'/'app'/'explore_data.ipynb', ('load_settings', 'explore(folder)'),
+                  data=str(d))
+    page = _open(browser, lab, 'explore.ipynb', 'button:has-text("Append correction")')
+    info = page.locator('.widget-html:has-text(" of ")').first
+    shown = lambda text: page.wait_for_selector(f'.widget-html :text("{text}")', timeout=30_000)
+    pick = lambda label, value: page.locator(f'.widget-dropdown:has(label:text-is("{label}")) select').select_option(value)
+    shown('1 of 60'); pick('category', 'Femur'); shown('1 of 30'); pick('split', 'val')
+    page.wait_for_function("e => /Femur · val · 1 of \\d+$/.test(e.innerText.trim())", arg=info.element_handle())
+    page.click('button:has-text("▶")'); shown('2 of'); page.click('button:has-text("◀")'); shown('1 of')
+    pick('question', 'normality'); words = page.locator('input[placeholder="words in an answer"]')
+    words.fill('no such words'); shown('nothing fits'); words.fill(''); shown('1 of')
+    page.fill('input[placeholder^="your name"]', 'Ada'); pick('correct', 'quality')
+    page.fill('input[placeholder="the right answer"]', 'poor <b>indeed</b>'); page.keyboard.press('Tab')
+    page.click('button:has-text("Append correction")'); shown('poor <b>indeed</b>')
+    page.screenshot(path=shots/'explore.png'); page.click('text=distributions'); page.screenshot(path=shots/'explore_plots.png')
+    page.close(); log = annotations(d)
+    assert log.after.tolist() == ['poor <b>indeed</b>'] and log.who.tolist() == ['Ada'] and log.question_id.tolist() == [6]
+
 def test_report_opens_offline(browser, shots, small_data, tmp_path):
     "The report asks nothing of any host, and its pictures are there"
     from fada.compare import write_report

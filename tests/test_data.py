@@ -1,5 +1,5 @@
 "A group's real folder: bad input of every kind, and proof that each input row is in the table or in the quarantine."
-import csv, io, json, random, struct, zipfile, zlib
+import csv, io, json, os, random, struct, zipfile, zlib
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -184,9 +184,7 @@ def test_excel_of_every_kind(tmp_path):
     assert 'macros, which were not run' in said and 'merged cells A4:A7' in said
 
 @pytest.mark.parametrize('name,raw,said',
-                         [('locked.xlsx',
-                         b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'+'EncryptedPackage'.encode('utf-16-le'),
-                         'a workbook with a password'), ('old.xls', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1',
+                         [('old.xls', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1',
                          'the old Excel format'), ('empty.xlsx', b'', '0 bytes'), ('junk.xlsx',
                          b'PK\x03\x04junk', 'not a readable workbook'), ('junk.csv', bytes(range(256))*4,
                          'not a text file'), ('blank.csv', b'\n\n', 'an empty file'), ('other.csv',
@@ -196,6 +194,15 @@ def test_a_bad_workbook_is_named_and_the_rest_goes_through(tmp_path, name, raw, 
     write_rows(tmp_path, group_folder(tmp_path, 2)); (tmp_path/name).write_bytes(raw)
     r = read_group_folder(tmp_path)
     assert len(r.rows) == 32 and said in reasons(r) and set(r.quarantine.file) == {name}
+
+def test_a_workbook_with_a_password(tmp_path):
+    "Encrypted as Excel does it: named, and the rest goes through"
+    from msoffcrypto.format.ooxml import OOXMLFile
+    write_rows(tmp_path, group_folder(tmp_path, 2)); b = Workbook(); b.active.append(HEADERS); plain = io.BytesIO()
+    b.save(plain)
+    with open(tmp_path/'locked.xlsx', 'wb') as f: OOXMLFile(plain).encrypt('secret', f)
+    r = read_group_folder(tmp_path)
+    assert len(r.rows) == 32 and 'a workbook with a password' in reasons(r) and set(r.quarantine.file) == {'locked.xlsx'}
 
 def test_a_workbook_that_unpacks_to_too_much(tmp_path, monkeypatch):
     write_rows(tmp_path, group_folder(tmp_path, 2)); b = Workbook(); b.active.append(HEADERS)
@@ -321,3 +328,32 @@ def test_fuzz_of_chat_files(tmp_path, seed):
     seen = {x['image'] for x in r.rows}
     for p in tmp_path.rglob('*.png'):
         n = p.relative_to(tmp_path).as_posix(); assert (n in seen) != any(a['file'] == n for a in r.aside), n
+
+def test_slips_and_what_no_picture_shows(tmp_path):
+    "A misspelling of a common answer is named with its row; so are ages and sizes that an image cannot give"
+    rows = group_folder(tmp_path, 8)
+    for k, r in enumerate(rows): r[4+2], r[4+3], r[4+4] = 'length 31 mm', '22 weeks', 'Good quality' if k else 'Good qualty'
+    rows[3][4+4] = 'hardly good'                                                # another wording is no slip
+    write_rows(tmp_path, rows); f = check(tmp_path).findings
+    slip = f[f.kind == 'spelling']; assert slip.field.tolist() == ['Q6'] and slip.row.tolist() == [2]
+    assert "'good qualty' is nearly 'good quality' (14×)" in slip.finding.iloc[0]
+    blind = f[f.kind == 'not in the picture']; assert blind.field.tolist() == ['Q4', 'Q5']
+    assert blind.finding.str.startswith('16 answers').all()
+
+def test_a_picture_that_was_changed_is_not_exported(tmp_path):
+    from fada.export import export
+    d = tmp_path/'d'; write_rows(d, group_folder(d, 6)); prepare(d, 0, [], source='folder')
+    picture(d/'Femur'/'img_0.png', 999)
+    r = export(d, tmp_path/'out', 'csv', keep_text=True)
+    assert r['images'] == 11 and [x['file'] for x in r['left_behind']] == ['Femur/img_0.png']
+    assert 'changed since the table was made' in r['left_behind'][0]['reason']
+
+def test_verify_before_prepare_and_an_unknown_split(tmp_path, small_data):
+    with pytest.raises(FadaError, match='no question table yet.*fada prepare --data'): verify(tmp_path)
+    with pytest.raises(FadaError, match='unknown split .tset.; did you mean test'): load_table(small_data, split='tset')
+
+def test_a_folder_that_cannot_be_written_is_said_before_it_is_read(tmp_path, monkeypatch):
+    write_rows(tmp_path, group_folder(tmp_path, 2)); may = os.access   # root may write everywhere
+    monkeypatch.setattr(os, 'access', lambda p, mode: mode != os.W_OK and may(p, mode))
+    with pytest.raises(FadaError, match='the image folder cannot be written.*copy the folder'):
+        prepare(tmp_path, 0, [], source='folder')

@@ -106,3 +106,25 @@ def test_killed_look_at_a_folder_goes_on(tmp_path, word):
     r = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     assert f'/{2400-done} [' in r.stderr, r.stderr[-400:]        # the bar counts only what is left
     out = json.loads(r.stdout); assert (out['answers'] if word == 'check' else out['rows']) == 2400
+
+def test_kernel_that_never_started_is_started_again(tmp_path, monkeypatch):
+    "As when another notebook took its port: the first start fails before any cell ran, the second does the work"
+    from fada.batch import Job, run_job
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+    spec = tmp_path/'jupyter'/'kernels'/'python3'; spec.mkdir(parents=True); tries = tmp_path/'tries'
+    start = tmp_path/'start.py'
+    start.write_text(f"import pathlib, sys\nt = pathlib.Path({str(tries)!r})\nt.open('a').write('x')\n"
+                     "if len(t.read_text()) == 1: sys.exit(1)\n"
+                     "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()\n")
+    argv = [sys.executable, str(start), '-f', '{connection_file}']
+    (spec/'kernel.json').write_text(json.dumps(dict(argv=argv, display_name='Python 3', language='python')))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path/'jupyter'))
+    cells = [new_code_cell('a = 1', metadata=dict(tags=['parameters'])), new_code_cell('assert a == 2')]
+    nb = new_notebook(cells=cells, metadata=dict(
+        kernelspec=dict(name='python3', display_name='Python 3', language='python')))
+    nbformat.write(nb, tmp_path/'n.ipynb')
+    assert run_job(Job('two', tmp_path/'n.ipynb', dict(a=2), tmp_path/'two')).state == 'done'
+    assert tries.read_text() == 'xx'
+    wrong = run_job(Job('one', tmp_path/'n.ipynb', dict(a=1), tmp_path/'one'))   # its own fault: not tried again
+    assert wrong.state == 'failed' and 'AssertionError' in wrong.reason and tries.read_text() == 'xxx'
