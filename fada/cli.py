@@ -73,7 +73,7 @@ def demo(
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     "The whole job on phantoms, from data to report.\n\nExample: fada demo"
-    from fada.batch import run_demo
+    from fada.demo import run_demo
     s = _settings(quiet, seed=seed)
     r = run_demo(out, data, small, s.seed, s.jobs, **({'say': lambda line: None} if quiet else {}))
     _show(r, json, '\n'.join(['', *r['lines'], f"{r['total_seconds']:.0f} s in all. Report: {r['report']}"]))

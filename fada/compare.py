@@ -39,6 +39,7 @@ def collect(
     "All finished jobs of a run; `FadaError` where there is none"
     found = []
     for f in sorted(Path(run).glob('*/config.json')):
+        if f.parent.suffix == '.part': continue   # a job that is not whole
         d = f.parent; config = read_json(f)
         if config['kind'] == 'evaluate':
             if not (d/'metrics.json').exists(): continue

@@ -55,7 +55,7 @@ def test_interrupted_demo_leaves_no_process_and_goes_on(tmp_path, root):
     p = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          env=dict(os.environ, FADA_QUIET='0'))
     _wait(lambda: (tmp_path/'run'/'prepare'/'done.json').exists()
-          and (tmp_path/'run'/'base'/'run.log').exists(), 240)
+          and (tmp_path/'run'/'base.part'/'run.log').exists(), 240)
     time.sleep(3); children = psutil.Process(p.pid).children(recursive=True); assert children
     p.send_signal(signal.SIGINT); out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and out == '' and 'Traceback' not in err
