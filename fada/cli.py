@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'data_app', 'Folder',
            'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config', 'Side', 'main', 'demo',
-           'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask', 'biometry', 'data_check', 'data_verify',
-           'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
-           'doctor']
+           'phantom', 'prepare', 'train', 'evaluate', 'batch', 'compare', 'ask', 'biometry', 'data_check',
+           'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
+           'measure', 'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -184,6 +184,28 @@ def evaluate(
     _show(m, json, '\n'.join([
         *lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}"
                   for n in m['notes']), str(folder)]))
+
+# %% ../nbs/16_cli.ipynb #17457f32
+@app.command()
+def batch(
+    grid:Annotated[str, typer.Argument(help='TOML file: models, categories, precisions, seeds, tasks.')],
+    out:Annotated[Optional[str], typer.Option(help="Folder of the batch. Default: the grid's name below [output] folder.")]=None,
+    dry_run:Annotated[bool, typer.Option('--dry-run', help='Print the jobs with planned memory and hours; run none.')]=False,
+    only:Annotated[str, typer.Option(help='Names of jobs, with wildcards, by commas; what they need comes along.')]='',
+    force:Annotated[bool, typer.Option('--force', help='Do again what is done.')]=False,
+    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: this machine.')]='',
+    json:Json=False, quiet:Quiet=False,
+):
+    """Run what is missing of a grid of trainings and evaluations; exit status 1 where a job is not done.
+
+    Example: fada batch night.toml --dry-run"""
+    _settings(quiet)
+    from fada.grid import batch_text, dry_run as rehearse, run_grid
+    if dry_run:
+        t = rehearse(grid, out, only); return _show(t.to_dict('records'), json, t.to_string(index=False))
+    about = run_grid(grid, out, only, force, scheduler, **({'say': lambda line: None} if quiet else {}))
+    _show(about, json, batch_text(about))
+    if set(about['states']) - {'done', 'reused'}: raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #9115f046
 @app.command()

@@ -7,7 +7,11 @@ os.environ.setdefault('FADA_QUIET', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
+import signal
 import pytest
+
+# a test run in the background of a shell ignores Ctrl-C, and so would the programs that these tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 

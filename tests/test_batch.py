@@ -1,0 +1,194 @@
+"Batches: order, limits, retries, faults, other machines. The jobs are stubs that import nothing heavy, in real kernels."
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import psutil
+import pytest
+from fada import batch
+from fada.batch import Job, run_jobs
+from fada.settings import FadaError
+
+STUB = '''from pathlib import Path
+import json, os, time
+if kill and batch > 8: os.kill(os.getpid(), 9)
+if eat: held = bytearray(eat << 20); time.sleep(5)
+out = Path(output); out.mkdir(parents=True, exist_ok=True); log = out/"answers.jsonl"
+whole = [l for l in log.read_text().splitlines(True) if l.endswith("\\n")] if log.exists() else []
+if whole: log.write_text("".join(whole))   # a torn last line is written again
+done = len(whole)
+with open(log, "a") as f:
+    for k in range(done, n): f.write(json.dumps([name, k, batch])+"\\n"); f.flush(); time.sleep(pause)
+if fail: raise ValueError("no such picture")
+(out/"metrics.json").write_text(json.dumps([name, n]))'''
+
+def stub(folder, name='stub'):
+    "A run notebook that writes `n` answers, as slowly, as hungry or as faulty as it is told"
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+    head = 'output = ""\nname = ""\nn = 3\npause = 0.0\nfail = False\nkill = False\neat = 0\nbatch = 16'
+    nb = new_notebook(cells=[new_code_cell(head, metadata=dict(tags=['parameters'])), new_code_cell(STUB)],
+                      metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))
+    nbformat.write(nb, folder/f'{name}.ipynb'); return folder/f'{name}.ipynb'
+
+def job(tmp_path, name, after=(), notebook=None, **parameters):
+    folder = tmp_path/'out'/name; limits = {k: parameters.pop(k) for k in ('seconds', 'limit', 'memory') if k in parameters}
+    return Job(name, notebook or stub(tmp_path), dict(output=str(folder), name=name, **parameters), folder,
+               outputs=[folder/'metrics.json'], after=tuple(after), **limits)
+
+def by_state(results): return {r.job.name: r.state for r in results}
+
+def kernels(tmp_path):
+    "Processes that have to do with a folder"
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.pid != os.getpid() and str(tmp_path) in ' '.join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE: found.append(p)
+        except psutil.Error: pass   # gone meanwhile
+    return found
+
+def test_order_failures_and_a_second_run(tmp_path):
+    "What comes after a failed job is not run, all else is; the second run does what is missing, in no time"
+    jobs = [job(tmp_path, 'b', ['a']), job(tmp_path, 'a'), job(tmp_path, 'bad', fail=True), job(tmp_path, 'c', ['bad']), job(tmp_path, 'd', ['c'])]
+    told = []; results = run_jobs(jobs, 2, tell=lambda r: told.append(len(r)))
+    assert by_state(results) == dict(a='done', b='done', bad='failed', c='not run', d='not run') and told[-1] == 5
+    bad = results[2]; assert 'no such picture' in bad.reason and 'bad.part' in bad.reason and not (tmp_path/'out'/'bad').exists()
+    assert results[3].reason == 'bad: failed' and not list((tmp_path/'out').glob('[ab].part'))
+    start = time.perf_counter(); again = by_state(run_jobs(jobs[:2], 2)); assert set(again.values()) == {'reused'}
+    assert time.perf_counter()-start < 2
+    jobs[1].parameters['n'] = 5; assert by_state(run_jobs(jobs[:2], 2)) == dict(a='done', b='reused')   # changed: done again, its answers kept
+    assert len((tmp_path/'out'/'a'/'answers.jsonl').read_text().splitlines()) == 5
+
+def test_bad_batches_are_refused_before_any_job(tmp_path):
+    a, b = job(tmp_path, 'a', ['b']), job(tmp_path, 'b', ['a'])
+    for jobs, said in (([a, b], 'wait for each other'), ([job(tmp_path, 'x', ['y'])], "comes after 'y'"),
+                       ([job(tmp_path, 'x'), job(tmp_path, 'x')], 'two jobs are called'), ([job(tmp_path, 'x', nn=3)], 'unknown parameter .nn.')):
+        with pytest.raises(FadaError, match=said): run_jobs(jobs)
+    assert not (tmp_path/'out').exists()
+
+def test_limits_of_time_and_memory(tmp_path):
+    "A job that hangs and one that eats memory end with the reason; the next is not kept waiting; nothing is left running"
+    jobs = [job(tmp_path, 'slow', pause=60., seconds=6), job(tmp_path, 'hungry', eat=700, limit=600 << 20), job(tmp_path, 'good')]
+    r = {x.job.name: x for x in run_jobs(jobs, 2)}
+    assert 'longer than 6 s' in r['slow'].reason and 'GiB of main memory' in r['hungry'].reason and r['good'].state == 'done'
+    time.sleep(1.5); assert not kernels(tmp_path)
+
+def test_a_killed_kernel_gets_half_the_batch(tmp_path):
+    "Exit 138 is what a machine out of memory looks like: once more at half, and the record says so"
+    r = run_jobs([job(tmp_path, 'a', kill=True)])[0]
+    assert r.state == 'done' and r.retried and json.loads((tmp_path/'out'/'a'/'answers.jsonl').read_text().splitlines()[0])[2] == 8
+    assert json.loads((tmp_path/'out'/'a'/'done.json').read_text())['retried']
+    r = run_jobs([job(tmp_path, 'b', kill=True, batch=64)])[0]; assert r.state == 'failed' and '(exit 138' in r.reason and r.retried
+
+def test_memory_decides_how_many_run_together(tmp_path):
+    "Two of 3 GiB do not go into 5; one of 6 never will"
+    jobs = [job(tmp_path, k, memory=m << 30, pause=.4) for k, m in dict(a=3, b=3, c=6, d=1).items()]
+    r = {x.job.name: x for x in run_jobs(jobs, 4, memory=5 << 30)}
+    span = lambda k: (r[k].started, r[k].started+r[k].seconds); (a0, a1), (b0, b1) = span('a'), span('b')
+    assert a1 <= b0+.1 or b1 <= a0+.1
+    assert r['c'].state == 'not run' and '6.0 GiB' in r['c'].reason and r['d'].state == 'done'
+
+DRIVER = '''import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_batch import job, by_state
+from fada.batch import run_jobs
+d = Path(sys.argv[1]); jobs = [job(d, f"j{k}", [f"j{k-2}"] if k > 1 else (), d/"stub.ipynb", n=12, pause=.05) for k in range(4)]
+print(json.dumps(by_state(run_jobs(jobs, 2))))'''
+
+def drive(tmp_path, **kw):
+    return subprocess.Popen([sys.executable, '-c', DRIVER, str(tmp_path), str(Path(__file__).parent)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True, **kw)
+
+@pytest.mark.fault
+@pytest.mark.parametrize('seed', range(6))
+def test_killed_anywhere_and_run_again(tmp_path, seed):
+    "SIGKILL the whole batch, the process of a notebook or its kernel, at a random moment: the next run ends as an unbroken one"
+    rng = random.Random(seed); stub(tmp_path); p = drive(tmp_path); time.sleep(rng.uniform(1, 7))
+    victim = rng.choice(['batch', 'notebook', 'kernel']); children = psutil.Process(p.pid).children(recursive=True)
+    of = dict(batch=[p], notebook=[c for c in children if 'fada.batch' in c.cmdline()], kernel=[c for c in children if 'ipykernel_launcher' in c.cmdline()])
+    for v in of[victim][:1]:
+        try: v.kill()
+        except psutil.NoSuchProcess: pass   # it had just ended
+    out, err = p.communicate(timeout=120)
+    if victim == 'batch':   # its children notice
+        gone, alive = psutil.wait_procs(children, timeout=10); assert not alive
+    r = drive(tmp_path); out, err = r.communicate(timeout=180); assert r.returncode == 0, err
+    assert set(json.loads(out).values()) <= {'done', 'reused'}
+    for k in range(4):
+        rows = [json.loads(l) for l in (tmp_path/'out'/f'j{k}'/'answers.jsonl').read_text().splitlines()]
+        assert [x[:2] for x in rows] == [[f'j{k}', i] for i in range(12)]
+    assert not list((tmp_path/'out').glob('*.part')); time.sleep(1); assert not kernels(tmp_path)
+
+@pytest.mark.fault
+def test_a_full_disk_fails_the_job_and_loses_nothing(tmp_path):
+    "A small file system runs full: the job says so, and is finished when there is room"
+    disk = tmp_path/'disk'; disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(disk)], capture_output=True).returncode: pytest.skip('no right to mount')
+    try:
+        (disk/'filler').write_bytes(b'x'*270_000); nb = stub(tmp_path)
+        j = job(disk, 'a', notebook=nb, n=4000); r = run_jobs([j])[0]
+        assert r.state == 'failed' and ('No space left' in r.reason or 'Errno 28' in r.reason)
+        (disk/'filler').unlink(); assert run_jobs([j])[0].state == 'done'
+        rows = [json.loads(l) for l in (disk/'out'/'a'/'answers.jsonl').read_text().splitlines()]; assert [x[1] for x in rows] == list(range(4000))
+    finally: subprocess.run(['umount', str(disk)], check=True)
+
+# ---- other machines
+
+@pytest.fixture
+def cluster(tmp_path):
+    "A Dask scheduler and two workers, each a process of its own, joined by address"
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parent)); procs, name = [], tmp_path/'scheduler.json'
+    start = lambda *words: procs.append(subprocess.Popen([sys.executable, '-m', *words], env=env, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                                         stderr=subprocess.DEVNULL, start_new_session=True)) or procs[-1]
+    start('distributed.cli.dask_scheduler', '--host', '127.0.0.1', '--port', '0', '--dashboard-address', ':0', '--scheduler-file', str(name))
+    workers = [start('distributed.cli.dask_worker', '--scheduler-file', str(name), '--nthreads', '1', '--no-nanny', '--name', f'w{k}',
+                     '--local-directory', str(tmp_path/f'w{k}'), '--no-dashboard') for k in range(2)]
+    for _ in range(600):
+        if name.exists(): break
+        time.sleep(.1)
+    address = json.loads(name.read_text())['address']
+    from distributed import Client
+    with Client(address, set_as_default=False) as c: c.wait_for_workers(2, timeout=60)
+    yield address, workers, procs
+    for p in procs:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL); p.wait()
+
+@pytest.mark.fault
+def test_a_worker_taken_away_and_its_jobs_run_elsewhere(tmp_path, cluster):
+    from fada.cluster import joined
+    address, workers, procs = cluster; nb = stub(tmp_path); said = []
+    jobs = [job(tmp_path, f'j{k}', notebook=nb, n=60, pause=.05) for k in range(4)]
+    def take_away(results):
+        if len(results) == 1: os.killpg(workers[0].pid, signal.SIGKILL)
+    with joined(address, said.append) as (slots, executor, memory):
+        assert slots == 2 and memory > 0 and 'dashboard' in said[0]
+        results = run_jobs(jobs, slots, executor=executor, tell=take_away)
+    assert by_state(results) == {f'j{k}': 'done' for k in range(4)}
+    for k in range(4):
+        rows = [json.loads(l)[1] for l in (tmp_path/'out'/f'j{k}'/'answers.jsonl').read_text().splitlines()]; assert rows == list(range(60))
+
+@pytest.mark.fault
+def test_a_cluster_that_cannot_be_used_is_named(tmp_path, cluster, monkeypatch):
+    from fada import cluster as c
+    with pytest.raises(FadaError, match='does not answer'):
+        with c.joined('tcp://127.0.0.1:9', timeout=1): pass
+    stamp = c._stamp; monkeypatch.setattr(c, '_stamp', lambda: ('0.0.0', 'other'))
+    monkeypatch.setattr('distributed.Client.run', lambda self, f: {'w': stamp()})
+    with pytest.raises(FadaError, match='another version of FADA'):
+        with c.joined(cluster[0], lambda line: None): pass
+
+# ---- from a grid file
+
+def test_grid_by_command(tmp_path, root, small_data):
+    "Two trainings and what comes after them; the second run does nothing; a dry run starts nothing; a bad grid is one sentence"
+    grid = tmp_path/'night.toml'; out = tmp_path/'o'
+    grid.write_text(f'categories = ["Femur"]\ndata = "{small_data}"\ntasks = ["baseline", "train", "evaluate"]\n'
+                    '[parameters.train]\nsteps = 2\nbatch = 4\nimages = 6\n[parameters.evaluate]\nimages = 3\ncontrol_images = 2\n')
+    fada = lambda *w: subprocess.run([sys.executable, '-m', 'fada.cli', 'batch', str(grid), '--out', str(out), '--quiet', *w], cwd=root,
+                                     capture_output=True, text=True)
+    plan = json.loads(fada('--dry-run', '--json').stdout); assert [p['state'] for p in plan] == ['to do']*3 and all(p['memory_gib'] > .5 for p in plan)
+    assert not out.exists()
+    r = fada('--json'); assert r.returncode == 0, r.stderr; about = json.loads(r.stdout)
+    assert about['states'] == dict(done=3) and (out/'batch.png').stat().st_size > 5000 and json.loads((out/'batch.json').read_text())['jobs'] == 3
+    start = time.perf_counter(); again = json.loads(fada('--json').stdout); assert again['states'] == dict(reused=3) and time.perf_counter()-start < 30
+    assert json.loads((out/'evaluate-blip2-nano-Femur-fp32-0'/'metrics.json').read_text())['images'] == 3
+    grid.write_text('modles = ["x"]'); r = fada(); assert r.returncode == 1 and 'did you mean models' in r.stderr and 'Traceback' not in r.stderr
