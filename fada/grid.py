@@ -173,17 +173,16 @@ def run_grid(
     say=lambda line: print(line, file=sys.stderr, flush=True),
 )->dict:                     # counts by state, jobs, seconds, report
     "Run what is missing or changed of a grid; `FadaError` before any job starts for whatever can be told then"
-    from fada.checkpoints import resolve_device
-    from fada.plan import parse_size
+    from fada.memory import parse_size
     g = read_grid(path); s = load_settings(data=g.data); out = writable_folder(folder or s.output/g.name)
-    jobs = chosen(grid_jobs(g, out), only); device = resolve_device(s.device); plan_jobs(jobs, device); start = time.perf_counter()
-    _data_there(g, jobs)
+    jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter()
     if force: _forget(jobs)
+    memory = _plan_missing(g, jobs, s.device)
     stop = out.resolve()/'.stop'; stop.unlink(missing_ok=True)
     for j in jobs:
         j.stop,j.seconds = stop,3600*g.limits.get('hours', 0)
         j.limit = parse_size(g.limits['job_memory'], 'job_memory') if 'job_memory' in g.limits else 0
-    memory = parse_size(g.limits['memory'], 'memory') if 'memory' in g.limits else machine_memory(device)
+    if 'memory' in g.limits: memory = parse_size(g.limits['memory'], 'memory')
     run = lambda slots, executor=None, memory=memory: heartbeat(
         lambda: run_jobs(jobs, slots, say, memory, executor, lambda r: _note(out, g, r, jobs, start)), jobs, say)
     if not scheduler: results = run(g.limits.get('slots', s.jobs))
@@ -192,10 +191,16 @@ def run_grid(
         with joined(scheduler, say) as (slots, executor, there): results = run(slots, executor, there)
     return _note(out, g, {r.job.name: r for r in results}, jobs, start, figure=True)
 
-def _data_there(g, jobs):
-    "Prove that the question table is there and has the categories, once for the whole grid"
+def _plan_missing(g, jobs, device)->int:
+    """Plan the jobs that are to be done and prove that the question table has their categories, once for the whole grid; returns
+    the memory they may take together. Where all is done nothing heavy is imported: a second run is over in seconds."""
+    jobs = [j for j in jobs if not j.done()]
+    if not jobs: return 0
+    from fada.checkpoints import resolve_device
     from fada.data import load_table
+    device = resolve_device(device); plan_jobs(jobs, device)
     load_table(g.data, tuple(sorted({j.parameters['categories'] for j in jobs} - {'all'})) or ('all',))
+    return machine_memory(device)
 
 # %% ../nbs/13c_grid.ipynb #2d8b370a
 def _note(out, g, results, jobs, start, figure=False)->dict:
