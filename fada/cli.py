@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'data_app', 'Folder',
            'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config', 'Side', 'main', 'demo',
-           'phantom', 'prepare', 'train', 'evaluate', 'batch', 'compare', 'ask', 'biometry', 'data_check',
-           'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
-           'measure', 'doctor']
+           'phantom', 'prepare', 'train', 'evaluate', 'batch', 'compare', 'ask', 'serve', 'web_app', 'biometry',
+           'data_check', 'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test',
+           'show', 'plan', 'measure', 'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -273,6 +273,43 @@ def _report(answers, writer, s)->dict:
     good = [a for a in answers if a.question_id and not a.error]
     r = write_report({a.question_id: f for a in good if (f := reading(a.question_id, a.text))}, model)
     return dict(asdict(r), accepted=r.accepted)
+
+# %% ../nbs/16_cli.ipynb #5000449b
+@app.command()
+def serve(
+    port:Annotated[int, typer.Option(help='Port on 127.0.0.1.')]=8750,
+    model:Model=None, precision:Precision=None, device:Device=None, quiet:Quiet=False,
+):
+    """Hold the model for panels, pages and scripts on this machine: a small HTTP interface, OpenAI's protocol among it.
+    The token is FADA_TOKEN of the environment, else a new one, which is printed.
+
+    Example: fada serve --port 8750"""
+    s = _settings(quiet, model=model, precision=precision, device=device)
+    import secrets
+    from fada.models import model_spec
+    from fada.serve import supervise
+    model_spec(s.model); given = os.environ.get('FADA_TOKEN'); token = given or secrets.token_urlsafe(24)
+    print(f'http://127.0.0.1:{port}'+('' if given else f'  FADA_TOKEN={token}')+f'\n{NOTICE}', flush=True)
+    raise typer.Exit(supervise(port, token, [f'model={s.model}', f'precision={s.precision}', f'device={s.device}']))
+
+# %% ../nbs/16_cli.ipynb #3dd1be8e
+@app.command('app')
+def web_app(
+    port:Annotated[int, typer.Option(help='Port of the page on 127.0.0.1; the model takes the next one.')]=8866,
+    browser:Annotated[bool, typer.Option(help='Open the browser.')]=True,
+    idle:Annotated[int, typer.Option(help='Seconds after which a page that does nothing is ended.')]=600,
+    model:Model=None, precision:Precision=None, device:Device=None, quiet:Quiet=False,
+):
+    """The ask panel as a web page on this machine: starts model and page, stops both at Ctrl-C.
+
+    Example: fada app"""
+    s = _settings(quiet, model=model, precision=precision, device=device)
+    from fada.app import run_app
+    from fada.batch import run_notebooks
+    from fada.models import model_spec
+    model_spec(s.model)
+    run_app(run_notebooks().parent/'app'/'ask.ipynb', port, browser, idle=idle,
+            args=['--model', s.model, '--precision', s.precision, '--device', s.device])
 
 # %% ../nbs/16_cli.ipynb #7c8372c0
 @app.command()
