@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARE_FROM', 'MOST_ROWS', 'Prefix', 'read_prefix', 'no_prefix', 'left_padded', 'right_padded', 'Words', 'capped',
-           'end_ids', 'processors_of', 'attend', 'attending', 'weights_of', 'Slots', 'Steps', 'finish', 'Rows', 'Pairs',
-           'Costs', 'costs_of', 'free_budget', 'parts_of', 'out_of_memory', 'in_parts', 'release']
+           'end_ids', 'processors_of', 'attend', 'attending', 'weights_of', 'Slots', 'Steps', 'finish', 'one_copy',
+           'Rows', 'Pairs', 'Costs', 'costs_of', 'free_budget', 'parts_of', 'out_of_memory', 'in_parts', 'release']
 
 # %% ../nbs/07f_decode.ipynb #ab29ca6f
 import contextvars, threading
@@ -173,11 +173,17 @@ class Slots:
         return tuple(out)
 
     def fill(self, layers, at):
-        "Begin with copies of a prefix's keys and values, row i from `at[i]`"
-        for i,pair in enumerate(layers):
-            self.layers[i] = tuple(x.new_empty(len(at), x.shape[1], self.size, x.shape[3]) for x in pair)
-            for kept,x in zip(self.layers[i], pair): kept[:,:,:x.shape[2]] = x[at]
+        "Begin with copies of a prefix's keys and values, row i from `at[i]`; they are taken out of `layers` one by one"
         self.end = layers[0][0].shape[2] if layers else 0
+        for i in range(len(layers)):
+            pair = layers.pop(0)
+            self.layers[i] = tuple(x.new_empty(len(at), x.shape[1], self.size, x.shape[3]) for x in pair)
+            for kept,x in zip(self.layers[i], pair): kept[:,:,:self.end] = x[at]
+
+    @property
+    def nbytes(self)->int:
+        "Memory laid out"
+        return sum(k.nbytes+v.nbytes for k,v in self.layers.values())
 
     def keep(self, rows):
         "Keep these rows alone"
@@ -237,6 +243,10 @@ def finish(steps)->list:
 # %% ../nbs/07f_decode.ipynb #579fe0c7
 SHARE_FROM = 128   # prefix tokens from which rows attend to the one copy of it
 
+def one_copy(tokens:int, questions:float)->bool:
+    "Whether `questions` rows a prefix (in the mean) attend to the one copy of its `tokens`, or each gets a copy of its own"
+    return tokens >= SHARE_FROM and questions > 1
+
 class Rows(Steps):
     "Questions about prefixes, answered side by side by a decoder"
     def __init__(self, words:Words, prefix:Prefix,
@@ -255,7 +265,7 @@ class Rows(Steps):
         self.valid = self.place < self.lengths[:,None]; self.valid[:,self.longest:] = True
         self.place[:,self.longest:] += (self.lengths-self.longest)[:,None]
         self.padded = min(lengths) < self.longest or not bool(prefix.valid.all())
-        self.shared = bool(prefix.tokens >= SHARE_FROM and len(set(at)) < len(at) if share is None else share)
+        self.shared = one_copy(prefix.tokens, len(at)/len(set(at))) if share is None else share
         self.slots = Slots(size if self.shared else prefix.tokens+size, prefix.tokens if self.shared else 0)
         if self.shared: self.group()
         else: self.slots.fill(prefix.layers, self.at)

@@ -13,7 +13,7 @@ import importlib, logging, os, platform, re, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from .settings import FadaError, Settings, load_settings, writable_folder
-from .registry import ASSETS, model_spec
+from .registry import model_spec
 
 # %% ../nbs/06b_doctor.ipynb #9a22a097
 STATES = ('ok', 'warns', 'fails')
@@ -31,9 +31,17 @@ class Finding:
         text = f'{self.check:13} {self.state:5}  {self.found}'+(f'; {self.remedy}' if self.remedy else '')
         return ' '.join(text.splitlines())
 
-def ok(check, found): return Finding(check, 'ok', found)
-def warns(check, found, remedy): return Finding(check, 'warns', found, remedy)
-def fails(check, found, remedy): return Finding(check, 'fails', found, remedy)
+def ok(check, found)->Finding:
+    "It is as it should be"
+    return Finding(check, 'ok', found)
+
+def warns(check, found, remedy)->Finding:
+    "The main job runs, something else does not"
+    return Finding(check, 'warns', found, remedy)
+
+def fails(check, found, remedy)->Finding:
+    "The main job could not run"
+    return Finding(check, 'fails', found, remedy)
 
 # %% ../nbs/06b_doctor.ipynb #a56712ec
 PYTHONS = ((3,11), (3,13))

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from .settings import FadaError, environment, now, read_json, write_atomic
 from .registry import ASSETS, MODELS, PUBLISHED, TILED, ModelSpec, count_parameters, dossier, part_of, skeleton
-from .checkpoints import (access, check_checkpoint, estimate_bytes, ledger, locate, record, weights_bytes)
+from .checkpoints import access, check_checkpoint, estimate_bytes, held_bytes, ledger, locate, record
 from .memory import in_mib, peak_bytes
 
 # %% ../nbs/09a_trial.ipynb #fb9f2b03
@@ -49,7 +49,7 @@ def try_model(
     from fada.vlm import load
     start = time.perf_counter()
     vlm = load(name, weights=weights, precision=precision, device=device, max_new_tokens=16)
-    out = dict(load_seconds=round(time.perf_counter()-start, 2), weights_bytes=sum(map(weights_bytes, vlm.cores)))
+    out = dict(load_seconds=round(time.perf_counter()-start, 2), weights_bytes=sum(map(held_bytes, vlm.cores)))
     (image,said),asked = _answers(vlm),time.perf_counter()-start-out['load_seconds']
     out.update(answer=True, answers=said, seconds_per_question=round(asked/len(said), 4))
     if 'attention' in vlm.spec.capabilities:

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PROMPT_VERSION', 'LIMITS', 'build_prompt', 'Request', 'Answer', 'VLM', 'engine', 'no_engine', 'other_engine', 'load',
            'adapter_digest', 'attach', 'merge', 'image_hash', 'pixel_values', 'project', 'bridge', 'encode',
-           'check_room', 'begin_features', 'wording', 'reference_said', 'reference_answers']
+           'check_room', 'begin_features', 'wording', 'in_batches', 'reference_said', 'reference_answers']
 
 # %% ../nbs/07_vlm.ipynb #97c3e99e
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -62,6 +64,7 @@ class Answer:
     def _repr_markdown_(self): return f'**{self.question}** {self.error or self.text}'
 
 # %% ../nbs/07_vlm.ipynb #a63db0a3
+_IMAGE_WORDS = ('image_token', 'boi_token', 'fake_image_token', 'start_image_token', 'end_image_token', 'video_token')
 # a number, and a choice from few words, are short; lists and sentences take what `max_new_tokens` allows
 LIMITS = {5: 24, 6: 32, 7: 32}
 
@@ -70,6 +73,7 @@ class VLM:
     trains_on = 'features'  # what training computes once per image and keeps: features of the vision tower
     loss = None             # families whose loss differs from a BLIP-2 decoder's bring their own
     paid = False            # whether a question may cost money
+    shares_prefix = True    # whether questions of an image share what the language model keeps of it
     kept = ()               # special tokens that belong to an answer, ids
     limits = LIMITS         # tokens of an answer by question, where fewer than `max_new_tokens`
     store = None            # folder in which features are kept; None: in memory alone
@@ -90,6 +94,14 @@ class VLM:
     def cores(self)->list:
         "The networks that this process holds for it"
         return [] if self.core is None else [self.core]
+
+    @cached_property
+    def image_words(self)->frozenset:
+        "Texts that stand for an image, or for its borders, in what the model reads"
+        if self.core is None: return frozenset()
+        p = self.processor; tok = getattr(p, 'tokenizer', p); i = getattr(self.core.config, 'image_token_id', None)
+        found = {getattr(p, n, None) for n in _IMAGE_WORDS} | {tok.convert_ids_to_tokens(i) if i is not None else None}
+        return frozenset(str(w) for w in found if w)
 
     def identity(self)->dict:
         "What decides an answer besides pixels and question"
@@ -332,6 +344,8 @@ def _prepare(vlm, request):
     for q in request.questions:
         i = question_id(q)
         text = QUESTIONS[i].text if i else str(q)
+        for word in vlm.image_words:
+            if word in text: raise FadaError(f'an image token in a question: {word}', text[-60:], 'words', 'leave the token out')
         texts.append((i, text, build_prompt(vlm.spec, text)))
     if not texts: raise FadaError('no question', '', 'at least one', '')
     return texts
@@ -390,7 +404,13 @@ def said(self:VLM, seen, at, prompts, most=None)->list:
 def reply(self:VLM, seen, at, prompts, most=None)->list:
     "Greedy replies to `prompts`, each about `seen[at[i]]`: list of (text, tokens, confidence)"
     tok,kept = getattr(self.processor, 'tokenizer', self.processor),self.kept
-    return [wording(tok, *s, kept) for s in self.said(seen, at, prompts, most)]
+    worded = [wording(tok, *s, kept) for s in self.said(seen, at, prompts, most)]
+    return [(self.in_words(text, p, seen[n]), *more) for (text,*more),p,n in zip(worded, prompts, at)]
+
+@patch
+def in_words(self:VLM, text:str, prompt:str, seen)->str:
+    "An answer's text as a person reads it; `seen` as `see` gave it"
+    return text
 
 # %% ../nbs/07_vlm.ipynb #82126b9e
 @patch
@@ -400,11 +420,12 @@ def answer(
     batch_images:int=16,    # images whose questions go through together
 ):                          # iterator of Answer, in the order asked
     "Answer every question of every request; what fails becomes an Answer with `error` and `stage`"
-    batch = []
-    for r in requests:
-        batch.append(r)
-        if len(batch) == batch_images: yield from _answer_batch(self, batch); batch = []
-    if batch: yield from _answer_batch(self, batch)
+    return in_batches(requests, batch_images, lambda batch: _answer_batch(self, batch))
+
+def in_batches(items, n:int, work):
+    "What `work` gives for `n` of `items` at a time, in order; the next are taken when those before are done"
+    items = iter(items)
+    while batch := list(islice(items, n)): yield from work(batch)
 
 # %% ../nbs/07_vlm.ipynb #78f10d63
 def _answer_batch(vlm, batch):
