@@ -67,7 +67,7 @@ class AskPanel:
                                    description='question', layout=w.Layout(width='480px'))
         self.ask = w.Button(description='Ask', button_style='primary')
         self.eight = w.Button(description='All eight questions', layout=w.Layout(width='170px'))
-        self.stop = w.Button(description='Stop', disabled=True); self.stream = self.thread = None
+        self.stop = w.Button(description='Stop', disabled=True); self.stream = self.thread = None; self.stopped = False
         self.state = w.HTML()
         self.answers = w.HTML()
         self.picture = w.Image(format='png', width=320)
@@ -126,12 +126,13 @@ REDRAW = .1   # seconds between two drawings of answers that grow
 @patch
 def run(self:AskPanel, questions):
     "Ask `questions` of the image in view, beside the kernel's own thread: answers grow while they are decoded"
-    self.cancel(); self.wait(); self._busy(True); self.say('thinking …')
+    self.cancel(); self.wait(); self.stopped = False; self._busy(True); self.say('thinking …'); self.answers.value = ''
     self.thread = threading.Thread(target=self._ask, args=(list(questions),), daemon=True); self.thread.start()
 
 @patch
 def cancel(self:AskPanel):
-    "Stop before the next token"
+    "Stop before the next token, or before the first"
+    self.stopped = True
     if self.stream: self.stream.cancel()
 
 @patch
@@ -142,6 +143,7 @@ def wait(self:AskPanel):
 @patch
 def _busy(self:AskPanel, busy:bool): self.ask.disabled,self.eight.disabled,self.stop.disabled = busy,busy,not busy
 
+# %% ../nbs/15_ask.ipynb #075098bc
 @patch
 def _ask(self:AskPanel, questions):
     "Answer, draw the map of the last answer, and say how it went"
@@ -159,10 +161,12 @@ def _answers(self:AskPanel, questions)->list:
     "Answers of the model, shown while they grow where it streams"
     if self.vlm.core is None: return self.vlm.ask(self.image, questions)
     self.stream = self.vlm.stream(self.image, questions); shown = 0.
+    if self.stopped: self.stream.cancel()
     for _ in self.stream:
         if time.monotonic()-shown > REDRAW: self.table(self.stream.answers); shown = time.monotonic()
     return self.stream.answers
 
+# %% ../nbs/15_ask.ipynb #e2948ada
 @patch
 def table(self:AskPanel, answers):
     "Show answers, all text escaped"

@@ -124,6 +124,7 @@ class Stream:
         "Stop before the next token; may be called from another thread"
         self._stop = True
 
+# %% ../nbs/07g_choices.ipynb #81d2d9ab
 @patch
 def __iter__(self:Stream):
     import time, torch

@@ -233,6 +233,7 @@ class Steps:
         if self.history is not None: self.history = self.history[on]
         self.keep(on)
 
+# %% ../nbs/07f_decode.ipynb #2a95b117
 def finish(steps)->list:
     "All answers of rows: (token ids, log-probabilities) each"
     out = [([], []) for _ in steps.rows]

@@ -134,6 +134,7 @@ def check_free(s:Settings)->Finding:
                      else f'run `fada plan {s.model}` for what would fit')
     return ok('memory', said)
 
+# %% ../nbs/06b_doctor.ipynb #c6d38fc9
 def _lacks(spec, s)->str:
     "What stands between a row and an answer, each part of an ensemble for itself; '' where nothing is known to"
     from fada.checkpoints import check_checkpoint, locate
@@ -204,6 +205,7 @@ def check_bitsandbytes(s:Settings|None=None)->Finding:
     said = f"off by {100*off['int8']:.1f} % and {100*off['nf4']:.1f} %"
     return ok('bitsandbytes', f'int8 and nf4 work on {device} ({said})')
 
+# %% ../nbs/06b_doctor.ipynb #6dda13cb
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome', 'msedge')
 
 def check_browser()->Finding:

@@ -176,6 +176,7 @@ def _joined(self:Ensemble, r:Request, q, parts)->Answer:
     if attempt: out.more.update(attempt=attempt, added=extra)
     return out
 
+# %% ../nbs/07e_ensemble.ipynb #8d7b6529
 @patch
 def answer(
     self:Ensemble,

@@ -130,6 +130,7 @@ def attention_layers(core, caught)->list:
     names = {id(m): n for n,m in core.named_modules()}
     return [(names[id(m)], _weighted(w).cpu()) for m,w in caught if part_of(names[id(m)]) != 'vision_model']
 
+# %% ../nbs/07a_families.ipynb #908ab6f0
 def through_qformer(layers, queries:int, patches:int):
     "Relevancy of patches for each query: queries × patches, from the Q-Former's layers"
     import torch
@@ -183,6 +184,7 @@ def qformer_maps(vlm, image, prompt, ids):
     side = round((patches.shape[1]-1)**.5)
     return torch.stack(maps)[:,1:].reshape(-1, side, side).numpy()   # the class token, first, is no place
 
+# %% ../nbs/07a_families.ipynb #9d271c9f
 @patch
 def token_maps(self:T5VLM, image, prompt, ids):
     "Relevancy of image patches for each answer token of `ids`: tokens × rows × columns"
@@ -284,6 +286,7 @@ def adds_special(self:Chat, texts)->bool:
     "Whether the tokenizer is to add its special tokens to rendered texts: not where the template has done so"
     return not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
 
+# %% ../nbs/07a_families.ipynb #81721e5a
 @patch
 def inputs(self:Chat, images, texts, **more):
     """Model inputs of rendered texts, left-padded, on the device; `FadaError` where image tokens are missing
@@ -301,6 +304,7 @@ def inputs(self:Chat, images, texts, **more):
     weight = self.core.get_input_embeddings().weight
     return t.to(weight.device).to(self.core.dtype) if with_images else t.to(weight.device)
 
+# %% ../nbs/07a_families.ipynb #54ffea76
 @patch
 def count_image_tokens(self:Chat, t)->list:
     """Image tokens per row; `FadaError` where a row has none, or fewer than its tiles stand for: an answer without the
@@ -400,6 +404,7 @@ def begin(self:Chat, seen, at, prompts, most):
     check_room(self, max(map(len, ids)), self.core.config.get_text_config())
     return Rows(words, no_prefix(words), [0]*len(at), ids, most)
 
+# %% ../nbs/07a_families.ipynb #32d96b32
 @patch
 def begin_images(self:Chat, images, at, texts, most):
     "Answers about images, before their first step: what stands before and in an image is read once"

@@ -132,6 +132,7 @@ class StandIn:
             t['text_replacement_offsets'] = [[dict(text=self.image_token, replacement=self.expanded)] for _ in texts]
         return BatchFeature(t)
 
+# %% ../nbs/09d_plan.ipynb #5f062bac
 def _pixels(n:int, *shape):
     "`n` pictures, all alike: a slow ramp from dark to bright"
     import torch
@@ -320,6 +321,7 @@ def tokens_held(
 
 _DYNAMIC = {}
 
+# %% ../nbs/09d_plan.ipynb #840ef0c3
 def _parts(spec, config, task, precision, batch, questions, new, rank, side, prompt, device)->tuple:
     "({part: bytes}, weights, FLOP)"
     import torch
@@ -366,6 +368,7 @@ def training_defaults(task:str, batch:int=None, steps:int=None, rank:int=None)->
     own = dict(LORA, batch=LORA['batch'] if task == 'train' else 1)
     return tuple(own[k] if v is None else v for k,v in dict(batch=batch, steps=steps, rank=rank).items())
 
+# %% ../nbs/09d_plan.ipynb #d252b94d
 def this_card()->int:
     "Bytes of the card that is here; 8 GiB where there is none"
     import torch
@@ -562,48 +565,7 @@ def _clock(device)->float:
     if device.startswith('cuda'): torch.cuda.synchronize(device)
     return time.perf_counter()
 
-def measure_model(
-    model:str,                     # registry name
-    task:str='answer', precision:str='fp32', device:str='auto',
-    questions:int=8, batch:int=None, new_tokens:int=48, rank:int=None, side:int=None,
-    weights=None,                  # folder that takes the checkpoint's place
-    random:bool=False,             # random weights of the true shape: nothing is downloaded
-    config=None,                   # config.json of the shape, with `random`
-    keep:bool=True,                # note it in the ledger of this machine, from where plans take the speed
-)->dict:
-    "Run a model for true: load time, seconds a question or step, peak memory, and how far off the plan was"
-    spec = model_spec(model); batch,_,rank = training_defaults(task, batch, 1, rank)
-    _check(spec, task, precision, batch, questions, new_tokens, 1)
-    device = resolve_device(device)
-    shape = config or (Path(weights) if weights and not random else None)
-    p = plan(model, task, precision, gpu=CARDS[0], questions=questions, batch=batch, new_tokens=new_tokens, rank=rank,
-             side=side, config=shape, device=device.split(':')[0], find=False)
-    _quiet(); start = _clock(device)
-    vlm = open_for_measure(spec, precision, device, weights, random, config, new_tokens, side)
-    loaded = _clock(device)-start; stays = held_bytes(vlm.core)
-    with allocator_peak(device) as a:   # the adapter and the optimiser come into being in here
-        work = _learner(vlm, rank) if task == 'train' else partial(run_answer, vlm)
-        work(batch, questions)
-    start = _clock(device); work(batch, questions, **(dict(steps=1) if task == 'train' else {}))
-    seconds = _clock(device)-start       # a run of its own: counting slows a CPU down
-    predicted = p.peak_bytes-p.parts['CUDA context']; peak = a['peak'] or stays+a['bytes']
-    out = dict(model=model, task=task, precision=precision, device=device, machine=_machine(device),
-               random_weights=random, batch=batch, questions=questions, new_tokens=new_tokens,
-               load_seconds=round(loaded, 2), seconds_per_question=seconds/(batch*questions),
-               seconds_per_step=seconds if task == 'train' else None, weights_bytes=stays, peak_bytes=peak, predicted_bytes=predicted, error=predicted/peak-1,
-               activation_bytes=a['bytes'], predicted_activation_bytes=predicted-p.weights_bytes,
-               resident_bytes=resident_bytes(), made=now(),
-               flops_per_second=p.flops/seconds if task == 'train' else None)
-    if keep and not (config or weights): record(model,   # another shape is another model
-                     measured={**ledger(model).get('measured', {}), f'{task} {precision}': out})
-    return out
-
-def _machine(device)->str:
-    import torch
-    if device.startswith('cuda'): return torch.cuda.get_device_name(device)
-    e = environment(); return f"{e['machine']} CPU, {e['cores']} cores"
-
-# %% ../nbs/09d_plan.ipynb #a45f8ba3
+# %% ../nbs/09d_plan.ipynb #f7898c0d
 def measure_model(
     model:str,                     # registry name
     task:str='answer', precision:str='fp32', device:str='auto',

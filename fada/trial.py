@@ -102,6 +102,7 @@ def _parts(spec)->dict:
     for name,shape in tensors.items(): out[part_of(name)] = out.get(part_of(name), 0)+prod(shape)
     return out
 
+# %% ../nbs/09a_trial.ipynb #e6f765bc
 def _access(spec, a)->str:
     "How far this machine is: gate, token, grant, download, test"
     gate = (f'gated (token: {_YES[a["token"]]}, licence accepted and access granted: {_YES[a["granted"]]})'
@@ -121,6 +122,7 @@ def _measured(t:dict)->str:
     return (f'{in_mib(t["weights_bytes"])} of weights, loaded in {t["load_seconds"]:.1f} s, '
             f'{1000*t["seconds_per_question"]:,.0f} ms a question, peak {in_mib(t["peak_bytes"])} on {t["device"]}')
 
+# %% ../nbs/09a_trial.ipynb #c0c0153e
 def dossier_rows(spec:ModelSpec, ask_hub:bool=False)->list:
     "(heading, text) pairs of a model's dossier"
     d,a = dossier(spec),access(spec, ask_hub)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PROMPT_VERSION', 'LIMITS', 'build_prompt', 'Request', 'Answer', 'VLM', 'engine', 'no_engine', 'other_engine', 'load',
            'adapter_digest', 'attach', 'merge', 'image_hash', 'pixel_values', 'project', 'bridge', 'encode',
-           'check_room', 'begin_features', 'wording', 'in_batches', 'reference_said', 'reference_answers']
+           'check_room', 'begin_features', 'wording', 'image_words', 'in_batches', 'reference_said',
+           'reference_answers']
 
 # %% ../nbs/07_vlm.ipynb #97c3e99e
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 import numpy as np
@@ -64,7 +64,6 @@ class Answer:
     def _repr_markdown_(self): return f'**{self.question}** {self.error or self.text}'
 
 # %% ../nbs/07_vlm.ipynb #a63db0a3
-_IMAGE_WORDS = ('image_token', 'boi_token', 'fake_image_token', 'start_image_token', 'end_image_token', 'video_token')
 # a number, and a choice from few words, are short; lists and sentences take what `max_new_tokens` allows
 LIMITS = {5: 24, 6: 32, 7: 32}
 
@@ -94,14 +93,6 @@ class VLM:
     def cores(self)->list:
         "The networks that this process holds for it"
         return [] if self.core is None else [self.core]
-
-    @cached_property
-    def image_words(self)->frozenset:
-        "Texts that stand for an image, or for its borders, in what the model reads"
-        if self.core is None: return frozenset()
-        p = self.processor; tok = getattr(p, 'tokenizer', p); i = getattr(self.core.config, 'image_token_id', None)
-        found = {getattr(p, n, None) for n in _IMAGE_WORDS} | {tok.convert_ids_to_tokens(i) if i is not None else None}
-        return frozenset(str(w) for w in found if w)
 
     def identity(self)->dict:
         "What decides an answer besides pixels and question"
@@ -338,13 +329,22 @@ def wording(tok, ids, logp, kept=())->tuple:
     return tok.decode(words).strip(), [tok.decode([i]) for i in words], float(np.exp(np.mean(logp)))
 
 # %% ../nbs/07_vlm.ipynb #f44c6ce5
+_IMAGE_WORDS = ('image_token', 'boi_token', 'fake_image_token', 'start_image_token', 'end_image_token', 'video_token')
+
+def image_words(vlm)->set:
+    "Texts that stand for an image, or for its borders, in what a model reads"
+    if vlm.core is None: return set()
+    p = vlm.processor; tok = getattr(p, 'tokenizer', p); i = getattr(vlm.core.config, 'image_token_id', None)
+    found = {getattr(p, n, None) for n in _IMAGE_WORDS} | {tok.convert_ids_to_tokens(i) if i is not None else None}
+    return {str(w) for w in found if w}
+
 def _prepare(vlm, request):
-    "(questions as (id, text, prompt), hash) of a request; raises FadaError"
-    texts = []
+    "Questions of a request as (id, text, prompt); raises FadaError"
+    texts,reserved = [],image_words(vlm)
     for q in request.questions:
         i = question_id(q)
         text = QUESTIONS[i].text if i else str(q)
-        for word in vlm.image_words:
+        for word in reserved:
             if word in text: raise FadaError(f'an image token in a question: {word}', text[-60:], 'words', 'leave the token out')
         texts.append((i, text, build_prompt(vlm.spec, text)))
     if not texts: raise FadaError('no question', '', 'at least one', '')
