@@ -140,7 +140,8 @@ def __iter__(self:Stream):
             for n,token,p in new:
                 said[n][0].append(token); said[n][1].append(p); a = self.answers[n]
                 text = wording(tok, *said[n], v.kept)[0]; piece = text[len(a.text):]
-                if piece and not text.endswith('\ufffd'): a.text = text; yield piece if self.one else (n, piece)   # half a letter waits for its other half
+                if not piece or (text.endswith('\ufffd') and n in left): continue   # half a letter waits for its other half
+                a.text = text; yield piece if self.one else (n, piece)
     except GeneratorExit: self._stop = True; raise
     finally:
         for n,(ids,logp) in enumerate(said): self._close(n, ids, logp, seen[0], self._stop and n in left, start)
