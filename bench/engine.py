@@ -116,7 +116,7 @@ def batched(vlm, images, asked, most=16):
 
 def engine_(vlm, images, asked, cached=False, most=16):
     "The engine, nothing kept from before unless `cached`"
-    if not cached: vlm._features.clear()
+    if not cached: vlm._features.clear(); vlm._ids.clear()
     out = []
     for k in range(0, len(images), most):
         part = images[k:k+most]; at = [n for n in range(len(part)) for _ in asked]

@@ -64,6 +64,7 @@ class Answer:
     def _repr_markdown_(self): return f'**{self.question}** {self.error or self.text}'
 
 # %% ../nbs/07_vlm.ipynb #a63db0a3
+_MOST_PROMPTS = 1024   # whose token ids are kept
 # a number, and a choice from few words, are short; lists and sentences take what `max_new_tokens` allows
 LIMITS = {5: 24, 6: 32, 7: 32}
 
@@ -81,7 +82,7 @@ class VLM:
         # base: identity of the weights
         self.spec,self.model,self.processor,self.base = spec,model,processor,base
         self.precision,self.device,self.max_new_tokens,self.adapter = precision,device,max_new_tokens,adapter
-        self._features,self.cache_images = OrderedDict(),64
+        self._features,self.cache_images,self._ids = OrderedDict(),64,{}
         if device == 'cpu': onednn_gains()   # measured now, so that no answer waits for it
 
     @property
@@ -306,11 +307,19 @@ def check_room(vlm, tokens:int, config):
         raise FadaError(f'the question and its answer need {tokens+vlm.max_new_tokens} positions', '',
                         f'at most {room}', 'shorten the question or lower max_new_tokens')
 
+@patch
+def token_ids(self:VLM, prompts)->list:
+    "Token ids of each prompt; the same few questions are asked of every image, so they are kept"
+    new = [p for p in dict.fromkeys(prompts) if p not in self._ids]
+    if len(self._ids)+len(new) > _MOST_PROMPTS: self._ids.clear(); new = list(dict.fromkeys(prompts))
+    if new: self._ids.update(zip(new, self.processor.tokenizer(new)['input_ids']))
+    return [self._ids[p] for p in prompts]
+
 def begin_features(vlm, features, at, prompts, most):
     "Answers to `prompts` about `features[at[i]]` (n × queries × width), before their first step"
     import torch
     tok,core,words = vlm.processor.tokenizer,vlm.core,vlm.words(); lm = core.language_model
-    ids = tok(list(prompts))['input_ids']; device = features.device
+    ids = vlm.token_ids(prompts); device = features.device
     check_room(vlm, features.shape[1]+max(map(len, ids)), core.config.text_config)
     if core.config.text_config.is_encoder_decoder:
         t,valid = right_padded(ids, tok.pad_token_id, device)
