@@ -14,7 +14,7 @@ Writes bench/results/engine-<processor>-<threads>.json unless --quick.
 import argparse, json, os, platform, re, sys, tempfile, time
 from contextlib import contextmanager
 import numpy as np
-from fada.decode import Rows, finish
+from fada.decode import finish
 from fada.memory import peak_bytes
 from pathlib import Path
 from fada.settings import environment, write_json
@@ -260,7 +260,7 @@ def main():
     p.add_argument('--times', type=int, help='runs of each way on the table; default: 5, with --quick 1')
     p.add_argument('--loop-images', type=int, help='images of the table that loop and batched `generate` are timed on; default: all')
     p.add_argument('--out', help='folder of the result; default: bench/results, with --quick none')
-    a = p.parse_args(); found = {}
+    a = p.parse_args(); found = {}; load_before = os.getloadavg() if hasattr(os, 'getloadavg') else None
     for name in a.models.split(','):
         if name not in MODELS: p.error(f'no model {name!r}: one of {", ".join(MODELS)}')
         found[name] = measure(name, a.quick, name == 'nano', a.times, a.loop_images)
@@ -269,7 +269,7 @@ def main():
     ratios = {f'{n}, {k}': f[u]['ratios']['engine'] for n,f in found.items() for k,u in (('one image', 'one_image'), ('table', 'table'))}
     threads = torch.get_num_threads(); machine = f"{processor()}, {environment()['cores']} cores"
     out = dict(ratios=ratios, baseline='one processor call and one `generate` per question, same model, same answers', models=found,
-               threads=threads, versions=environment(), machine=machine)
+               threads=threads, versions=environment(), machine=machine, load_average=[load_before, os.getloadavg()] if load_before else None)
     folder = Path(a.out) if a.out else None if a.quick else Path(__file__).parent/'results'
     if folder:
         folder.mkdir(parents=True, exist_ok=True); name = re.sub(r'\W+', '-', f'engine {machine} {threads} threads').strip('-')

@@ -67,7 +67,8 @@ class AskPanel:
                                    description='question', layout=w.Layout(width='480px'))
         self.ask = w.Button(description='Ask', button_style='primary')
         self.eight = w.Button(description='All eight questions', layout=w.Layout(width='170px'))
-        self.stop = w.Button(description='Stop', disabled=True); self.stream = self.thread = None; self.stopped = False
+        self.stop = w.Button(description='Stop', disabled=True)
+        self.stream,self.thread,self.stopped = None,None,False
         self.state = w.HTML()
         self.answers = w.HTML()
         self.picture = w.Image(format='png', width=320)
@@ -126,7 +127,8 @@ REDRAW = .1   # seconds between two drawings of answers that grow
 @patch
 def run(self:AskPanel, questions):
     "Ask `questions` of the image in view, beside the kernel's own thread: answers grow while they are decoded"
-    self.cancel(); self.wait(); self.stopped = False; self._busy(True); self.say('thinking …'); self.answers.value = ''
+    self.cancel(); self.wait(); self.stopped = False
+    self._busy(True); self.say('thinking …'); self.answers.value = ''
     self.thread = threading.Thread(target=self._ask, args=(list(questions),), daemon=True); self.thread.start()
 
 @patch
@@ -152,7 +154,8 @@ def _ask(self:AskPanel, questions):
         wrong = [a.error for a in answers if a.error]
         said = 'done' if not wrong else 'stopped' if set(wrong) == {'cancelled'} else 'failed: see below'
         if self.attention and not answers[-1].error and answers[-1].text: self.draw_map(answers[-1])
-    except (FadaError, RuntimeError) as e: said = f'not done: {e}'   # a service that refuses, memory that is short, no map
+    # a service that refuses, memory that is short, no map
+    except (FadaError, RuntimeError) as e: said = f'not done: {e}'
     finally: self.stream = None; self._busy(False)
     self.say(said)
 
@@ -175,8 +178,9 @@ def table(self:AskPanel, answers):
         said = f'<b>{html.escape(a.text)}</b>' if a.text else ''
         doubt = f'<small>({html.escape(", ".join(a.flags))})</small>' if a.flags else ''
         sure = '' if a.confidence is None else f'{a.confidence:.2f}'
-        return (f'<tr><td>{html.escape(a.question)}</td><td>{" ".join(filter(None, (said, doubt, error)))}</td><td>{sure}</td>'
-                f'<td>{html.escape(self.reference.get(a.question_id, ""))}</td></tr>')
+        cells = (html.escape(a.question), ' '.join(filter(None, (said, doubt, error))), sure,
+                 html.escape(self.reference.get(a.question_id, '')))
+        return '<tr>'+''.join(f'<td>{c}</td>' for c in cells)+'</tr>'
     self.answers.value = ('<table><tr><th>question</th><th>answer</th><th>confidence</th>'
                           '<th>reference, where known</th></tr>'+''.join(map(row, answers))+'</table>')
 

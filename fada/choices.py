@@ -112,7 +112,8 @@ class Stream:
                  questions):   # one: iterating gives pieces; a list: (number of the question, piece)
         if vlm.core is None: raise FadaError(f'{vlm.spec.name} does not stream', '', 'a model that runs here', 'see `fada models`')
         self.vlm,self.image,self.one,self._stop = vlm,image,isinstance(questions, (str, int)),False
-        self.asked = _prepare(vlm, Request(image, [questions] if self.one else list(questions))); sha = image_hash(image)
+        self.asked = _prepare(vlm, Request(image, [questions] if self.one else list(questions)))
+        sha = image_hash(image)
         self.answers = [Answer(text, question_id=i, pixels_sha256=sha) for i,text,_ in self.asked]
 
     @property
@@ -152,7 +153,9 @@ def _close(self:Stream, n, ids, logp, seen, cut, start):
     "Word an answer that has ended, or was stopped"
     import time
     a,v = self.answers[n],self.vlm; tok = getattr(v.processor, 'tokenizer', v.processor)
-    if ids: text,a.tokens,a.confidence = wording(tok, ids, logp, v.kept); a.text = v.in_words(text, self.asked[n][2], seen)
+    if ids:
+        text,a.tokens,a.confidence = wording(tok, ids, logp, v.kept)
+        a.text = v.in_words(text, self.asked[n][2], seen)
     if cut: a.error,a.stage = 'cancelled','generate'
     elif ids: a.flags = guard(a.text, a.question)
     a.seconds = (time.perf_counter()-start)/len(self.answers)

@@ -174,7 +174,7 @@ class Slots:
         return tuple(out)
 
     def fill(self, layers, at):
-        "Begin with copies of a prefix's keys and values, row i from `at[i]`; they are taken out of `layers` one by one"
+        "Begin with copies of a prefix's keys and values, row i from `at[i]`; taken out of `layers` one by one"
         self.end = layers[0][0].shape[2] if layers else 0
         for i in range(len(layers)):
             pair = layers.pop(0)
@@ -217,10 +217,12 @@ class Steps:
         "The next token of every row that goes on: (row, token id, log-probability)"
         import torch
         with torch.inference_mode():
-            logits = self.logits().float(); best = logits
-            for p in self.processors: best = p(self.history, best)
-            best = best.argmax(-1); logp = logits.gather(1, best[:,None])[:,0]-logits.logsumexp(-1)
-            self.last = best[:,None]; self.said += 1
+            logits = self.logits().float(); top,best = logits.max(-1)
+            if self.processors:
+                ruled = logits
+                for p in self.processors: ruled = p(self.history, ruled)
+                best = ruled.argmax(-1); top = logits.gather(1, best[:,None])[:,0]
+            logp = top-logits.logsumexp(-1); self.last = best[:,None]; self.said += 1
             if self.processors: self.history = torch.cat([self.history, self.last], 1)
             out = [(r, t, p) for r,t,p in zip(self.rows, best.tolist(), logp.tolist()) if r is not None]
             ended = {r for r,t,_ in out if t in self.words.ends or self.said >= self.most[r]}
@@ -251,7 +253,7 @@ def finish(steps)->list:
 SHARE_FROM = 128   # prefix tokens from which rows attend to the one copy of it
 
 def one_copy(tokens:int, questions:float)->bool:
-    "Whether `questions` rows a prefix (in the mean) attend to the one copy of its `tokens`, or each gets a copy of its own"
+    "Whether the rows of a prefix (`questions` in the mean) attend to the one copy of it, or each to its own"
     return tokens >= SHARE_FROM and questions > 1
 
 class Rows(Steps):
@@ -273,7 +275,8 @@ class Rows(Steps):
         self.place[:,self.longest:] += (self.lengths-self.longest)[:,None]
         self.padded = min(lengths) < self.longest or not bool(prefix.valid.all())
         self.shared = one_copy(prefix.tokens, len(at)/len(set(at))) if share is None else share
-        self.slots = Slots(size if self.shared else prefix.tokens+size, prefix.tokens if self.shared else 0); self.hidden = None
+        self.slots = Slots(size if self.shared else prefix.tokens+size, prefix.tokens if self.shared else 0)
+        self.hidden = None
         if self.shared: self.group()
         else: self.slots.fill(prefix.layers, self.at)
         if self.processors: self.history = left_padded([[*(heads[n] if heads else []), *t] for n,t in zip(at, tails)], words.pad, **on)[0]
@@ -347,7 +350,8 @@ def added(self:Rows, ok):
 def behind(self:Rows):
     "Padding that no later token sees: rows × 1 × 1 × (prefix + slots), laid out once"
     import torch
-    if self.hidden is None: self.hidden = self.added(torch.cat([self.prefix.valid[self.at], self.valid], 1))[:,None,None]
+    if self.hidden is None:
+        self.hidden = self.added(torch.cat([self.prefix.valid[self.at], self.valid], 1))[:,None,None]
     return self.hidden
 
 @patch

@@ -29,7 +29,7 @@ class _Fused(TorchFunctionMode):
     def __init__(self, dropout:bool): super().__init__(); self.dropout = dropout
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.tensor and str(kwargs.get('device')) == 'meta':   # numbers given are real, and stay so where they are whole
+        if func is torch.tensor and str(kwargs.get('device')) == 'meta':   # whole numbers that are given are real
             made = func(*args, **{**kwargs, 'device': 'cpu'})
             return made if _whole(made.dtype) else made.to('meta')
         if func is torch.Tensor.tolist and args[0].is_meta: return torch.zeros(args[0].shape, device='cpu').tolist()
@@ -65,7 +65,7 @@ class DryRun(TorchDispatchMode):
         self.peaks.append(self.peak); self.peak = self.now
 
     def _see(self, t, free:bool=False, source=None):
-        "Count a tensor; what is `free` takes nothing, nor do numbers in main memory beside a card; `source` lives as long as it"
+        "Count a tensor: nothing where it is `free`, or beside a card in main memory; `source` lives as long as it"
         if not isinstance(t, torch.Tensor): return
         storage = t.untyped_storage(); key = storage._cdata
         if key in self.alive: return

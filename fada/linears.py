@@ -51,7 +51,7 @@ def _forward_of(layer):
 _known = WeakKeyDictionary()   # {model: [(layer, its quick forward)]}
 
 def _quick_layers(model)->list:
-    "Layers of `model` that may take the other library, with their forwards; found once, as long as weights stay what they are"
+    "Layers of `model` that may take the other library, with their forwards; found once"
     import torch
     plain = lambda m: type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu'
     found = _known.get(model)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from .settings import FadaError, PRECISIONS, digest, environment, nearest, now, read_json
 from .registry import ASSETS, MODELS, PUBLISHED, ModelSpec, model_class, model_spec, require
-from .checkpoints import _quiet, held_bytes, keep_fp32, ledger, load_model, load_options, locate, record, resolve_device
+from .checkpoints import (_quiet, held_bytes, keep_fp32, ledger, load_model, load_options, locate, record,
+                          resolve_device)
 from .memory import (allocator_peak, count_weights, in_gb, in_gib, in_mib, kv_bytes_per_token, parse_size,
                          resident_bytes, weight_bytes)
 from .decode import one_copy
@@ -101,13 +102,14 @@ def image_tokens(config, side:int)->int:
 
 # %% ../nbs/09d_plan.ipynb #47c2a11f
 class StandIn:
-    "Processor and tokenizer in one that know lengths only: `i` is an image, `I` its tokens, other text a question or an answer"
+    "Processor and tokenizer in one that know lengths only: `i` is an image, `I` its tokens, other text is words"
     pad_token_id = eos_token_id = 2; bos_token = eos_token = ''; all_special_ids = (); chat_template = 'stands in'
     image_token,expanded = 'i','I'
     tasks_answer_post_processing_type = {}   # Florence-2: no task prompt is asked
     def __init__(self, config, side:int=None, prompt:int=PROMPT, answer:int=ANSWER, tiles:int=1):
         self.config,self.prompt,self.answer,self.tiles = config,prompt,answer,tiles
-        self.side = side or image_side(config); self.image_seq_length = image_tokens(config, self.side)  # of a tile
+        self.side = side or image_side(config)
+        self.image_seq_length = image_tokens(config, self.side)  # of a tile
         self.tokenizer = self.qformer_tokenizer = self; self.image_processor = _Lens(self.side)
 
     def decode(self, ids, **kw): return ''
@@ -117,8 +119,8 @@ class StandIn:
         image = not isinstance(content, str) and any(c['type'] == 'image' for c in content)
         return 'i'*image+'q'+'a'*(messages[-1]['role'] == 'assistant')
 
-    def __call__(self, text=None, images=None, add_special_tokens=True, return_tensors=None, return_text_replacement_offsets=False,
-                 **kw):
+    def __call__(self, text=None, images=None, add_special_tokens=True, return_tensors=None,
+                 return_text_replacement_offsets=False, **kw):
         import torch
         from transformers import BatchFeature
         texts = [text] if isinstance(text, str) else list(text)
@@ -129,7 +131,8 @@ class StandIn:
         ids = torch.tensor(rows); t = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
         if images is not None: t.update(self.pictures(ids))
         if return_text_replacement_offsets:
-            t['text_replacement_offsets'] = [[dict(text=self.image_token, replacement=self.expanded)] for _ in texts]
+            one = dict(text=self.image_token, replacement=self.expanded)
+            t['text_replacement_offsets'] = [[one] for _ in texts]
         return BatchFeature(t)
 
 # %% ../nbs/09d_plan.ipynb #5f062bac
@@ -141,7 +144,8 @@ def _pixels(n:int, *shape):
 class _Lens:
     "Image processor of a `StandIn`: pixels of the right shape"
     def __init__(self, side): self.side,self.max_image_size = side,dict(longest_edge=side)
-    def __call__(self, images, return_tensors=None): return dict(pixel_values=_pixels(len(images), 3, self.side, self.side))
+    def __call__(self, images, return_tensors=None):
+        return dict(pixel_values=_pixels(len(images), 3, self.side, self.side))
 
 # %% ../nbs/09d_plan.ipynb #6363875a
 from fastcore.basics import patch
@@ -158,7 +162,8 @@ def pictures(self:StandIn, ids)->dict:
                     image_grid_thw=torch.tensor([[1,g,g]]*n), mm_token_type_ids=here)
     px = _pixels(n*m, 3, side, side)
     if kind == 'smolvlm':
-        return dict(pixel_values=px.reshape(n, m, 3, side, side), pixel_attention_mask=torch.ones(n, m, side, side, dtype=torch.long))
+        seen = torch.ones(n, m, side, side, dtype=torch.long)
+        return dict(pixel_values=px.reshape(n, m, 3, side, side), pixel_attention_mask=seen)
     return dict(pixel_values=px, token_type_ids=here) if kind in ('gemma3','paligemma') else dict(pixel_values=px)
 
 # %% ../nbs/09d_plan.ipynb #7fea5a47
@@ -180,7 +185,8 @@ def run_train(vlm, batch:int, questions:int, update=lambda loss: loss.backward()
     features of the vision tower, as many images as it encodes together go through first"""
     from fada.train import decoder_loss, training_inputs_of, vision_features
     if vlm.trains_on == 'features':
-        side = vlm.processor.side; x = vision_features(vlm.core, np.zeros((ENCODED, 1, side, side), np.float16))[:batch].clone()
+        side = vlm.processor.side; pixels = np.zeros((ENCODED, 1, side, side), np.float16)
+        x = vision_features(vlm.core, pixels)[:batch].clone()
     else: x = training_inputs_of(vlm, _blanks(vlm.spec, batch))
     vlm.core.train(); loss = vlm.loss or partial(decoder_loss, vlm.core, vlm.processor.tokenizer)
     for _ in range(steps): update(loss(x, [[('q', 'a')]*questions]*batch))
@@ -216,7 +222,8 @@ def shell(
                            if b is not None and not b.is_floating_point()})
     model = model.to(_dtype(precision, half)).eval(); _no_end(model)
     if precision != 'bf16': keep_fp32(model, spec.fp32_parts)
-    return engine(spec)(spec, model, StandIn(config, side, prompt, tiles=most_tiles(spec)), '', precision, 'meta', new_tokens)
+    processor = StandIn(config, side, prompt, tiles=most_tiles(spec))
+    return engine(spec)(spec, model, processor, '', precision, 'meta', new_tokens)
 
 def _dtype(precision, half):
     import torch
@@ -225,7 +232,7 @@ def _dtype(precision, half):
 
 # %% ../nbs/09d_plan.ipynb #64827c87
 def _watch_language(vlm, dry):
-    "End a phase of `dry` before each of the decoder's first three passes: it reads images, then questions, then says tokens"
+    "End a phase of `dry` before the decoder's first passes: it reads images, reads questions, says tokens"
     from torch.nn import ModuleList
     from fada.registry import part_of
     layers = next(m for n,m in vlm.core.named_modules()
@@ -270,7 +277,8 @@ def dynamic(task, spec, config, new=48, **kw)->Dynamic:
     "Run `task` on shapes with few layers and tokens, and reckon for all of them"
     run = partial(_dry, task, spec, config, **kw)
     lengths = _shares(_SHORT, new) if task == 'answer' else [(new, 1.)]
-    flops,trained,*peaks = sum(u*v*run(layers, n) for layers,u in _shares(_SHALLOW, text_depth(config)) for n,v in lengths)
+    depths = _shares(_SHALLOW, text_depth(config))
+    flops,trained,*peaks = sum(u*v*run(layers, n) for layers,u in depths for n,v in lengths)
     return Dynamic(round(max(peaks)), round(trained), flops)
 
 # %% ../nbs/09d_plan.ipynb #5c4a3830
@@ -313,7 +321,7 @@ def tokens_held(
     image:int,        # tokens of an image in the prompt
     batch:int, questions:int, new:int, prompt:int=PROMPT,
 )->tuple:             # (tokens with keys and values in the end, tokens that go through the language model together)
-    "What the engine holds: a long prefix once for an image; a short one, or one that has read the question, for every row"
+    "What the engine holds: a long prefix once for an image, one that is short or has read the question for every row"
     rows = batch*questions
     if not (engine(spec).shares_prefix and one_copy(image, questions)):
         return rows*(image+prompt+new), rows*(image+prompt)
@@ -329,7 +337,8 @@ def _parts(spec, config, task, precision, batch, questions, new, rank, side, pro
     half = 'fp32' if device == 'cpu' else 'bf16'; width = _dtype(precision, half).itemsize
     kind = precision if precision == 'bf16' or spec.fp32_parts else {2: 'bf16', 4: 'fp32'}[width]
     kind = 'int8' if kind == 'nf4' else kind   # on shapes both are a half type with fp32 parts
-    key = digest([spec.name, spec.tiles, task, kind, half, batch, questions, new, rank, side, prompt, device, config.to_dict()])
+    key = digest([spec.name, spec.tiles, task, kind, half, batch, questions, new, rank, side, prompt, device,
+                  config.to_dict()])
     if key not in _DYNAMIC:
         _DYNAMIC[key] = dynamic(task, spec, config, new, precision=kind, half=half, device=device, batch=batch,
                                 questions=questions, side=side, prompt=prompt, rank=rank)
@@ -464,7 +473,8 @@ TABLE_PRECISIONS = ('bf16', 'int8', 'nf4')
 def all_plans(names=None)->list:
     "A plan of each local model in bf16, int8 and nf4, to answer and to train, one image at a time; minutes for all"
     specs = [m for m in MODELS.values() if m.architecture and (not names or m.name in names)]
-    return [plan(m.name, t, p, gpu=CARDS[0], batch=1, find=False) for m in specs for t in TASKS for p in TABLE_PRECISIONS]
+    return [plan(m.name, t, p, gpu=CARDS[0], batch=1, find=False)
+            for m in specs for t in TASKS for p in TABLE_PRECISIONS]
 
 def kept_plans()->list:
     "The plans of all models as they lie in the package"
@@ -543,12 +553,14 @@ def random_model(spec:ModelSpec, config, precision:str='bf16', device:str='cpu',
     return model.eval()
 
 # %% ../nbs/09d_plan.ipynb #425d4afb
-def open_for_measure(spec, precision, device, weights=None, random=False, config=None, new_tokens=48, side=None, prompt=PROMPT):
+def open_for_measure(spec, precision, device, weights=None, random=False, config=None, new_tokens=48, side=None,
+                     prompt=PROMPT):
     "An engine with a stand-in processor on true or random weights"
     if random: model = random_model(spec, shape_of(spec, config), precision, device)
     else: model = load_model(spec, weights, precision, device)[0]
     _no_end(model)
-    return engine(spec)(spec, model, StandIn(model.config, side, prompt, tiles=most_tiles(spec)), '', precision, device, new_tokens)
+    processor = StandIn(model.config, side, prompt, tiles=most_tiles(spec))
+    return engine(spec)(spec, model, processor, '', precision, device, new_tokens)
 
 def _learner(vlm, rank):
     "The two LoRA steps that a measurement takes, as a function of nothing but images and questions"

@@ -38,7 +38,6 @@ def same(got, want, tie=1e-4):
 @pytest.mark.parametrize('architecture', list(BUILD))
 def test_same_tokens_as_the_loop(architecture, seed, folder):
     "Three images of three shapes, questions of mixed length, one batch: tokens and log-probabilities of the loop"
-    import torch
     vlm = open_tiny(architecture, folder, seed); images = pictures(architecture)
     at = [n for n in range(len(images)) for _ in QUESTIONS]
     if architecture == 'gemma3-text': at = [0]*len(QUESTIONS); images = [None]
@@ -51,7 +50,6 @@ def test_same_tokens_as_the_loop(architecture, seed, folder):
 @pytest.mark.parametrize('architecture', ['blip2-opt', 'blip2-gemma3', 'llava', 'gemma3', 'qwen3-vl'])
 def test_one_copy_of_a_prefix(architecture, folder):
     "Rows that attend together to the one copy of their prefix say what rows with copies say, also where they leave unevenly"
-    import torch
     from fada import decode
     vlm = open_tiny(architecture, folder, tokens=10); images = pictures(architecture)
     at = [0, 0, 0, 2, 1, 1, 2, 0]; asked = [build_prompt(vlm.spec, q) for q in (QUESTIONS*2)]; most = [3, 10, 1, 2, 10, 7, 10, 10]
@@ -124,7 +122,6 @@ def test_an_image_token_in_words_stays_out(architecture, folder):
 def test_out_of_memory_halves_and_remembers(folder, monkeypatch):
     "Memory that runs out over more than five rows: smaller parts, same answers, and the next time no second failure"
     import torch
-    from fada.settings import FadaError
     vlm = open_tiny('blip2-opt', folder); images = pictures('blip2-opt'); want = [a.text for im in images for a in vlm.ask(im, QUESTIONS)]
     real, sizes = vlm.begin, []
     def begin(seen, at, prompts, most):

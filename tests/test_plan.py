@@ -6,10 +6,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 from fada.checkpoints import ledger, load_model, shard_header, shards
-from fada.memory import count_weights, in_gb, kv_bytes_per_token, published_matrix, weight_bytes
+from fada.memory import count_weights, kv_bytes_per_token, published_matrix, weight_bytes
 from fada.plan import PARTS, PUBLISHED_SPEED, dynamic, kept_plans, measure_model, plan, plan_table, plan_text, shape_of
 from fada.registry import MODELS, skeleton
-from fada.settings import PRECISIONS, FadaError
+from fada.settings import FadaError
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
