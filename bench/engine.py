@@ -3,16 +3,21 @@
 The baseline is what public pipelines for this task do: one processor call and one `generate` per question; beside it stands
 a plain batched `generate` at the engine's batch size. Answers are compared token by token, and how many agree is reported
 (the exact test, with its tie of 1e-4 between the two best logits, is tests/test_engine.py). Same model, same dtype, same threads, questions of 30 tokens, exactly 12 new
-tokens, greedy, cache on; best of several runs that alternate, because machines are noisy.
+tokens, greedy, cache on; best of several runs that alternate, because machines are noisy. On a table the loop and the batched
+`generate` may be timed on its first images alone and reckoned for all (`--loop-images`): what they take for an image does not
+change with the number of images. Peak memory is that of torch's allocator on one image, beside what `fada plan` says.
+
+Writes bench/results/engine-<processor>-<threads>.json unless --quick.
 
     FADA_THREADS=1 OMP_NUM_THREADS=1 python bench/engine.py --quick --json
 """
-import argparse, json, os, sys, time
+import argparse, json, os, platform, re, sys, tempfile, time
 from contextlib import contextmanager
 import numpy as np
-from fada.decode import Rows, finish
+from fada.decode import finish
 from fada.memory import peak_bytes
-from fada.settings import environment
+from pathlib import Path
+from fada.settings import environment, write_json
 from fada.vlm import build_prompt, load, reference_said
 
 TOKENS, NEW = 30, 12   # of a question with its prompt (or more, where the prompt alone is longer); of an answer
@@ -104,14 +109,14 @@ def batched(vlm, images, asked, most=16):
         if hasattr(vlm, 'inputs'):
             from PIL import Image
             t = vlm.inputs([Image.fromarray(im) for im,_ in rows], [vlm.render(p, True)[0] for _,p in rows])
-        else: t = vlm.processor(images=[im for im,_ in rows], text=[p for _,p in rows], return_tensors='pt', padding=True)
+        else: t = vlm.processor(images=[im for im,_ in rows], text=[p for _,p in rows], return_tensors='pt', padding=True).to(vlm.core.device)
         with torch.inference_mode(): g = vlm.core.generate(**t, max_new_tokens=NEW, do_sample=False, pad_token_id=tok.pad_token_id)
         out += g[:,-NEW:].tolist()
     return out
 
 def engine_(vlm, images, asked, cached=False, most=16):
     "The engine, nothing kept from before unless `cached`"
-    if not cached: vlm._features.clear()
+    if not cached: vlm._features.clear(); vlm._ids.clear()
     out = []
     for k in range(0, len(images), most):
         part = images[k:k+most]; at = [n for n in range(len(part)) for _ in asked]
@@ -195,15 +200,33 @@ def agree(vlm, images, asked, out)->dict:
     "How many answers of each way are the loop's, token by token"
     return {k: sum(a == b for a,b in zip(v, out['loop'])) for k,v in out.items()} | dict(of=len(out['loop']))
 
-def use(vlm, images, asked, times:int)->dict:
-    "Times, ratios and agreement of all ways on one use"
-    ways = dict(loop=lambda: loop(vlm, images, asked), batched=lambda: batched(vlm, images, asked),
+def use(vlm, images, asked, times:int, loop_images:int=None)->dict:
+    "Times, ratios and agreement of all ways on one use; loop and batched `generate` on the first `loop_images`, reckoned for all"
+    few = images[:loop_images]; more = len(images)/len(few)
+    ways = dict(loop=lambda: loop(vlm, few, asked), batched=lambda: batched(vlm, few, asked),
                 engine=lambda: engine_(vlm, images, asked))
     if len(images) <= vlm.cache_images: ways['cached'] = lambda: cached(vlm, images, asked)
     best,out = race(ways, times); same = agree(vlm, images, asked, out)
+    for k in ('loop', 'batched'): best[k] = [more*t for t in best[k]]
     ratio = lambda i: {'engine': best['loop'][i]/best['engine'][i], 'against batched generate': best['batched'][i]/best['engine'][i],
                        **({'features cached': best['loop'][i]/best['cached'][i]} if 'cached' in best else {})}
-    return dict(ratios=ratio(0), ratios_of_processor_time=ratio(1), seconds={k: b[0] for k,b in best.items()}, same_tokens=same)
+    return dict(ratios=ratio(0), ratios_of_processor_time=ratio(1), seconds={k: b[0] for k,b in best.items()}, same_tokens=same,
+                loop_images=len(few), runs=times)
+
+def against_plan(vlm, images, asked, s:dict)->dict:
+    "Peak of torch's allocator on one use, weights included, and what a plan of the same shape says"
+    from fada.checkpoints import held_bytes
+    from fada.memory import allocator_peak
+    from fada.plan import plan
+    vlm._features.clear()
+    with allocator_peak('cpu') as a: engine_(vlm, images, asked)
+    with tempfile.TemporaryDirectory() as d:
+        vlm.core.config.save_pretrained(d)
+        p = plan(vlm.spec.name, 'answer', 'fp32', questions=len(asked), batch=len(images), new_tokens=NEW, config=d, device='cpu',
+                 prompt=s['question'], find=False)
+    peak = held_bytes(vlm.core)+a['bytes']
+    return dict(peak_bytes=peak, predicted_bytes=p.peak_bytes, ratio=p.peak_bytes/peak,
+                activations_ratio=(p.peak_bytes-p.weights_bytes)/a['bytes'])
 
 def growth(vlm, side:int, quick:bool)->dict:
     "Milliseconds a question as questions of one image grow, and as images grow; resident memory with the latter"
@@ -219,12 +242,13 @@ def growth(vlm, side:int, quick:bool)->dict:
         out['images'][n] = dict(ms=(time.perf_counter()-t)*1e3/n/8, resident_mib=resident_bytes()/2**20)
     return out
 
-def measure(name:str, quick:bool, grow:bool)->dict:
+def measure(name:str, quick:bool, grow:bool, times:int=None, loop_images:int=None)->dict:
     "Everything about one model"
     vlm,side = MODELS[name](); asked = questions(vlm, 8); s = shape(vlm, asked); top = limits()
     table = pictures(side, (16 if name == 'nano' else 4) if quick else 64)
     return dict(shape=s, machine_limits=top, bound=bound(s, 8), one_image=use(vlm, pictures(side, 1), asked, 3 if quick else 5),
-                table=dict(images=len(table), **use(vlm, table, asked, 1 if quick else 5)),
+                table=dict(images=len(table), **use(vlm, table, asked, times or (1 if quick else 5), loop_images)),
+                plan=against_plan(vlm, pictures(side, 1), asked, s),
                 engine=dict(one_image=shares(vlm, pictures(side, 1), asked, s, top), table=shares(vlm, table[:16], asked, s, top)),
                 peak_bytes=peak_bytes(), **(dict(growth=growth(vlm, side, quick)) if grow else {}))
 
@@ -233,17 +257,30 @@ def main():
     p.add_argument('--quick', action='store_true', help='fewer repetitions, smaller tables')
     p.add_argument('--json', action='store_true', help='one JSON document on standard output')
     p.add_argument('--models', default='nano,mid,llava', help=f"of {', '.join(MODELS)}; mini where `fada models get blip2-mini` has run")
-    a = p.parse_args(); found = {}
+    p.add_argument('--times', type=int, help='runs of each way on the table; default: 5, with --quick 1')
+    p.add_argument('--loop-images', type=int, help='images of the table that loop and batched `generate` are timed on; default: all')
+    p.add_argument('--out', help='folder of the result; default: bench/results, with --quick none')
+    a = p.parse_args(); found = {}; load_before = os.getloadavg() if hasattr(os, 'getloadavg') else None
     for name in a.models.split(','):
         if name not in MODELS: p.error(f'no model {name!r}: one of {", ".join(MODELS)}')
-        found[name] = measure(name, a.quick, name == 'nano')
+        found[name] = measure(name, a.quick, name == 'nano', a.times, a.loop_images)
         if not a.json: tell(name, found[name])
-    if a.json:
-        import torch
-        ratios = {f'{n}, {k}': f[u]['ratios']['engine'] for n,f in found.items() for k,u in (('one image', 'one_image'), ('table', 'table'))}
-        print(json.dumps(dict(ratios=ratios, baseline='one processor call and one `generate` per question, same model, same answers',
-                              models=found, threads=torch.get_num_threads(), versions=environment(),
-                              machine={k: environment()[k] for k in ('system', 'machine', 'cores')}), indent=1))
+    import torch
+    ratios = {f'{n}, {k}': f[u]['ratios']['engine'] for n,f in found.items() for k,u in (('one image', 'one_image'), ('table', 'table'))}
+    threads = torch.get_num_threads(); machine = f"{processor()}, {environment()['cores']} cores"
+    out = dict(ratios=ratios, baseline='one processor call and one `generate` per question, same model, same answers', models=found,
+               threads=threads, versions=environment(), machine=machine, load_average=[load_before, os.getloadavg()] if load_before else None)
+    folder = Path(a.out) if a.out else None if a.quick else Path(__file__).parent/'results'
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True); name = re.sub(r'\W+', '-', f'engine {machine} {threads} threads').strip('-')
+        write_json(folder/f'{name}.json', out)
+    if a.json: print(json.dumps(out, indent=1))
+
+def processor()->str:
+    "The processor's model"
+    info = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*:\s*(.+)', info.read_text()) if info.is_file() else ()
+    return re.sub(r'\((R|TM)\)', '', names[0]).strip() if names else platform.processor() or platform.machine()
 
 def tell(name, f):
     "One model in a few lines"
@@ -257,6 +294,8 @@ def tell(name, f):
           + ', '.join(f'{k} {v:.0%}' for k,v in e['shares'].items())
           + f"; prefill at {e['of_arithmetic']:.0%} of {f['machine_limits']['gflops']:.0f} GFLOP/s, decode at {e['decode_of_bandwidth']:.0%} of "
             f"{f['machine_limits']['gbytes']:.0f} GB/s")
+    print(f"  peak {f['plan']['peak_bytes']/2**20:.0f} MiB, {100*f['plan']['ratio']:.0f} % of it predicted (what comes and goes: "
+          f"{100*f['plan']['activations_ratio']:.0f} %)")
     if 'growth' in f:
         print('  ms a question:', ', '.join(f'{n} questions {v:.1f}' for n,v in f['growth']['questions'].items()), '|',
               ', '.join(f"{n} images {v['ms']:.1f} ({v['resident_mib']:.0f} MiB)" for n,v in f['growth']['images'].items()))

@@ -6,8 +6,8 @@
 __all__ = ['PICKLES', 'state_folder', 'ledger', 'record', 'shard_header', 'shards', 'wants_remote_code', 'check_checkpoint',
            'weights_digest', 'locate', 'base_identity', 'resolve_device', 'estimate_bytes', 'free_bytes', 'fitting',
            'check_memory', 'too_large', 'load_options', 'general_nf4', 'keep_fp32', 'load_processor', 'no_memory',
-           'load_model', 'prove_processor', 'load_blip2', 'weights_bytes', 'quantisation_bytes', 'wanted_files',
-           'hub_error', 'hub_files', 'fetch', 'download', 'access', 'here']
+           'load_model', 'prove_processor', 'load_blip2', 'weights_bytes', 'quantisation_bytes', 'held_bytes',
+           'wanted_files', 'hub_error', 'hub_files', 'fetch', 'download', 'access', 'here']
 
 # %% ../nbs/05b_checkpoints.ipynb #c49736c4
 import json, math, os, re, shutil, struct, sys, warnings
@@ -381,6 +381,10 @@ def quantisation_bytes(model)->int:
             if s is not None: found += [s.absmax, s.code, s.offset]
         found += [getattr(getattr(m, k, None), 'SCB', None) for k in ('weight', 'state')]   # int8, before and in use
     return sum({id(t): t.numel()*t.element_size() for t in found if t is not None}.values())
+
+def held_bytes(model)->int:
+    "Bytes that a model takes in memory now, the state of a quantisation among them"
+    return weights_bytes(model)+quantisation_bytes(model)
 
 # %% ../nbs/05b_checkpoints.ipynb #bba650b1
 _WANTED = re.compile(r'(qformer_tokenizer/)?[\w.-]+\.(json|txt|model|jinja)')

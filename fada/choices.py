@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from .settings import FadaError
 from .clinical import CATEGORIES, GRADES
 from .linears import quick_linears
+from .guard import guard
 from .decode import release
 from .vlm import VLM, Answer, Request, _prepare, image_hash, wording
 
@@ -106,38 +107,60 @@ def calibration_error(confidence, right, bins:int=10)->float:
 
 # %% ../nbs/07g_choices.ipynb #be6e2597
 class Stream:
-    "An answer as it comes: iterate over its pieces, `cancel` to stop; `answer` holds what was said"
-    def __init__(self, vlm, image, question):
-        import time
+    "Answers as they come: iterate over the pieces, `cancel` to stop; `answers` holds what was said"
+    def __init__(self, vlm, image,
+                 questions):   # one: iterating gives pieces; a list: (number of the question, piece)
         if vlm.core is None: raise FadaError(f'{vlm.spec.name} does not stream', '', 'a model that runs here', 'see `fada models`')
-        (i,text,prompt), = _prepare(vlm, Request(image, [question]))
-        self.vlm,self.image,self.prompt,self._stop,self._start = vlm,image,prompt,False,time.perf_counter()
-        self.answer = Answer(text, question_id=i, pixels_sha256=image_hash(image))
+        self.vlm,self.image,self.one,self._stop = vlm,image,isinstance(questions, (str, int)),False
+        self.asked = _prepare(vlm, Request(image, [questions] if self.one else list(questions)))
+        sha = image_hash(image)
+        self.answers = [Answer(text, question_id=i, pixels_sha256=sha) for i,text,_ in self.asked]
+
+    @property
+    def answer(self)->Answer:
+        "The first answer"
+        return self.answers[0]
 
     def cancel(self):
         "Stop before the next token; may be called from another thread"
         self._stop = True
 
-    def __iter__(self):
-        import time, torch
-        v,steps,ids,logp = self.vlm,None,[],[]; tok = getattr(v.processor, 'tokenizer', v.processor)
-        try:
-            with torch.inference_mode(), quick_linears(v.core):
-                steps = v.begin(v.see([self.image]), [0], [self.prompt], v.max_new_tokens)
-            while not steps.done and not self._stop:
-                with quick_linears(v.core): (_,token,p), = steps.step()
-                ids.append(token); logp.append(p)
-                said = wording(tok, ids, logp, v.kept)[0]; new = said[len(self.answer.text):]
-                if new and not said.endswith('\ufffd'):   # half a letter waits for its other half
-                    self.answer.text = said; yield new
-        except GeneratorExit: self._stop = True; raise
-        finally:
-            if logp: self.answer.text,self.answer.tokens,self.answer.confidence = wording(tok, ids, logp, v.kept)
-            if self._stop and (steps is None or not steps.done): self.answer.error,self.answer.stage = 'cancelled','generate'
-            self.answer.seconds = time.perf_counter()-self._start
-            del steps; release(v.device)
+# %% ../nbs/07g_choices.ipynb #81d2d9ab
+@patch
+def __iter__(self:Stream):
+    import time, torch
+    v,start,steps,seen = self.vlm,time.perf_counter(),None,[None]; said = [([], []) for _ in self.asked]
+    tok,left = getattr(v.processor, 'tokenizer', v.processor),set(range(len(said)))
+    try:
+        with torch.inference_mode(), quick_linears(v.core):
+            seen = v.see([self.image])
+            steps = v.begin(seen, [0]*len(said), [p for _,_,p in self.asked], [v.most(i) for i,_,_ in self.asked])
+        while not steps.done and not self._stop:
+            with quick_linears(v.core): new = steps.step()
+            left = {r for r in steps.rows if r is not None}
+            for n,token,p in new:
+                said[n][0].append(token); said[n][1].append(p); a = self.answers[n]
+                text = wording(tok, *said[n], v.kept)[0]; piece = text[len(a.text):]
+                if not piece or (text.endswith('\ufffd') and n in left): continue   # half a letter waits for its other half
+                a.text = text; yield piece if self.one else (n, piece)
+    except GeneratorExit: self._stop = True; raise
+    finally:
+        for n,(ids,logp) in enumerate(said): self._close(n, ids, logp, seen[0], self._stop and n in left, start)
+        del steps; release(v.device)
 
 @patch
-def stream(self:VLM, image, question)->Stream:
-    "The answer to one question, piece by piece"
-    return Stream(self, image, question)
+def _close(self:Stream, n, ids, logp, seen, cut, start):
+    "Word an answer that has ended, or was stopped"
+    import time
+    a,v = self.answers[n],self.vlm; tok = getattr(v.processor, 'tokenizer', v.processor)
+    if ids:
+        text,a.tokens,a.confidence = wording(tok, ids, logp, v.kept)
+        a.text = v.in_words(text, self.asked[n][2], seen)
+    if cut: a.error,a.stage = 'cancelled','generate'
+    elif ids: a.flags = guard(a.text, a.question)
+    a.seconds = (time.perf_counter()-start)/len(self.answers)
+
+@patch
+def stream(self:VLM, image, questions)->Stream:
+    "The answer to one question piece by piece, or of several side by side"
+    return Stream(self, image, questions)

@@ -234,6 +234,7 @@ def ask(
     precision:Precision=None, device:Device=None,
     report:Annotated[Optional[str],
                      typer.Option(help='Add a report: templates, or a text model that may rephrase.')]=None,
+    choices:Annotated[bool, typer.Option('--choices', help='Plane, quality, normality: the probability of each allowed answer.')]=False,
     json:Json=False, quiet:Quiet=False,
 ):
     "Ask questions of one image.\n\nExample: fada ask femur.png quality 'What is recommended?'"
@@ -242,17 +243,25 @@ def ask(
     from fada.models import model_spec
     model_spec(s.model); asked = [_a_question(q) for q in question or ()]; picture = read_image(image)
     from fada.vlm import load
-    answers = load(s.model, adapter, weights, s.precision, s.device).ask(
-        picture, asked or list(range(1,9)))
+    vlm = load(s.model, adapter, weights, s.precision, s.device); answers = vlm.ask(picture, asked or list(range(1,9)))
+    chosen = _choices(vlm, picture, answers) if choices else {}
     written = _report(answers, report, s) if report else None
     _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error,
-                             **({'more': a.more} if a.more else {})) for a in answers],
+                             **({'more': a.more} if a.more else {}),
+                             **({'choices': chosen[a.question_id]} if a.question_id in chosen else {})) for a in answers],
                **({'report': written} if report else {}), notice=NOTICE), json,
-          '\n'.join([*(f'{a.question}\n  {a.text}' for a in answers if not a.error),
+          '\n'.join([*('\n  '.join([a.question, a.text, *(f'{p:.3f} {c}' for c,p in chosen.get(a.question_id, {}).items())])
+                       for a in answers if not a.error),
                      *([f"Report\n{written['text']}"] if report else []), NOTICE]))
     for a in answers:
         if a.error: print(f'error: {a.question}: {a.error}', file=sys.stderr)
     if all(a.error for a in answers): raise typer.Exit(1)
+
+def _choices(vlm, picture, answers)->dict:
+    "{question id: {allowed answer: probability, the likeliest first}} of the answered questions that have a closed set"
+    from fada.choices import CHOICES
+    asked = [a.question_id for a in answers if a.question_id in CHOICES and not a.error]
+    return {q: dict(sorted(vlm.choose(picture, q).probability.items(), key=lambda c: -c[1])) for q in asked}
 
 def _a_question(q:str)->str:
     "A question as typed; `FadaError` for one word that is no key: a mistyped key would be answered with nonsense"
@@ -526,7 +535,7 @@ def show(name:Annotated[Optional[str], typer.Argument(help='One model; none: all
 # %% ../nbs/16_cli.ipynb #e3e92191
 Task = Annotated[str, typer.Option(help='answer or train.')]
 Questions = Annotated[int, typer.Option(help='Questions of each image, asked together.')]
-Batch = Annotated[int, typer.Option(help='Images at a time.')]
+Batch = Annotated[Optional[int], typer.Option(help='Images at a time. Default: 1 to answer, to train as `fada train`.')]
 NewTokens = Annotated[Optional[int],
                       typer.Option(help='Longest answer. Default: [generate] max_new_tokens.')]
 Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
@@ -539,9 +548,10 @@ def plan(
     precision:Annotated[str, typer.Option(help='One or several, by commas.')]='bf16,int8,nf4',
     gpu:Annotated[Optional[str],
                    typer.Option(help='Size of the card, as 8GiB. Default: the card here, else 8GiB.')]=None,
-    questions:Questions=8, batch:Batch=1,
+    questions:Questions=8, batch:Batch=None,
     reserve:Annotated[str, typer.Option(help='For desktop and other processes.')]='1.5GB',
-    steps:Annotated[int, typer.Option(help='Training steps, for the hours.')]=120, rank:int=8, new_tokens:NewTokens=None,
+    steps:Annotated[Optional[int], typer.Option(help='Training steps, for the hours. Default: as `fada train`.')]=None,
+    rank:Annotated[Optional[int], typer.Option(help='Rank of the adapter. Default: as `fada train`.')]=None, new_tokens:NewTokens=None,
     side:Side=None, config:Config=None,
     figure:Annotated[Optional[str],
                      typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
@@ -565,7 +575,7 @@ def plan(
 @app.command()
 def measure(
     model:Annotated[str, typer.Argument(help='Name from `fada models`.')],
-    task:Task='answer', precision:Precision=None, device:Device=None, questions:Questions=8, batch:Batch=1,
+    task:Task='answer', precision:Precision=None, device:Device=None, questions:Questions=8, batch:Batch=None,
     new_tokens:NewTokens=None, side:Side=None, weights:Weights=None,
     random:Annotated[bool, typer.Option('--random', help='Random weights of the true shape: no download.')]=False,
     config:Config=None, json:Json=False, quiet:Quiet=False,

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHARE_FROM', 'MOST_ROWS', 'Prefix', 'read_prefix', 'no_prefix', 'left_padded', 'right_padded', 'Words', 'capped',
-           'end_ids', 'processors_of', 'attend', 'attending', 'weights_of', 'Slots', 'Steps', 'finish', 'Rows', 'Pairs',
-           'Costs', 'costs_of', 'free_budget', 'parts_of', 'out_of_memory', 'in_parts', 'release']
+           'end_ids', 'processors_of', 'attend', 'attending', 'weights_of', 'Slots', 'Steps', 'finish', 'one_copy',
+           'Rows', 'Pairs', 'Costs', 'costs_of', 'free_budget', 'parts_of', 'out_of_memory', 'in_parts', 'release']
 
 # %% ../nbs/07f_decode.ipynb #ab29ca6f
 import contextvars, threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fastcore.basics import patch
 from .settings import FadaError
@@ -137,7 +137,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, softcap=None
 
 @contextmanager
 def attending(config, rows):
-    "Inside, a model of `config` attends as `rows` says"
+    "Inside, a model of `config` attends as `rows` says; inside that again, nothing is to be done"
+    if _running.get() is rows: yield; return
     from transformers import AttentionInterface
     AttentionInterface.register('fada', attend)
     with _lock:
@@ -173,11 +174,17 @@ class Slots:
         return tuple(out)
 
     def fill(self, layers, at):
-        "Begin with copies of a prefix's keys and values, row i from `at[i]`"
-        for i,pair in enumerate(layers):
-            self.layers[i] = tuple(x.new_empty(len(at), x.shape[1], self.size, x.shape[3]) for x in pair)
-            for kept,x in zip(self.layers[i], pair): kept[:,:,:x.shape[2]] = x[at]
+        "Begin with copies of a prefix's keys and values, row i from `at[i]`; taken out of `layers` one by one"
         self.end = layers[0][0].shape[2] if layers else 0
+        for i in range(len(layers)):
+            pair = layers.pop(0)
+            self.layers[i] = tuple(x.new_empty(len(at), x.shape[1], self.size, x.shape[3]) for x in pair)
+            for kept,x in zip(self.layers[i], pair): kept[:,:,:self.end] = x[at]
+
+    @property
+    def nbytes(self)->int:
+        "Memory laid out"
+        return sum(k.nbytes+v.nbytes for k,v in self.layers.values())
 
     def keep(self, rows):
         "Keep these rows alone"
@@ -197,6 +204,10 @@ class Steps:
         self.processors = processors_of(words.settings, max(self.most), words.device)
         self.history,self.last = None,None
 
+    def going_on(self):
+        "What several steps are taken in"
+        return nullcontext()
+
     @property
     def done(self)->bool:
         "Whether every row has its answer"
@@ -206,10 +217,12 @@ class Steps:
         "The next token of every row that goes on: (row, token id, log-probability)"
         import torch
         with torch.inference_mode():
-            logits = self.logits().float(); best = logits
-            for p in self.processors: best = p(self.history, best)
-            best = best.argmax(-1); logp = logits.gather(1, best[:,None])[:,0]-logits.logsumexp(-1)
-            self.last = best[:,None]; self.said += 1
+            logits = self.logits().float(); top,best = logits.max(-1)
+            if self.processors:
+                ruled = logits
+                for p in self.processors: ruled = p(self.history, ruled)
+                best = ruled.argmax(-1); top = logits.gather(1, best[:,None])[:,0]
+            logp = top-logits.logsumexp(-1); self.last = best[:,None]; self.said += 1
             if self.processors: self.history = torch.cat([self.history, self.last], 1)
             out = [(r, t, p) for r,t,p in zip(self.rows, best.tolist(), logp.tolist()) if r is not None]
             ended = {r for r,t,_ in out if t in self.words.ends or self.said >= self.most[r]}
@@ -227,15 +240,21 @@ class Steps:
         if self.history is not None: self.history = self.history[on]
         self.keep(on)
 
+# %% ../nbs/07f_decode.ipynb #2a95b117
 def finish(steps)->list:
     "All answers of rows: (token ids, log-probabilities) each"
     out = [([], []) for _ in steps.rows]
-    while not steps.done:
-        for r,token,logp in steps.step(): out[r][0].append(token); out[r][1].append(logp)
+    with steps.going_on():
+        while not steps.done:
+            for r,token,logp in steps.step(): out[r][0].append(token); out[r][1].append(logp)
     return out
 
 # %% ../nbs/07f_decode.ipynb #579fe0c7
 SHARE_FROM = 128   # prefix tokens from which rows attend to the one copy of it
+
+def one_copy(tokens:int, questions:float)->bool:
+    "Whether the rows of a prefix (`questions` in the mean) attend to the one copy of it, or each to its own"
+    return tokens >= SHARE_FROM and questions > 1
 
 class Rows(Steps):
     "Questions about prefixes, answered side by side by a decoder"
@@ -255,8 +274,9 @@ class Rows(Steps):
         self.valid = self.place < self.lengths[:,None]; self.valid[:,self.longest:] = True
         self.place[:,self.longest:] += (self.lengths-self.longest)[:,None]
         self.padded = min(lengths) < self.longest or not bool(prefix.valid.all())
-        self.shared = bool(prefix.tokens >= SHARE_FROM and len(set(at)) < len(at) if share is None else share)
+        self.shared = one_copy(prefix.tokens, len(at)/len(set(at))) if share is None else share
         self.slots = Slots(size if self.shared else prefix.tokens+size, prefix.tokens if self.shared else 0)
+        self.hidden = None
         if self.shared: self.group()
         else: self.slots.fill(prefix.layers, self.at)
         if self.processors: self.history = left_padded([[*(heads[n] if heads else []), *t] for n,t in zip(at, tails)], words.pad, **on)[0]
@@ -310,15 +330,29 @@ def alone(self:Rows, layer, q, k, v, mask, scaling, softcap):
 def mask(self:Rows, a:int, b:int, window:int=None):
     "What tokens in slots a to b see: rows × 1 × (b - a) × (prefix + b), added to scores; None: everything"
     import torch
-    P = self.prefix.tokens; narrow = window is not None and P+b > window
-    if b-a == 1 and not self.padded and not narrow: return None
+    P = self.prefix.tokens; narrow = window is not None and P+b > window; one = b-a == 1 and not narrow
+    if one: return self.behind()[...,:P+b] if self.padded else None
     place = torch.cat([torch.arange(-P, 0, device=self.words.device).expand(len(self.place), -1), self.place[:,:b]], 1)
     seen = torch.cat([self.prefix.valid[self.at], self.valid[:,:b]], 1)
     far = self.place[:,a:b,None]-place[:,None]
     ok = seen[:,None] & (far >= 0)
     if narrow: ok &= far < window
+    return self.added(ok)[:,None]
+
+@patch
+def added(self:Rows, ok):
+    "What is added to scores where `ok` says what is seen"
+    import torch
     kind = self.words.embed.weight.dtype
-    return torch.zeros(ok.shape, dtype=kind, device=ok.device).masked_fill_(~ok, torch.finfo(kind).min)[:,None]
+    return torch.zeros(ok.shape, dtype=kind, device=ok.device).masked_fill_(~ok, torch.finfo(kind).min)
+
+@patch
+def behind(self:Rows):
+    "Padding that no later token sees: rows × 1 × 1 × (prefix + slots), laid out once"
+    import torch
+    if self.hidden is None:
+        self.hidden = self.added(torch.cat([self.prefix.valid[self.at], self.valid], 1))[:,None,None]
+    return self.hidden
 
 @patch
 def masks(self:Rows, a:int, b:int):
@@ -352,6 +386,9 @@ def forward(self:Rows, ids):
     return hidden
 
 @patch
+def going_on(self:Rows): return attending(self.words.config, self)
+
+@patch
 def read_tails(self:Rows):
     "Hidden states of the questions' tokens"
     return self.forward(right_padded(self.tails, self.words.pad, self.words.device)[0])
@@ -367,7 +404,7 @@ def logits(self:Rows):
 @patch
 def keep(self:Rows, on):
     "Keep these rows alone, and their prefixes once half of them are not asked any more"
-    self.slots.keep(on); self.at,self.place,self.valid = self.at[on],self.place[on],self.valid[on]
+    self.slots.keep(on); self.at,self.place,self.valid,self.hidden = self.at[on],self.place[on],self.valid[on],None
     if not self.shared: return
     asked = self.at.unique()
     if 2*len(asked) <= self.n:

@@ -13,7 +13,7 @@ import importlib, logging, os, platform, re, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from .settings import FadaError, Settings, load_settings, writable_folder
-from .registry import ASSETS, model_spec
+from .registry import model_spec
 
 # %% ../nbs/06b_doctor.ipynb #9a22a097
 STATES = ('ok', 'warns', 'fails')
@@ -31,9 +31,17 @@ class Finding:
         text = f'{self.check:13} {self.state:5}  {self.found}'+(f'; {self.remedy}' if self.remedy else '')
         return ' '.join(text.splitlines())
 
-def ok(check, found): return Finding(check, 'ok', found)
-def warns(check, found, remedy): return Finding(check, 'warns', found, remedy)
-def fails(check, found, remedy): return Finding(check, 'fails', found, remedy)
+def ok(check, found)->Finding:
+    "It is as it should be"
+    return Finding(check, 'ok', found)
+
+def warns(check, found, remedy)->Finding:
+    "The main job runs, something else does not"
+    return Finding(check, 'warns', found, remedy)
+
+def fails(check, found, remedy)->Finding:
+    "The main job could not run"
+    return Finding(check, 'fails', found, remedy)
 
 # %% ../nbs/06b_doctor.ipynb #a56712ec
 PYTHONS = ((3,11), (3,13))
@@ -126,6 +134,7 @@ def check_free(s:Settings)->Finding:
                      else f'run `fada plan {s.model}` for what would fit')
     return ok('memory', said)
 
+# %% ../nbs/06b_doctor.ipynb #c6d38fc9
 def _lacks(spec, s)->str:
     "What stands between a row and an answer, each part of an ensemble for itself; '' where nothing is known to"
     from fada.checkpoints import check_checkpoint, locate
@@ -196,6 +205,7 @@ def check_bitsandbytes(s:Settings|None=None)->Finding:
     said = f"off by {100*off['int8']:.1f} % and {100*off['nf4']:.1f} %"
     return ok('bitsandbytes', f'int8 and nf4 work on {device} ({said})')
 
+# %% ../nbs/06b_doctor.ipynb #6dda13cb
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome', 'msedge')
 
 def check_browser()->Finding:

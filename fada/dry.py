@@ -29,6 +29,10 @@ class _Fused(TorchFunctionMode):
     def __init__(self, dropout:bool): super().__init__(); self.dropout = dropout
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.tensor and str(kwargs.get('device')) == 'meta':   # whole numbers that are given are real
+            made = func(*args, **{**kwargs, 'device': 'cpu'})
+            return made if _whole(made.dtype) else made.to('meta')
+        if func is torch.Tensor.tolist and args[0].is_meta: return torch.zeros(args[0].shape, device='cpu').tolist()
         if (func is not torch.nn.functional.scaled_dot_product_attention or not args[0].is_meta
             or (kwargs.get('dropout_p') and not self.dropout)): return func(*args, **kwargs)
         q,k,v = args[:3]
@@ -47,7 +51,7 @@ class DryRun(TorchDispatchMode):
     ):
         super().__init__()
         self.now = self.peak = self.flops = 0; self.peaks = []
-        self.fused = _Fused(device != 'cpu')
+        self.on_card = device != 'cpu'; self.fused = _Fused(self.on_card)
         self.alive = {t.untyped_storage()._cdata: 0 for m in models for t in [*m.parameters(), *m.buffers()]}
 
     def run(self, f, *args):
@@ -60,15 +64,22 @@ class DryRun(TorchDispatchMode):
         "End a phase: its peak joins `peaks`"
         self.peaks.append(self.peak); self.peak = self.now
 
-    def _see(self, t):
+    def _see(self, t, free:bool=False, source=None):
+        "Count a tensor: nothing where it is `free`, or beside a card in main memory; `source` lives as long as it"
         if not isinstance(t, torch.Tensor): return
         storage = t.untyped_storage(); key = storage._cdata
         if key in self.alive: return
-        n = self.alive[key] = storage.nbytes()
+        elsewhere = self.on_card and not t.is_meta and not _whole(t.dtype)
+        n = self.alive[key] = 0 if free or elsewhere else storage.nbytes()
         self.now += n; self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key)
+        weakref.finalize(storage, self._gone, key, source)
 
-    def _gone(self, key): self.now -= self.alive.pop(key)
+    def _gone(self, key, source): self.now -= self.alive.pop(key)
+
+    def _moves(self, func, args, kwargs)->bool:
+        "Whether numbers are moved at no cost: to main memory, or from one name of it to another where there is no card"
+        if func is not _aten._to_copy.default or kwargs.get('device') is None or _whole(args[0].dtype): return False
+        return kwargs['device'].type == 'cpu' or (not self.on_card and kwargs.get('dtype') in (None, args[0].dtype))
 
 # %% ../nbs/06a_dry.ipynb #cf9ce846
 def _gives_whole(func, args, kwargs, tensors)->bool:
@@ -99,6 +110,7 @@ def __torch_dispatch__(self:DryRun, func, types, args=(), kwargs=None):
     kwargs = dict(kwargs or {}); tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
     shapes = any(t.is_meta for t in tensors)
     if shapes and func is _aten._local_scalar_dense.default: return 0.
+    free = self._moves(func, args, kwargs); source = args[0] if free and not self.on_card else None
     if shapes: args,kwargs = _as_shapes(func, args, kwargs)
     elif str(kwargs.get('device')) == 'meta' and _gives_whole(func, args, kwargs, tensors): kwargs['device'] = 'cpu'
     if func._can_decompose():  # inference mode hands out composed operations, whose parts allocate
@@ -107,5 +119,5 @@ def __torch_dispatch__(self:DryRun, func, types, args=(), kwargs=None):
     count = flop_registry.get(func._overloadpacket)
     if count: self.flops += count(*args, **kwargs, out_val=out)
     if shapes: out = tree_map(_real_if_whole, out)
-    tree_map(self._see, out)
+    tree_map(lambda t: self._see(t, free, source), out)
     return out

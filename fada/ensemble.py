@@ -14,7 +14,7 @@ from .clinical import (FINDINGS, GRADES, ND, ORIENTATIONS, PARAMETERS, QUESTIONS
                            RECOMMENDATIONS, STRUCTURES, parse_answer, question_id, write_answer)
 from .refine import REFINE, Refined, added, refine
 from .registry import ModelSpec, model_spec
-from .vlm import VLM, Answer, PROMPT_VERSION, Request, load
+from .vlm import VLM, Answer, PROMPT_VERSION, Request, in_batches, load
 
 # %% ../nbs/07e_ensemble.ipynb #1f859242
 NEEDED = {  # slots without which an answer says nothing
@@ -176,6 +176,7 @@ def _joined(self:Ensemble, r:Request, q, parts)->Answer:
     if attempt: out.more.update(attempt=attempt, added=extra)
     return out
 
+# %% ../nbs/07e_ensemble.ipynb #8d7b6529
 @patch
 def answer(
     self:Ensemble,
@@ -183,11 +184,7 @@ def answer(
     batch_images:int=16,    # images whose questions go through together
 ):                          # iterator of Answer, in the order asked
     "Ask the parts, join what they say, let the writer rephrase it; a part that fails does not fail the others"
-    batch = []
-    for r in requests:
-        batch.append(r)
-        if len(batch) == batch_images: yield from self._answer_batch(batch); batch = []
-    if batch: yield from self._answer_batch(batch)
+    return in_batches(requests, batch_images, self._answer_batch)
 
 @patch
 def _answer_batch(self:Ensemble, batch):

@@ -18,7 +18,8 @@ from .clinical import QUESTIONS
 from .data import load_table, read_image, subset, table_digest
 from .memory import measured, peak_bytes
 from .metrics import MAIN_SCORE, coverage, difference, mean_interval, normality, score_table
-from .models import model_spec, weights_bytes
+from .checkpoints import held_bytes
+from .models import model_spec
 from .vlm import Request, load
 
 # %% ../nbs/10_evaluate.ipynb #8c3e2dd4
@@ -336,7 +337,7 @@ def evaluate_job(
                dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''),
                     precision=s.precision, categories=list(s.categories), seed=s.seed,
                     data=str(s.data), load_seconds=loading['seconds'],
-                    load_grown_bytes=loading['grown_bytes'], weights_bytes=sum(map(weights_bytes, vlm.cores))))
+                    load_grown_bytes=loading['grown_bytes'], weights_bytes=sum(map(held_bytes, vlm.cores))))
     return metrics
 
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5

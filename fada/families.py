@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'answer_labels', 'flatten', 't5_loss', 'T5VLM', 'InstructVLM', 'graph_from', 'attention_layers',
-           'through_qformer', 'through_language', 'qformer_maps', 'Chat', 'blind', 'append_answers', 'image_grid',
-           'untile', 'PaliGemma', 'Florence', 'places_in_words', 'TextLM']
+           'through_qformer', 'through_language', 'qformer_maps', 'Chat', 'most_tiles', 'blind', 'append_answers',
+           'image_grid', 'untile', 'PaliGemma', 'Florence', 'places_in_words', 'TextLM']
 
 # %% ../nbs/07a_families.ipynb #70c05adb
 import re
@@ -46,6 +46,7 @@ def t5_loss(
 
 class T5VLM(VLM):
     "BLIP-2 with an encoder–decoder"
+    shares_prefix = False
     def loss(self, inputs, rows):
         "Mean cross-entropy over answer tokens; inputs n × patches × width, rows as `flatten` takes them"
         at,prompts,answers = flatten(rows); core,tok = self.core,self.processor.tokenizer
@@ -54,6 +55,7 @@ class T5VLM(VLM):
 # %% ../nbs/07a_families.ipynb #d40365d9
 class InstructVLM(VLM):
     "InstructBLIP: the instruction goes to Q-Former and language model"
+    shares_prefix = False
     def see(self, images):
         "Vision features, one per image: patches × width, or None without an image; each image computed once"
         import torch
@@ -128,6 +130,7 @@ def attention_layers(core, caught)->list:
     names = {id(m): n for n,m in core.named_modules()}
     return [(names[id(m)], _weighted(w).cpu()) for m,w in caught if part_of(names[id(m)]) != 'vision_model']
 
+# %% ../nbs/07a_families.ipynb #908ab6f0
 def through_qformer(layers, queries:int, patches:int):
     "Relevancy of patches for each query: queries × patches, from the Q-Former's layers"
     import torch
@@ -181,6 +184,7 @@ def qformer_maps(vlm, image, prompt, ids):
     side = round((patches.shape[1]-1)**.5)
     return torch.stack(maps)[:,1:].reshape(-1, side, side).numpy()   # the class token, first, is no place
 
+# %% ../nbs/07a_families.ipynb #9d271c9f
 @patch
 def token_maps(self:T5VLM, image, prompt, ids):
     "Relevancy of image patches for each answer token of `ids`: tokens × rows × columns"
@@ -250,6 +254,12 @@ def render(
     return read, said if answer in said else answer+end
 
 # %% ../nbs/07a_families.ipynb #92596493
+def most_tiles(spec)->int:
+    "Tiles that an image of a model is cut into at most, the whole among them"
+    n = spec.tiles
+    if spec.architecture == 'internvl': return n if n > 2 else 1
+    return isqrt(n-1)**2+1 if spec.architecture == 'smolvlm' and n > 4 else 1   # a square of tiles, and the whole
+
 @patch
 def tiling(self:Chat)->dict:
     "Arguments of the processor that cut an image into at most `spec.tiles` tiles, the whole image among them"
@@ -276,6 +286,7 @@ def adds_special(self:Chat, texts)->bool:
     "Whether the tokenizer is to add its special tokens to rendered texts: not where the template has done so"
     return not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
 
+# %% ../nbs/07a_families.ipynb #81721e5a
 @patch
 def inputs(self:Chat, images, texts, **more):
     """Model inputs of rendered texts, left-padded, on the device; `FadaError` where image tokens are missing
@@ -293,6 +304,7 @@ def inputs(self:Chat, images, texts, **more):
     weight = self.core.get_input_embeddings().weight
     return t.to(weight.device).to(self.core.dtype) if with_images else t.to(weight.device)
 
+# %% ../nbs/07a_families.ipynb #54ffea76
 @patch
 def count_image_tokens(self:Chat, t)->list:
     """Image tokens per row; `FadaError` where a row has none, or fewer than its tiles stand for: an answer without the
@@ -315,9 +327,6 @@ def count_image_tokens(self:Chat, t)->list:
 def layout(self:Chat, image, texts)->tuple:
     """(what the processor makes of an image with the first of its texts, token ids of every text); the image is processed
     once"""
-    for text in texts:
-        if text.count(self.processor.image_token) != 1:
-            raise FadaError('a question with an image token in it', text[-60:], 'words', 'leave the token out')
     t = self.inputs([image], texts[:1], return_text_replacement_offsets=True); place = t.pop('text_replacement_offsets')[0][0]
     head = t['input_ids'][0].tolist(); special = self.adds_special(texts)
     def expand(text): return text.replace(place['text'], place['replacement'], 1)
@@ -395,6 +404,7 @@ def begin(self:Chat, seen, at, prompts, most):
     check_room(self, max(map(len, ids)), self.core.config.get_text_config())
     return Rows(words, no_prefix(words), [0]*len(at), ids, most)
 
+# %% ../nbs/07a_families.ipynb #32d96b32
 @patch
 def begin_images(self:Chat, images, at, texts, most):
     "Answers about images, before their first step: what stands before and in an image is read once"
@@ -494,7 +504,7 @@ def on_grid(self:Chat, rows, grid=None):
 class PaliGemma(Chat):
     """PaliGemma 2: one task prompt, one answer. Its image tokens see the question (prefix-LM), so prompts are read whole, and
     only the vision tower's work is shared"""
-    lists_features,first_position = False,1
+    lists_features,first_position,shares_prefix = False,1,False
 
     def begin_images(self, images, at, texts, most):
         "Answers about images, before their first step"
@@ -512,6 +522,7 @@ class PaliGemma(Chat):
 # %% ../nbs/07a_families.ipynb #d674e0ae
 class Florence(Chat):
     "Florence-2: encoder–decoder, task prompts and free questions"
+    shares_prefix = False
     def render(self, prompt, image, answer=None): return prompt, '' if answer is None else answer
 
     def inputs(self, images, texts):
@@ -545,11 +556,6 @@ class Florence(Chat):
         hidden = self.core.model.language_model.encoder(inputs_embeds=x, attention_mask=valid).last_hidden_state
         return Pairs(words, self.core, hidden, valid, most)
 
-    def reply(self, seen, at, prompts, most=None):
-        "Greedy replies; places that a task prompt found are said in words, with pixels"
-        out = super().reply(seen, at, prompts, most)
-        return [(self.say_places(text, p, seen[n]), words, c) for (text,words,c),n,p in zip(out, at, prompts)]
-
     def loss(self, inputs, rows):
         "Mean cross-entropy over answer tokens"
         at,prompts,answers = flatten(rows); seen = self.see(inputs)
@@ -568,7 +574,7 @@ def places_in_words(
     return '; '.join(f'{label} {flat(place)}'.strip() for label,place in pairs)
 
 @patch
-def say_places(self:Florence, text, prompt, image)->str:
+def in_words(self:Florence, text, prompt, image)->str:
     "An answer with its places read: those of a task prompt in pixels of `image`, none in the answer to a free question"
     task = re.match(r'<[A-Z_]+>', prompt); plain = re.sub(r'<loc_\d+>', '', text).strip()
     kinds = self.processor.tasks_answer_post_processing_type

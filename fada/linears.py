@@ -9,6 +9,7 @@ __all__ = ['LEAST', 'onednn_linear', 'best_seconds', 'onednn_gains', 'quick_line
 import time
 from contextlib import contextmanager
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 # %% ../nbs/07h_linears.ipynb #56c7a46f
 LEAST = 1_000_000   # multiplications from which a call of the other library pays
@@ -47,14 +48,23 @@ def _forward_of(layer):
         return onednn_linear(x, layer.weight, layer.bias)
     return forward
 
+_known = WeakKeyDictionary()   # {model: [(layer, its quick forward)]}
+
+def _quick_layers(model)->list:
+    "Layers of `model` that may take the other library, with their forwards; found once"
+    import torch
+    plain = lambda m: type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu'
+    found = _known.get(model)
+    if found is None or not all(map(plain, (m for m,_ in found[:1]))):
+        _known[model] = found = [(m, _forward_of(m)) for m in model.modules() if plain(m)]
+    return found
+
 @contextmanager
 def quick_linears(model):
     "Inside, fp32 linear layers of `model` on the CPU are as fast as this machine allows"
-    import torch
-    plain = lambda m: type(m) is torch.nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == 'cpu'
-    layers = [m for m in model.modules() if plain(m) and 'forward' not in vars(m)]
+    layers = [(m, f) for m,f in _quick_layers(model) if 'forward' not in vars(m)]
     if not layers or not onednn_gains(): layers = []   # nothing is measured where there is nothing to gain
-    for m in layers: vars(m)['forward'] = _forward_of(m)
+    for m,f in layers: vars(m)['forward'] = f
     try: yield
     finally:
-        for m in layers: vars(m).pop('forward', None)
+        for m,_ in layers: vars(m).pop('forward', None)

@@ -6,7 +6,7 @@
 __all__ = ['LIMIT', 'Order', 'Offer', 'offers', 'Worker', 'answer_record', 'Door', 'sent_image', 'data_url', 'Sessions',
            'make_app', 'Served', 'ServedStream', 'run_server', 'supervise']
 
-# %% ../nbs/15a_serve.ipynb #2f5474a8
+# %% ../nbs/15a_serve.ipynb #90f7efc2
 import asyncio, base64, binascii, hmac, json, os, queue, secrets, signal, subprocess, sys, threading, time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from pathlib import Path
 from .settings import FadaError, NOTICE, load_settings, nearest
 from .clinical import QUESTIONS
 
-# %% ../nbs/15a_serve.ipynb #d9b94c98
+# %% ../nbs/15a_serve.ipynb #f0656b31
 @dataclass
 class Order:
     "An image with questions on its way through the worker"
@@ -48,7 +48,7 @@ class Order:
             if mine in self.readers: self.readers.remove(mine)
             if not self.ended: self.stopped.set()
 
-# %% ../nbs/15a_serve.ipynb #142c1527
+# %% ../nbs/15a_serve.ipynb #613165ea
 @dataclass(frozen=True)
 class Offer:
     "What a client can ask for by name"
@@ -101,7 +101,7 @@ class Worker:
 
     def close(self): self.closed.set(); self.thread.join(10)
 
-# %% ../nbs/15a_serve.ipynb #f4890439
+# %% ../nbs/15a_serve.ipynb #8275ec5d
 from fastcore.basics import patch
 
 @patch
@@ -133,15 +133,15 @@ def model(self:Worker, offer:Offer, tell=lambda *a, **k: None):
 
 @patch
 def serve(self:Worker, order:Order):
-    "Answer an order: one question grows token by token, several come as one batch"
+    "Answer an order: answers grow side by side where the model streams"
     vlm = self.model(self.names[order.offer], order.tell); self.turns += 1; order.tell('thinking', turn=self.turns)
-    if len(order.questions) == 1 and hasattr(vlm, 'stream'):
-        s = vlm.stream(order.image, order.questions[0])
-        for piece in s:
+    if vlm.core is None: answers = vlm.ask(order.image, order.questions)   # a service, an ensemble: it does not stream
+    else:
+        s = vlm.stream(order.image, order.questions)
+        for k,piece in s:
             if order.stopped.is_set(): s.cancel()
-            else: order.tell('token', text=piece)
-        answers = [s.answer]
-    else: answers = vlm.ask(order.image, order.questions)
+            else: order.tell('token', number=k, text=piece)
+        answers = s.answers
     for a in answers: order.tell('answer', **answer_record(a))
     order.tell('cancelled' if order.stopped.is_set() else 'done')
 
@@ -149,7 +149,7 @@ def answer_record(a)->dict:
     "What is sent of an answer"
     return dict(question=a.question, question_id=a.question_id, answer=a.text, confidence=a.confidence, flags=a.flags, error=a.error)
 
-# %% ../nbs/15a_serve.ipynb #394e180a
+# %% ../nbs/15a_serve.ipynb #da1aa243
 LIMIT = 64_000_000   # bytes of a request
 
 class Door:
@@ -177,7 +177,7 @@ class Door:
         from starlette.responses import JSONResponse
         await JSONResponse(dict(error=dict(message=no[1], type='refused')), no[0])(scope, receive, send)
 
-# %% ../nbs/15a_serve.ipynb #f31f6f86
+# %% ../nbs/15a_serve.ipynb #3b4c54ab
 def sent_image(url:str):
     "The picture of a `data:` URL, pixels only; `FadaError` for any other address and for what cannot be read"
     import tempfile
@@ -200,7 +200,7 @@ def data_url(image)->str:
     import io
     b = io.BytesIO(); image.save(b, 'PNG'); return 'data:image/png;base64,'+base64.b64encode(b.getvalue()).decode()
 
-# %% ../nbs/15a_serve.ipynb #807e481d
+# %% ../nbs/15a_serve.ipynb #9cd35a50
 class Sessions:
     "Histories by session secret, the longest unused dropped beyond `most`"
     def __init__(self, most:int=200, rows:int=500): self.most,self.rows,self.kept = most,rows,{}
@@ -214,7 +214,7 @@ class Sessions:
         if key not in self.kept: raise FadaError('no such session', '', 'the secret of POST /sessions', 'open a new one')
         self.kept[key] = rows = self.kept.pop(key)[-self.rows:]; return rows
 
-# %% ../nbs/15a_serve.ipynb #82985f42
+# %% ../nbs/15a_serve.ipynb #7d4cd5de
 def _text_and_image(messages)->tuple:
     "(question, data URL) of the last user message of a chat"
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages): raise FadaError('no messages', 'messages', 'a list', '')
@@ -245,7 +245,7 @@ async def _events(order, history):
         if e['event'] == 'answer' and history is not None: history.append({k: v for k,v in e.items() if k != 'event'} | dict(model=order.offer))
         yield f'event: {e["event"]}\ndata: {json.dumps({**e, "id": order.id})}\n\n'
 
-# %% ../nbs/15a_serve.ipynb #b06b7ca5
+# %% ../nbs/15a_serve.ipynb #067cee84
 def make_app(
     worker:Worker, token:str,
     limit:int=LIMIT,         # bytes of a request
@@ -303,9 +303,10 @@ def make_app(
         return _completion(order, order.offer, finish='stop', whole=a['answer'])
     return app
 
-# %% ../nbs/15a_serve.ipynb #90a28d81
+# %% ../nbs/15a_serve.ipynb #c4c99df5
 class Served:
     "A model that another process holds: `ask` and `stream` as of a loaded one"
+    core = 'in another process'   # None would say that it cannot stream
     def __init__(self,
         url:str,            # as `fada serve` printed it
         token:str=None,     # None: FADA_TOKEN of the environment
@@ -348,7 +349,10 @@ class Served:
         one = isinstance(questions, (str, int)); asked = [questions] if one else questions
         answers = [_answer(e) for e in self.events(image, asked) if e['event'] == 'answer']
         return answers[0] if one else answers
-    def stream(self, image, question): return ServedStream(self.events(image, [question]), question)
+    def stream(self, image, questions):
+        "The answer to one question piece by piece, or of several side by side, as (number, piece)"
+        one = isinstance(questions, (str, int)); asked = [questions] if one else list(questions)
+        return ServedStream(self.events(image, asked), asked, one)
     def history(self)->list:
         "The answers of this session"
         return self.call('GET', '/history')
@@ -358,18 +362,26 @@ def _answer(e):
     return Answer(e['question'], e['answer'], e['question_id'], confidence=e['confidence'], error=e['error'], flags=e['flags'])
 
 class ServedStream:
-    "An answer as it comes: iterate over its pieces, `cancel` to stop; `answer` holds what was said"
-    def __init__(self, events, question):
+    "Answers as they come: iterate over the pieces, `cancel` to stop; `answers` holds what was said"
+    def __init__(self, events, questions, one):
         from fada.vlm import Answer
-        self.events,self.answer,self.stop = events,Answer(str(question)),False
+        word = lambda q: QUESTIONS[q].text if q in QUESTIONS else str(q)
+        self.events,self.one,self.stop = events,one,False; self.answers = [Answer(word(q)) for q in questions]
+    @property
+    def answer(self):
+        "The first answer"
+        return self.answers[0]
     def cancel(self): self.stop = True
     def __iter__(self):
+        whole = 0
         for e in self.events:
-            if self.stop: self.answer.error,self.answer.stage = 'cancelled','generate'; self.events.close(); return
-            if e['event'] == 'answer': self.answer = _answer(e)
-            if e['event'] == 'token': self.answer.text += e['text']; yield e['text']
+            if e['event'] == 'token':
+                self.answers[e['number']].text += e['text']; yield e['text'] if self.one else (e['number'], e['text'])
+            if e['event'] == 'answer': self.answers[whole] = _answer(e); whole += 1
+            if self.stop: self.events.close(); break
+        for a in self.answers[whole:]: a.error,a.stage = 'cancelled','generate'
 
-# %% ../nbs/15a_serve.ipynb #b04fbb1e
+# %% ../nbs/15a_serve.ipynb #650dc5d3
 def run_server(port:int, s=None):
     "The process that holds the models: token from FADA_TOKEN, loopback only; returns when it is told to stop"
     if find_spec('uvicorn') is None or find_spec('fastapi') is None:

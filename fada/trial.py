@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from .settings import FadaError, environment, now, read_json, write_atomic
 from .registry import ASSETS, MODELS, PUBLISHED, TILED, ModelSpec, count_parameters, dossier, part_of, skeleton
-from .checkpoints import (access, check_checkpoint, estimate_bytes, ledger, locate, record, weights_bytes)
+from .checkpoints import access, check_checkpoint, estimate_bytes, held_bytes, ledger, locate, record
 from .memory import in_mib, peak_bytes
 
 # %% ../nbs/09a_trial.ipynb #fb9f2b03
@@ -49,7 +49,7 @@ def try_model(
     from fada.vlm import load
     start = time.perf_counter()
     vlm = load(name, weights=weights, precision=precision, device=device, max_new_tokens=16)
-    out = dict(load_seconds=round(time.perf_counter()-start, 2), weights_bytes=sum(map(weights_bytes, vlm.cores)))
+    out = dict(load_seconds=round(time.perf_counter()-start, 2), weights_bytes=sum(map(held_bytes, vlm.cores)))
     (image,said),asked = _answers(vlm),time.perf_counter()-start-out['load_seconds']
     out.update(answer=True, answers=said, seconds_per_question=round(asked/len(said), 4))
     if 'attention' in vlm.spec.capabilities:
@@ -102,6 +102,7 @@ def _parts(spec)->dict:
     for name,shape in tensors.items(): out[part_of(name)] = out.get(part_of(name), 0)+prod(shape)
     return out
 
+# %% ../nbs/09a_trial.ipynb #e6f765bc
 def _access(spec, a)->str:
     "How far this machine is: gate, token, grant, download, test"
     gate = (f'gated (token: {_YES[a["token"]]}, licence accepted and access granted: {_YES[a["granted"]]})'
@@ -121,6 +122,7 @@ def _measured(t:dict)->str:
     return (f'{in_mib(t["weights_bytes"])} of weights, loaded in {t["load_seconds"]:.1f} s, '
             f'{1000*t["seconds_per_question"]:,.0f} ms a question, peak {in_mib(t["peak_bytes"])} on {t["device"]}')
 
+# %% ../nbs/09a_trial.ipynb #c0c0153e
 def dossier_rows(spec:ModelSpec, ask_hub:bool=False)->list:
     "(heading, text) pairs of a model's dossier"
     d,a = dossier(spec),access(spec, ask_hub)

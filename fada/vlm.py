@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PROMPT_VERSION', 'LIMITS', 'build_prompt', 'Request', 'Answer', 'VLM', 'engine', 'no_engine', 'other_engine', 'load',
            'adapter_digest', 'attach', 'merge', 'image_hash', 'pixel_values', 'project', 'bridge', 'encode',
-           'check_room', 'begin_features', 'wording', 'reference_said', 'reference_answers']
+           'check_room', 'begin_features', 'wording', 'image_words', 'in_batches', 'reference_said',
+           'reference_answers']
 
 # %% ../nbs/07_vlm.ipynb #97c3e99e
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -62,6 +64,7 @@ class Answer:
     def _repr_markdown_(self): return f'**{self.question}** {self.error or self.text}'
 
 # %% ../nbs/07_vlm.ipynb #a63db0a3
+_MOST_PROMPTS = 1024   # whose token ids are kept
 # a number, and a choice from few words, are short; lists and sentences take what `max_new_tokens` allows
 LIMITS = {5: 24, 6: 32, 7: 32}
 
@@ -70,6 +73,7 @@ class VLM:
     trains_on = 'features'  # what training computes once per image and keeps: features of the vision tower
     loss = None             # families whose loss differs from a BLIP-2 decoder's bring their own
     paid = False            # whether a question may cost money
+    shares_prefix = True    # whether questions of an image share what the language model keeps of it
     kept = ()               # special tokens that belong to an answer, ids
     limits = LIMITS         # tokens of an answer by question, where fewer than `max_new_tokens`
     store = None            # folder in which features are kept; None: in memory alone
@@ -78,7 +82,7 @@ class VLM:
         # base: identity of the weights
         self.spec,self.model,self.processor,self.base = spec,model,processor,base
         self.precision,self.device,self.max_new_tokens,self.adapter = precision,device,max_new_tokens,adapter
-        self._features,self.cache_images = OrderedDict(),64
+        self._features,self.cache_images,self._ids = OrderedDict(),64,{}
         if device == 'cpu': onednn_gains()   # measured now, so that no answer waits for it
 
     @property
@@ -303,11 +307,19 @@ def check_room(vlm, tokens:int, config):
         raise FadaError(f'the question and its answer need {tokens+vlm.max_new_tokens} positions', '',
                         f'at most {room}', 'shorten the question or lower max_new_tokens')
 
+@patch
+def token_ids(self:VLM, prompts)->list:
+    "Token ids of each prompt; the same few questions are asked of every image, so they are kept"
+    new = [p for p in dict.fromkeys(prompts) if p not in self._ids]
+    if len(self._ids)+len(new) > _MOST_PROMPTS: self._ids.clear(); new = list(dict.fromkeys(prompts))
+    if new: self._ids.update(zip(new, self.processor.tokenizer(new)['input_ids']))
+    return [self._ids[p] for p in prompts]
+
 def begin_features(vlm, features, at, prompts, most):
     "Answers to `prompts` about `features[at[i]]` (n × queries × width), before their first step"
     import torch
     tok,core,words = vlm.processor.tokenizer,vlm.core,vlm.words(); lm = core.language_model
-    ids = tok(list(prompts))['input_ids']; device = features.device
+    ids = vlm.token_ids(prompts); device = features.device
     check_room(vlm, features.shape[1]+max(map(len, ids)), core.config.text_config)
     if core.config.text_config.is_encoder_decoder:
         t,valid = right_padded(ids, tok.pad_token_id, device)
@@ -326,12 +338,23 @@ def wording(tok, ids, logp, kept=())->tuple:
     return tok.decode(words).strip(), [tok.decode([i]) for i in words], float(np.exp(np.mean(logp)))
 
 # %% ../nbs/07_vlm.ipynb #f44c6ce5
+_IMAGE_WORDS = ('image_token', 'boi_token', 'fake_image_token', 'start_image_token', 'end_image_token', 'video_token')
+
+def image_words(vlm)->set:
+    "Texts that stand for an image, or for its borders, in what a model reads"
+    if vlm.core is None: return set()
+    p = vlm.processor; tok = getattr(p, 'tokenizer', p); i = getattr(vlm.core.config, 'image_token_id', None)
+    found = {getattr(p, n, None) for n in _IMAGE_WORDS} | {tok.convert_ids_to_tokens(i) if i is not None else None}
+    return {str(w) for w in found if w}
+
 def _prepare(vlm, request):
-    "(questions as (id, text, prompt), hash) of a request; raises FadaError"
-    texts = []
+    "Questions of a request as (id, text, prompt); raises FadaError"
+    texts,reserved = [],image_words(vlm)
     for q in request.questions:
         i = question_id(q)
         text = QUESTIONS[i].text if i else str(q)
+        for word in reserved:
+            if word in text: raise FadaError(f'an image token in a question: {word}', text[-60:], 'words', 'leave the token out')
         texts.append((i, text, build_prompt(vlm.spec, text)))
     if not texts: raise FadaError('no question', '', 'at least one', '')
     return texts
@@ -390,7 +413,13 @@ def said(self:VLM, seen, at, prompts, most=None)->list:
 def reply(self:VLM, seen, at, prompts, most=None)->list:
     "Greedy replies to `prompts`, each about `seen[at[i]]`: list of (text, tokens, confidence)"
     tok,kept = getattr(self.processor, 'tokenizer', self.processor),self.kept
-    return [wording(tok, *s, kept) for s in self.said(seen, at, prompts, most)]
+    worded = [wording(tok, *s, kept) for s in self.said(seen, at, prompts, most)]
+    return [(self.in_words(text, p, seen[n]), *more) for (text,*more),p,n in zip(worded, prompts, at)]
+
+@patch
+def in_words(self:VLM, text:str, prompt:str, seen)->str:
+    "An answer's text as a person reads it; `seen` as `see` gave it"
+    return text
 
 # %% ../nbs/07_vlm.ipynb #82126b9e
 @patch
@@ -400,11 +429,12 @@ def answer(
     batch_images:int=16,    # images whose questions go through together
 ):                          # iterator of Answer, in the order asked
     "Answer every question of every request; what fails becomes an Answer with `error` and `stage`"
-    batch = []
-    for r in requests:
-        batch.append(r)
-        if len(batch) == batch_images: yield from _answer_batch(self, batch); batch = []
-    if batch: yield from _answer_batch(self, batch)
+    return in_batches(requests, batch_images, lambda batch: _answer_batch(self, batch))
+
+def in_batches(items, n:int, work):
+    "What `work` gives for `n` of `items` at a time, in order; the next are taken when those before are done"
+    items = iter(items)
+    while batch := list(islice(items, n)): yield from work(batch)
 
 # %% ../nbs/07_vlm.ipynb #78f10d63
 def _answer_batch(vlm, batch):

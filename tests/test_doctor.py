@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from fada import doctor
 from fada.doctor import Finding, STATES, examine, ready
+from fada.registry import ASSETS
 from fada.settings import load_settings
 
 PLAIN = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'HF_TOKEN', 'HF_ENDPOINT', 'PYTHONPATH')}
@@ -90,7 +91,7 @@ def test_device_memory_and_model(tmp_path, monkeypatch):
     "A card that is not there; a model that no machine holds; one that is not here; one that is damaged"
     monkeypatch.chdir(tmp_path); monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path/'state')); (tmp_path/'settings.ini').touch()
     f = doctor.check_device(load_settings(device='cuda:7')); assert f.state == 'fails' and 'cuda' in f.found
-    shutil.copytree(doctor.ASSETS/'blip2-nano', tmp_path/'bad'); shard = tmp_path/'bad'/'model.safetensors'
+    shutil.copytree(ASSETS/'blip2-nano', tmp_path/'bad'); shard = tmp_path/'bad'/'model.safetensors'
     shard.write_bytes(shard.read_bytes()[:5000])
     (tmp_path/'models.toml').write_text('[huge]\nlike = "blip2-opt-2.7b"\nparameters = 9_000_000_000_000\n'
                                         '[bad]\nlike = "blip2-nano"\ncheckpoint = "bad"\n')

@@ -38,7 +38,6 @@ def same(got, want, tie=1e-4):
 @pytest.mark.parametrize('architecture', list(BUILD))
 def test_same_tokens_as_the_loop(architecture, seed, folder):
     "Three images of three shapes, questions of mixed length, one batch: tokens and log-probabilities of the loop"
-    import torch
     vlm = open_tiny(architecture, folder, seed); images = pictures(architecture)
     at = [n for n in range(len(images)) for _ in QUESTIONS]
     if architecture == 'gemma3-text': at = [0]*len(QUESTIONS); images = [None]
@@ -51,7 +50,6 @@ def test_same_tokens_as_the_loop(architecture, seed, folder):
 @pytest.mark.parametrize('architecture', ['blip2-opt', 'blip2-gemma3', 'llava', 'gemma3', 'qwen3-vl'])
 def test_one_copy_of_a_prefix(architecture, folder):
     "Rows that attend together to the one copy of their prefix say what rows with copies say, also where they leave unevenly"
-    import torch
     from fada import decode
     vlm = open_tiny(architecture, folder, tokens=10); images = pictures(architecture)
     at = [0, 0, 0, 2, 1, 1, 2, 0]; asked = [build_prompt(vlm.spec, q) for q in (QUESTIONS*2)]; most = [3, 10, 1, 2, 10, 7, 10, 10]
@@ -97,10 +95,33 @@ def test_stream_and_cancel(architecture, folder):
     gc.collect(); assert not [o for o in gc.get_objects() if isinstance(o, Steps)]   # memory of keys and values is free
     assert not any('forward' in vars(m) for m in vlm.core.modules())
 
+@pytest.mark.parametrize('architecture', ['blip2-opt', 'instructblip-t5', 'llava', 'florence2'])
+def test_questions_stream_side_by_side(architecture, folder):
+    "A list of questions: pieces carry the number of their question, answers, flags and confidence are those of a batch"
+    vlm = open_tiny(architecture, folder); im = probe_picture(); want = vlm.ask(im, QUESTIONS); s = vlm.stream(im, QUESTIONS)
+    said = ['']*4
+    for n, piece in s: said[n] += piece
+    for a, w, text in zip(s.answers, want, said):
+        assert (a.text, a.flags, a.tokens, a.error) == (w.text, w.flags, w.tokens, '') and np.isclose(a.confidence, w.confidence, atol=1e-5)
+        assert a.text == text
+    s = vlm.stream(im, QUESTIONS); s.cancel(); assert list(s) == [] and {a.error for a in s.answers} == {'cancelled'}
+
+@pytest.mark.parametrize('architecture', [a for a in BUILD if a != 'gemma3-text'])
+def test_an_image_token_in_words_stays_out(architecture, folder):
+    "Texts that stand for an image are refused in a question, by every way to ask; its neighbours are answered"
+    from fada.settings import FadaError
+    from fada.vlm import image_words
+    vlm = open_tiny(architecture, folder, tokens=2); im = probe_picture(); tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
+    words = image_words(vlm); assert tok.decode([vlm.core.config.image_token_id]) in words and str(vlm.processor.image_token) in words
+    for word in words:
+        bad, good = vlm.answer([Request(im, [f'what is {word} here?']), Request(im, [PLAIN])])
+        assert word in bad.error and bad.stage == 'read' and not good.error, (word, bad.error, good.error)
+        with pytest.raises(FadaError, match='image token'): vlm.stream(im, f'{word}?')
+        with pytest.raises(FadaError, match='image token'): vlm.choose(im, f'{word}?', ['a', 'b'])
+
 def test_out_of_memory_halves_and_remembers(folder, monkeypatch):
     "Memory that runs out over more than five rows: smaller parts, same answers, and the next time no second failure"
     import torch
-    from fada.settings import FadaError
     vlm = open_tiny('blip2-opt', folder); images = pictures('blip2-opt'); want = [a.text for im in images for a in vlm.ask(im, QUESTIONS)]
     real, sizes = vlm.begin, []
     def begin(seen, at, prompts, most):

@@ -220,7 +220,7 @@ def test_florence_says_places_in_words(folder):
                              ('<OCR_WITH_REGION>', f'BPD 52{box}{at(300, 400, 100, 400)}',
                               'BPD 52 [20, 20, 60, 40, 60, 40, 20, 40]'),
                              ('<CAPTION>', 'a femur', 'a femur'), (PLAIN, f'a femur{box}', 'a femur')):
-        assert vlm.say_places(text, task, im) == says, task
+        assert vlm.in_words(text, task, im) == says, task
     assert not any(a.error for a in vlm.ask(im, ['<OD>', '<DETAILED_CAPTION>', PLAIN]))
 
 def test_the_canary_stops_what_fell_silent(folder, monkeypatch):
