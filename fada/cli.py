@@ -134,7 +134,23 @@ def train(
     precision:Precision=None, device:Device=None,
     task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch; planes: a classifier.')]='lora',
     output:Annotated[Optional[str], typer.Option(help='Folder of the result.')]=None,
-    rank:int=8, lr:float=2e-3, steps:int=120, batch:int=16,
+    steps:int=120,
+    rank:Annotated[Optional[int], typer.Option(help="Of the LoRA layers. Default, as of --lr and --batch: the family's.")]=None,
+    lr:Annotated[Optional[float], typer.Option(help='Learning rate.')]=None,
+    batch:Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]=None,
+    accumulate:Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]=1,
+    images:Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]=0,
+    abnormal_weight:Annotated[float, typer.Option(help='How many times as often an abnormal image is drawn.')]=3.,
+    checks:Annotated[int, typer.Option(help='Validations, spread over the steps.')]=4,
+    patience:Annotated[int, typer.Option(help='Checks without a better score until training stops; 0: never.')]=3,
+    keep_every:Annotated[int, typer.Option(help='Steps between checkpoints: what a power cut may cost.')]=20,
+    packing:Annotated[bool, typer.Option(help='All questions of an image in one sequence, where the family allows it.')]=True,
+    cache:Annotated[bool, typer.Option(help='Compute what the frozen vision tower gives once.')]=True,
+    augment:Annotated[bool, typer.Option('--augment', help='Change pictures without changing their answers; no cache then.')]=False,
+    optimiser:Annotated[str, typer.Option(help='adamw; on a card also adamw8bit and paged8bit.')]='adamw',
+    checkpointing:Annotated[bool, typer.Option('--checkpointing', help='Gradient checkpointing: less memory, more arithmetic.')]=False,
+    skip_preflight:Annotated[bool, typer.Option('--skip-preflight', help='Begin without the checks; noted in the adapter.')]=False,
+    replace:Annotated[bool, typer.Option('--replace', help='Delete what another run left in the folder.')]=False,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Fine-tune a model by LoRA, or train the embedded base from scratch.
@@ -142,11 +158,13 @@ def train(
     Example: fada train --categories Femur --output outputs/femur"""
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
-    from fada.train import train_job
+    from fada.finetune import train_job
     out = (Path(output) if output
            else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
-    about = train_job(s, out, task, weights,
-                      **({} if task != 'lora' else dict(rank=rank, lr=lr, steps=steps, batch=batch)))
+    about = train_job(s, out, task, weights, **({} if task != 'lora' else dict(
+        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, abnormal_weight=abnormal_weight,
+        checks=checks, patience=patience, keep_every=keep_every, packing=packing, cache=cache, augment=augment,
+        optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)))
     use = dict(lora=f'; ask and evaluate with --adapter {out}', base=f'; ask, train and evaluate with --weights {out}')
     _show(about, json, f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: {out}"
           + use.get(task, ''))
