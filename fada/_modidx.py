@@ -547,6 +547,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fada.finetune.finetune': ('finetune.html#finetune', 'fada/finetune.py'),
                                'fada.finetune.lora_recipe': ('finetune.html#lora_recipe', 'fada/finetune.py'),
                                'fada.finetune.run_key': ('finetune.html#run_key', 'fada/finetune.py'),
+                               'fada.finetune.take_bundle': ('finetune.html#take_bundle', 'fada/finetune.py'),
                                'fada.finetune.train_job': ('finetune.html#train_job', 'fada/finetune.py'),
                                'fada.finetune.training_tables': ('finetune.html#training_tables', 'fada/finetune.py'),
                                'fada.finetune.write_bundle': ('finetune.html#write_bundle', 'fada/finetune.py')},

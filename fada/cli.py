@@ -165,6 +165,7 @@ def train(
         rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, abnormal_weight=abnormal_weight,
         checks=checks, patience=patience, keep_every=keep_every, packing=packing, cache=cache, augment=augment,
         optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)))
+    if os.environ.get('RANK', '0') != '0': return   # one of several processes speaks
     use = dict(lora=f'; ask and evaluate with --adapter {out}', base=f'; ask, train and evaluate with --weights {out}')
     _show(about, json, f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: {out}"
           + use.get(task, ''))
