@@ -102,5 +102,5 @@ def _foreign(path, key)->bool:
 
 def clear_run(folder):
     "Delete what a training writes into its folder"
-    for n in (CHECKPOINT, 'fada.json', 'adapter_model.safetensors', 'adapter_config.json', 'README.md'):
+    for n in (CHECKPOINT, 'fada.json', 'adapter_model.safetensors', 'adapter_config.json', 'README.md', 'features.npz'):
         (Path(folder)/n).unlink(missing_ok=True)
