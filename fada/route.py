@@ -9,6 +9,7 @@ __all__ = ['MOST_AXES', 'FILE', 'look', 'Likeness', 'fit_likeness', 'save_likene
 # %% ../nbs/09j_route.ipynb #da83badb
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 import numpy as np
 from .settings import FadaError, read_json
 from .clinical import category as known_category
@@ -82,7 +83,7 @@ def load_likeness(folder):
     path = Path(folder)/FILE
     if not path.is_file(): return None
     try: f = dict(np.load(path))
-    except (ValueError, OSError, EOFError) as e:
+    except (ValueError, OSError, EOFError, BadZipFile) as e:
         raise FadaError(f'damaged features of the training images ({e})', str(path), FILE, 'train the adapter again') from None
     return Likeness(f['categories'].tolist(), f['means'], f['axes'], f['spread'], float(f['rest']), float(f['limit']))
 
