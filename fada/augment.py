@@ -13,10 +13,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Bounds:
     "How far pictures are changed"
-    gain: float = .12     # share by which grey levels grow or shrink, at most
+    gain: float = .06     # share by which grey levels grow or shrink, at most
     noise: float = 3.     # standard deviation, grey levels
     shadow: float = .12   # share of light that a shadow takes, at most
-    crop: float = .05     # share of each side that is cut away, at most
+    crop: float = .03     # share of each side that is cut away, at most
 
 def gain(a, rng, most:float): return a*(1+rng.uniform(-most, most))
 
