@@ -179,7 +179,7 @@ def run_notebooks(start='.')->Path:
 # modules whose code decides a result
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
             'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','metrics','train','base',
-            'planes','evaluate')
+            'planes','evaluate','packing','resume','watch','loop','preflight','augment','route','finetune')
 # enough to run every step, too little to learn
 SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)
 
