@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OVERFIT', 'FEW', 'Row', 'read_rows', 'show_batch', 'Finding', 'check_labels', 'ends', 'check_image', 'check_parts',
-           'check_overfit', 'training_bytes', 'check_memory', 'coverage_table', 'check_coverage', 'preflight']
+           'check_overfit', 'packed_step', 'training_bytes', 'unpacked_bytes', 'check_memory', 'coverage_table',
+           'check_coverage', 'preflight']
 
 # %% ../nbs/09e_preflight.ipynb #5f85e076
 import math
@@ -171,21 +172,65 @@ def check_overfit(m:Material, lr:float)->Finding:
     return Finding('two answers by heart', 'ok' if good else 'stop', said if good else f'the loss does not fall: {said}')
 
 # %% ../nbs/09e_preflight.ipynb #68bb2a3a
-def training_bytes(spec, config, precision:str, batch:int, questions:int, rank:int, device:str)->int:
-    "Bytes that a training is predicted to take besides the weights"
-    from fada.plan import PARTS, PROMPT, _parts
-    parts,_,_ = _parts(spec, config, 'train', precision, batch, questions, 48, rank, None, PROMPT, device.split(':')[0])
-    return sum(parts[k] for k in PARTS[2:-1])
+def packed_step(spec, config, layers:int, half:str, batch:int, questions:int, rank:int, device:str)->tuple:
+    "(peak, bytes of what is trained, bytes of a layer's input) of a packed step on shapes alone, with `layers` layers of the language model"
+    import torch, warnings
+    from fada.dry import DryRun
+    from fada.packing import packed_loss
+    from fada.plan import ANSWER, PROMPT, _shallow, image_side, image_tokens, shell
+    from fada.train import _project, add_lora
+    vlm = shell(spec, _shallow(config, layers), 'bf16' if half == 'bf16' and not spec.fp32_parts else 'int8', half)
+    with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, rank)
+    vlm.core.train(); words = vlm.words(); chat = hasattr(vlm, 'render'); trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    rows = [[([3]*PROMPT, [3]*ANSWER)]*questions]*batch; v = config.vision_config
+    seen = image_tokens(config, image_side(config)) if chat else (v.image_size//v.patch_size)**2+1
+    width = words.embed.weight.shape[1] if chat else v.hidden_size
+    def step():
+        x = torch.empty(batch, seen, width, device='meta', dtype=words.embed.weight.dtype)
+        for _ in range(2):   # the second beside the gradients of the first
+            total,n = packed_loss(words, x if chat else _project(vlm.core, x), rows); (total/n).backward()
+    dry = DryRun(vlm.model, device=device); dry.run(step)
+    weight = words.embed.weight; tokens = image_tokens(config, image_side(config))+questions*(PROMPT+ANSWER)
+    return max(dry.peaks), sum(p.numel()*p.element_size() for p in trained), batch*tokens*weight.shape[1]*weight.element_size()
+
+def training_bytes(
+    spec, config, precision:str, batch:int, questions:int, rank:int=8, device:str='cuda',
+    packed:bool=True, checkpointing:bool=False, eight_bit:bool=False,  # an optimiser in 8 bits
+)->int:
+    "Bytes that a training is predicted to take besides the weights: activations, adapter, its gradients and moments"
+    from fada.packing import PACKS
+    from fada.plan import PARTS, PROMPT, _parts, text_depth
+    device = device.split(':')[0]
+    if not packed or spec.architecture not in PACKS:
+        parts,_,_ = _parts(spec, config, 'train', precision, batch, questions, 48, rank, None, PROMPT, device)
+        return sum(parts[k] for k in PARTS[2:-1])
+    half = precision if precision in ('fp32','bf16','fp16') else 'fp32' if device == 'cpu' else 'bf16'; depth = text_depth(config)
+    few = (2, 3) if depth > 3 else (depth, depth)
+    (p,t,each),(q,u,_) = (packed_step(spec, config, n, half, batch, questions, rank, device) for n in few)
+    peak,trained = p+(depth-few[0])*(q-p),t+(depth-few[0])*(u-t)   # gradients are in the peak
+    if checkpointing: peak = p-(few[0]-1)*(q-p)+depth*each+(depth-few[0])*(u-t)   # each layer keeps its input, one at a time its all
+    return int(peak+trained+2*trained*(.25 if eight_bit else 1)+unpacked_bytes(spec, config, precision, half))
+
+def unpacked_bytes(spec, config, precision:str, half:str)->int:
+    "What the largest quantised weight takes while it is unpacked for the backward pass"
+    import torch
+    from fada.memory import count_weights
+    from fada.registry import model_class
+    if precision not in ('int8','nf4'): return 0
+    with torch.device('meta'): c = count_weights(model_class(spec)(config), spec.fp32_parts, spec.trained_parts)
+    return c.largest*(4 if half == 'fp32' else 2)
 
 def check_memory(m:Material, recipe)->Finding:
     "What training is predicted to take besides the weights, against what is free"
     from fada.checkpoints import free_bytes
     from fada.memory import in_mib
     vlm = m.vlm; each = max(1, math.ceil(min(recipe.batch, len(m))/recipe.accumulate)); asked = max(map(len, m.rows))
-    need,free = training_bytes(vlm.spec, vlm.core.config, vlm.precision, each, asked, recipe.rank, vlm.device),free_bytes(vlm.device)
+    need = training_bytes(vlm.spec, vlm.core.config, vlm.precision, each, asked, recipe.rank, vlm.device, m.packs, recipe.checkpointing,
+                          recipe.optimiser != 'adamw')
+    free = free_bytes(vlm.device)
     said = f'about {in_mib(need)} for {each} images at a time, {in_mib(free)} free'
     return Finding('memory', 'ok', said) if need < free else Finding('memory', 'stop',
-            said+': lower the batch, raise --accumulate, or see `fada plan`')
+            said+': lower the batch, raise --accumulate, take --checkpointing, or see `fada plan`')
 
 # %% ../nbs/09e_preflight.ipynb #a9cd88bd
 FEW = 10   # images of a category below which a note is due
