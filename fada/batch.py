@@ -236,8 +236,13 @@ def _too_big(code:int, log:Path)->bool:
     return code == DEAD_KERNEL or any(m in _reason(log) for m in ('out of memory', 'OutOfMemoryError', 'MemoryError'))
 
 # %% ../nbs/13_batch.ipynb #c81a1b02
-def _attempt(job:Job, batch:int, env:dict, lock:int)->tuple:
-    "(exit status, why, retried): run a notebook; for want of memory a second time, at half the `batch` where it has one"
+def _smaller(parameters:dict, known:dict)->dict:
+    "Parameters for half the memory: a step's images in twice as many parts where the notebook can, else half the batch"
+    if 'accumulate' in known: return dict(parameters, accumulate=2*known['accumulate'])
+    return dict(parameters, batch=known['batch']//2) if known.get('batch', 0) > 1 else parameters
+
+def _attempt(job:Job, known:dict, env:dict, lock:int)->tuple:
+    "(exit status, why, retried): run a notebook; for want of memory a second time, at half the batch where it has one"
     log,parameters,retried = job.part/'run.log',job.parameters,False
     for _ in range(4):
         code,why = _execute(job, parameters, env, lock)
@@ -245,7 +250,7 @@ def _attempt(job:Job, batch:int, env:dict, lock:int)->tuple:
         if _never_started(log): continue
         if retried or not _too_big(code, log): break
         retried = True
-        if batch > 1: _clear(job.part); parameters = dict(parameters, batch=batch//2)
+        if (less := _smaller(parameters, known)) != parameters: _clear(job.part); parameters = less
     return code, why, retried
 
 def _settle(job:Job, seconds:float, retried:bool):
@@ -263,7 +268,7 @@ def run_job(job:Job, threads:int=1)->Result:
         log = _open_part(job)/'run.log'
         env = dict(os.environ, FADA_THREADS=str(threads), OMP_NUM_THREADS=str(threads),
                    PYDEVD_DISABLE_FILE_VALIDATION='1')
-        code,why,retried = _attempt(job, known.get('batch', 0), env, lock); seconds = time.perf_counter()-start
+        code,why,retried = _attempt(job, known, env, lock); seconds = time.perf_counter()-start
         if _stop.is_set() or why == 'stopped': return Result(job, 'cancelled', seconds, started=began)
         if code:
             return Result(job, 'failed', seconds, f'{why or _reason(log)} (exit {code}, log: {log})', retried, began)
@@ -365,7 +370,7 @@ def run_notebooks(start='.')->Path:
 # modules whose code decides a result
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
             'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','metrics','train','base',
-            'planes','evaluate')
+            'planes','evaluate','packing','resume','watch','loop','preflight','augment','route','finetune')
 
 # %% ../nbs/13_batch.ipynb #290f3243
 def heartbeat(

@@ -251,7 +251,14 @@ def render(
     if answer is None: return read, ''
     whole = template(ask+[dict(role='assistant', content=words(answer))]); end = self.tokenizer.eos_token
     said = whole[len(read):].rstrip() if whole.startswith(read) else ''
-    return read, said if answer in said else answer+end
+    said = said if answer in said else answer
+    return read, said if self.is_end(self.tokenizer(said, add_special_tokens=False)['input_ids'][-1]) else said+end
+
+@patch
+def is_end(self:Chat, token:int)->bool:
+    "Whether a token ends a turn; some templates (LLaVA's) leave the end out, and who learns from them never stops"
+    tok = self.tokenizer; added = getattr(tok, 'added_tokens_decoder', {}).get(token)
+    return token in {*tok.all_special_ids, *end_ids(self.core.generation_config)} or bool(added and added.special)
 
 # %% ../nbs/07a_families.ipynb #92596493
 def most_tiles(spec)->int:

@@ -371,10 +371,10 @@ def _check(spec, task, precision, batch, questions, new, steps):
         if isinstance(v, bool) or not isinstance(v, int) or v < 1:
             raise FadaError(f'{k} = {v}', '', 'a whole number of at least 1', '')
 
-def training_defaults(task:str, batch:int=None, steps:int=None, rank:int=None)->tuple:
-    "(batch, steps, rank) with those left out as `fada train` takes them; an answer is for one image"
-    from fada.train import LORA
-    own = dict(LORA, batch=LORA['batch'] if task == 'train' else 1)
+def training_defaults(spec:ModelSpec, task:str, batch:int=None, steps:int=None, rank:int=None)->tuple:
+    "(batch, steps, rank) with those left out as `fada train` takes them for the family; an answer is for one image"
+    from fada.finetune import lora_recipe
+    r = lora_recipe(spec); own = dict(steps=r.steps, rank=r.rank, batch=r.batch if task == 'train' else 1)
     return tuple(own[k] if v is None else v for k,v in dict(batch=batch, steps=steps, rank=rank).items())
 
 # %% ../nbs/09d_plan.ipynb #d252b94d
@@ -399,7 +399,7 @@ def plan(
     find:bool=True,               # look for settings that fit where these do not
 )->Plan:
     "Predict the memory of a model from its shape alone"
-    spec = model_spec(model); batch,steps,rank = training_defaults(task, batch, steps, rank)
+    spec = model_spec(model); batch,steps,rank = training_defaults(spec, task, batch, steps, rank)
     _check(spec, task, precision, batch, questions, new_tokens, steps)
     size = lambda v, what: v if isinstance(v, int) else parse_size(v, what)
     gpu,reserve = size(this_card() if gpu is None else gpu, '--gpu'),size(reserve, '--reserve')
@@ -588,7 +588,7 @@ def measure_model(
     keep:bool=True,                # note it in the ledger of this machine, from where plans take the speed
 )->dict:
     "Run a model for true: load time, seconds a question or step, peak memory, and how far off the plan was"
-    spec = model_spec(model); batch,_,rank = training_defaults(task, batch, 1, rank)
+    spec = model_spec(model); batch,_,rank = training_defaults(spec, task, batch, 1, rank)
     _check(spec, task, precision, batch, questions, new_tokens, 1)
     device = resolve_device(device)
     shape = config or (Path(weights) if weights and not random else None)

@@ -32,7 +32,7 @@ def _answers(vlm):
 def _trains(vlm):
     "Two LoRA steps on a few phantoms, in a folder that is thrown away"
     from fada.data import prepare
-    from fada.train import finetune
+    from fada.finetune import finetune
     with tempfile.TemporaryDirectory() as d:
         prepare(Path(d)/'data', 16, ['Femur'], seed=1, workers=1, source='phantoms')
         finetune(vlm, Path(d)/'data', ['Femur'], Path(d)/'adapter', rank=4, steps=2, batch=1, images=2)

@@ -244,10 +244,9 @@ def test_device_and_precision_are_pinned(copy):
     assert {str(p.device) for p in _load(copy)[0].parameters()} == {'cpu'}
 
 def test_adapter_of_another_base(copy, tmp_path, small_data, monkeypatch):
-    from fada import train
-    monkeypatch.setitem(train.LORA, 'validation_images', 1); monkeypatch.setitem(train.LORA, 'checks', 1)
+    from fada.finetune import finetune
     base = load('smolvlm-256m', weights=copy, device='cpu', precision='fp32', max_new_tokens=4)
-    train.finetune(base, small_data, ['Femur'], tmp_path/'adapter', rank=2, steps=1, batch=1, images=2)
+    finetune(base, small_data, ['Femur'], tmp_path/'adapter', rank=2, steps=1, batch=1, images=2, checks=1, validation_images=1, skip_preflight=True)
     other = tiny('smolvlm', tmp_path, seed=1)[2]
     with pytest.raises(FadaError, match='trained on another base'):
         load('smolvlm-256m', tmp_path/'adapter', other, 'fp32', 'cpu')

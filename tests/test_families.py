@@ -67,11 +67,11 @@ def test_train_save_merge(architecture, folder, small_data, tmp_path, monkeypatc
     are equal, merging too"""
     from safetensors.torch import load_file
     import torch
-    from fada import train
-    monkeypatch.setitem(train.LORA, 'validation_images', 1); monkeypatch.setitem(train.LORA, 'checks', 1)
+    from fada.finetune import finetune
     vlm = open_tiny(architecture, folder); out = tmp_path/'adapter'
     frozen = {n: p.clone() for n, p in vlm.core.named_parameters()}
-    about = train.finetune(vlm, small_data, ['Femur'], out, rank=2, lr=5e-3, steps=3, batch=2, images=4)
+    about = finetune(vlm, small_data, ['Femur'], out, rank=2, lr=5e-3, steps=3, batch=2, images=4,
+                     checks=1, validation_images=1)
     assert np.isfinite([l for _, l in about['losses']]).all() and sum(about['trainable'].values()) > 0
     assert set(about['trainable']) <= {'qformer', 'language_model'} | ({'projection'}
             if vlm.spec.trained_parts else set())
@@ -249,9 +249,10 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     """`fada models get blip2-medgemma-4b` on tiny checkpoints of both parts: joined, saved, loaded whole, answering; its new
     projection learns before LoRA does"""
     import torch
-    from fada import train
     from fada.checkpoints import record
     from fada.compose import get_model
+    from fada.finetune import finetune
+    from fada.loop import Fit
     from fada.registry import MODELS
     monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path/'state'))
     parts = {n: tiny(a, tmp_path)[2] for n, a in (('blip2-opt-2.7b', 'blip2-opt'), ('medgemma-4b-text', 'gemma3-text'))}
@@ -263,25 +264,25 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     for mine, theirs in ((vlm.core.vision_model, eyes.core.vision_model), (vlm.core.qformer, eyes.core.qformer),
                          (vlm.core.language_model, words.core)):   # in bf16 on disk
         assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
-    monkeypatch.setitem(train.LORA, 'validation_images', 1); monkeypatch.setitem(train.LORA, 'checks', 1)
     before = {n: p.detach().clone() for n, p in vlm.core.named_parameters()}
-    seen = []; real = train.train_answers
-    monkeypatch.setattr(train, 'train_answers', lambda core, parameters, *a, **k: seen.append(
-        [n for n, p in vlm.model.named_parameters() if any(p is q for q in parameters)]) or real(core, parameters, *a, **k))
-    about = train.finetune(vlm, small_data, ['Femur'], tmp_path/'adapter', rank=2, lr=5e-3, steps=2, batch=2, images=4)
+    seen = []; real = Fit.begin
+    monkeypatch.setattr(Fit, 'begin', lambda self, parameters, steps: seen.append(
+        [n for n, p in vlm.model.named_parameters() if any(p is q for q in parameters)]) or real(self, parameters, steps))
+    about = finetune(vlm, small_data, ['Femur'], tmp_path/'adapter', rank=2, lr=5e-3, steps=2, batch=2, images=4,
+                     checks=1, validation_images=1)
     assert all('language_projection' in n for n in seen[0]) and any('lora_' in n for n in seen[1])
     assert set(about['trainable']) == {'projection', 'qformer', 'language_model'}
 
 def test_memory_that_runs_out_in_training(folder, small_data, tmp_path, monkeypatch):
     "A card's own exception, which cannot be had here, becomes a sentence that says what to lower"
     import torch
-    from fada import train
-    monkeypatch.setitem(train.LORA, 'validation_images', 1)
+    from fada.finetune import finetune
+    from fada.loop import Material
     vlm = open_tiny('smolvlm', folder)
     def full(*args): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
-    monkeypatch.setattr(type(vlm), 'loss', full)
+    monkeypatch.setattr(Material, 'loss', full)
     with pytest.raises(FadaError, match='memory ran out with 2 images a step.*lower the batch'):
-        train.finetune(vlm, small_data, ['Femur'], tmp_path/'a', rank=2, steps=1, batch=2, images=4)
+        finetune(vlm, small_data, ['Femur'], tmp_path/'a', rank=2, steps=1, batch=2, images=4, validation_images=1)
 
 def test_what_a_model_lacks_names_one_that_has_it(folder):
     """An image for the text model, a merge without an adapter or into quantised weights, a remote row: an

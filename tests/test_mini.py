@@ -47,12 +47,11 @@ def test_mini_quantised_passes_its_canary(made, precision):
 
 def test_mini_learns_its_bridge(made, small_data, tmp_path, monkeypatch):
     "Q-Former and projection are trained whole and travel in the adapter; the loss falls"
-    from fada import train
+    from fada.finetune import finetune
     from fada.vlm import load
-    monkeypatch.setitem(train.LORA, 'validation_images', 1); monkeypatch.setitem(train.LORA, 'checks', 1)
     vlm = load('blip2-mini', precision='fp32', device='cpu', max_new_tokens=8)
-    about = train.finetune(vlm, small_data, ['Femur'], tmp_path/'a', rank=4, lr=3e-3, steps=20, batch=4,
-                           images=12)
+    about = finetune(vlm, small_data, ['Femur'], tmp_path/'a', rank=4, lr=3e-3, steps=20, batch=4,
+                           images=12, checks=1, validation_images=1)
     assert about['trainable'].keys() == {'qformer', 'projection', 'language_model'}
     assert about['losses'][-1][1] < .9*about['losses'][0][1]
     again = load('blip2-mini', tmp_path/'a', precision='fp32', device='cpu', max_new_tokens=8)

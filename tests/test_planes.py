@@ -21,7 +21,7 @@ def test_answer(architecture, small_data, tmp_path):
 def test_train(architecture, small_data, tmp_path):
     "Through the training room: `fada train --task planes`"
     from fada.settings import load_settings
-    from fada.train import train_job
+    from fada.finetune import train_job
     s = load_settings(data=str(small_data), categories='Femur,Abdomen')
     about = train_job(s, tmp_path/'job', 'planes')
     assert about['method'] == 'cnn' and (tmp_path/'job'/'config.json').is_file()

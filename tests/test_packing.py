@@ -1,0 +1,65 @@
+"Packed questions against one row a question: the same loss, the same gradients, for every architecture that packs."
+import sys
+from functools import partial
+from pathlib import Path
+import numpy as np
+import pytest
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import tiny
+from fada.data import load_table
+from fada.loop import LoraRecipe, Material
+from fada.packing import PACKS, block_mask, pack
+from fada.train import add_lora
+from fada.vlm import load
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('packing')
+
+@pytest.mark.parametrize('architecture', PACKS)
+def test_loss_and_gradients_of_separate_rows(architecture, folder, small_data):
+    "fp32, three images with all their questions: loss to 1e-5, gradients of every trained weight to 1e-5; kept features or not"
+    import torch
+    name, _, weights = tiny(architecture, folder); vlm = load(name, weights=weights, device='cpu', precision='fp32', max_new_tokens=4)
+    torch.manual_seed(0); add_lora(vlm, 2); table = load_table(small_data, ['Femur'], 'train')
+    trained = [p for n, p in vlm.model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained: p.add_(torch.randn_like(p)*.05)   # an adapter of zeros would hide half of the gradients
+    def gradients(recipe, cache=None):
+        m = Material(vlm, small_data, table, recipe, cache); vlm.model.zero_grad()
+        loss = m.loss([0, 3, 5]); loss.backward()
+        return m, float(loss.detach()), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+    m, packed, g = gradients(LoraRecipe(), folder/f'{architecture}.npy'); assert m.packs and m.kept == (not vlm.spec.trained_parts or not m.chat)
+    n, apart, h = gradients(LoraRecipe(packing=False, cache=False)); assert not n.packs and not n.kept
+    _, fresh, k = gradients(LoraRecipe(cache=False))
+    assert abs(packed-apart) < 1e-5 and abs(fresh-apart) < 1e-5
+    scale = max(1., float(h.abs().max())); assert float(h.abs().max()) > 1e-3
+    assert float((g-h).abs().max()) < 1e-5*scale and float((k-h).abs().max()) < 1e-5*scale
+    assert m.count([0, 3, 5]) == n.count([0, 3, 5]) > 0
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_memory_of_a_packed_step_is_foretold(checkpointing, root):
+    "576 image tokens, 8 layers, 8 questions: predicted from shapes against torch's allocator"
+    import torch
+    sys.path.insert(0, str(root/'bench'))
+    from engine import llava
+    from fada.memory import allocator_peak
+    from fada.packing import packed_loss
+    from fada.plan import ANSWER, PROMPT
+    from fada.preflight import training_bytes
+    vlm, _ = llava(); add_lora(vlm, 8); words = vlm.words(); trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    if checkpointing: vlm.core.gradient_checkpointing_enable(dict(use_reentrant=False))
+    vlm.core.train(); rows = [[([3]*PROMPT, [3]*ANSWER)]*8]; opt = torch.optim.AdamW(trained)
+    def step():
+        total, n = packed_loss(words, torch.randn(1, 576, 512), rows); (total/n).backward(); opt.step()
+    with allocator_peak('cpu') as seen: step(); step()
+    said = training_bytes(vlm.spec, vlm.core.config, 'fp32', 1, 8, 8, 'cpu', True, checkpointing)
+    assert abs(said/seen['bytes']-1) < .2, (said/2**20, seen['bytes']/2**20)
+
+def test_nothing_leaks_between_questions():
+    "The mask of two images with ragged questions: image, own question up to here, nothing else; padding is seen by nobody"
+    p = pack([[([5, 6], [7]), ([8], [9, 2])], [([1], [2])]]); sees = block_mask(p, 3)
+    assert sees.shape == (2, 9, 9) and sees[0, 6].tolist() == [True]*3+[False]*3+[True, False, False]
+    assert sees[1, 4].tolist() == [True]*3+[True, True]+[False]*4 and not sees[1, :5, 5:].any()
+    assert sees[:, :3, :3].float().sum() == 2*6   # causal in the image
+    assert sees.any(-1).all()                     # no row without anything to see, which would be no number
+    assert block_mask(p, 3, window=2)[0, 5].tolist() == [False]*4+[True, True]+[False]*3
