@@ -80,7 +80,7 @@ def shape_of(
 # %% ../nbs/09d_plan.ipynb #c6da07e2
 PROMPT,ANSWER = 32,8   # tokens of a question in its template, and of an answer to learn from
 SIDE = 448             # pixels a side where a model takes images of any size
-ENCODED = 64           # images that training encodes together
+ENCODED = 16           # images that training encodes together
 _NO_LIMIT = 2**62      # bytes: rows asked together stay together
 _WORD = 3              # a token that no architecture gives a meaning
 

@@ -121,11 +121,10 @@ def test_training_is_planned_as_it_is_done():
     from fada.finetune import lora_recipe
     from fada.loop import keep_features
     from fada.plan import ENCODED, training_defaults
-    from fada.train import vision_features
     for name in ('blip2-nano', 'llava-1.5-7b', 'blip2-flan-t5-xl'):
         r = lora_recipe(MODELS[name]); assert training_defaults(MODELS[name], 'train') == (r.batch, r.steps, r.rank)
         assert training_defaults(MODELS[name], 'answer')[0] == 1 and plan(name, 'train', 'bf16', find=False).batch == r.batch
-    for encode in (vision_features, keep_features): assert inspect.signature(encode).parameters['batch'].default == ENCODED
+    assert inspect.signature(keep_features).parameters['batch'].default == ENCODED
 
 def test_a_plan_adds_up_and_its_advice_fits():
     p = plan('llava-1.5-7b', 'answer', 'bf16', gpu='8GiB')
