@@ -245,6 +245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'fada.cli._show': ('cli.html#_show', 'fada/cli.py'),
                           'fada.cli.access': ('cli.html#access', 'fada/cli.py'),
                           'fada.cli.ask': ('cli.html#ask', 'fada/cli.py'),
+                          'fada.cli.audit': ('cli.html#audit', 'fada/cli.py'),
                           'fada.cli.biometry': ('cli.html#biometry', 'fada/cli.py'),
                           'fada.cli.compare': ('cli.html#compare', 'fada/cli.py'),
                           'fada.cli.data_check': ('cli.html#data_check', 'fada/cli.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'data_app', 'Folder',
            'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config', 'Side', 'main', 'demo',
-           'phantom', 'prepare', 'train', 'evaluate', 'compare', 'ask', 'biometry', 'data_check', 'data_verify',
-           'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
-           'doctor']
+           'phantom', 'prepare', 'train', 'evaluate', 'audit', 'compare', 'ask', 'biometry', 'data_check',
+           'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
+           'measure', 'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -163,6 +163,7 @@ def evaluate(
     paid_controls:Annotated[bool, typer.Option('--paid-controls',
                                                help='Ask the controls of a paid service too.')]=False,
     out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
+    answers:Annotated[Optional[str], typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -170,10 +171,12 @@ def evaluate(
     Example: fada evaluate --categories Femur --out outputs/run/evaluate-femur"""
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
-    from fada.evaluate import evaluate_job, job_name
-    folder = Path(out) if out else s.output/'run'/job_name(s, weights, adapter)
-    m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
-                     controls=controls, paid_controls=paid_controls)
+    from fada.evaluate import evaluate_answers, evaluate_job, job_name
+    folder = Path(out) if out else s.output/'run'/(f'answers-{Path(answers).stem}' if answers else job_name(s, weights, adapter))
+    if answers: m = evaluate_answers(answers, folder, s.data if data else None, s.categories, split, s.seed)
+    else:
+        m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
+                         controls=controls, paid_controls=paid_controls)
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
@@ -184,6 +187,23 @@ def evaluate(
     _show(m, json, '\n'.join([
         *lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}"
                   for n in m['notes']), str(folder)]))
+
+# %% ../nbs/16_cli.ipynb #75fb00bd
+@app.command()
+def audit(
+    results:Annotated[str, typer.Argument(help='A job folder, a run of several, or a file of answers.')], data:Data=None, split:str='test',
+    near:Annotated[bool, typer.Option(help='Look for near-duplicate frames: opens the pictures.')]=True,
+    json:Json=False, quiet:Quiet=False,
+):
+    """Say what a reviewer would ask of a result: findings in red, amber and green, each with its evidence.
+
+    Example: fada audit outputs/run/evaluate-blip2-nano-fp32-all"""
+    s = _settings(quiet, data=data)
+    from fada.audit import audit as look, finding_text, open_results
+    every = {r.name: look(r, near) for r in open_results(results, s.data if data else None, split)}
+    _show([dict(vars(f), result=name) for name,found in every.items() for f in found], json,
+          '\n'.join(line for name,found in every.items()
+                    for line in ([f'{name}:'] if len(every) > 1 else [])+[finding_text(f) for f in found]))
 
 # %% ../nbs/16_cli.ipynb #9115f046
 @app.command()

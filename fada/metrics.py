@@ -89,12 +89,15 @@ def score_table(
     """Score every row; rows with an error or an unreadable reference get NaN. `stratum` is the true class where a score is balanced
     over classes (normality)"""
     truth,found = readings(answers); bad = answers.error.fillna('').ne('').to_numpy()
+    undated = {i for i,q,t in zip(answers.image, answers.question_id, truth) if q == 5 and t.get('weeks', 0) is None} if 'image' in answers else ()
+    dated = [q == 7 and i not in undated for i,q in zip(answers.get('image', answers.index), answers.question_id)]
     plain = lambda c: answers[c].fillna('').astype(str).str.strip().str.lower()
     return answers.assign(
         score=[np.nan if b or not t else score_answer(q, t, f) for q,t,f,b in zip(answers.question_id, truth, found, bad)],
         exact=np.where(bad, np.nan, (plain('answer') == plain('prediction')).astype(float)),
         parsed=[bool(f) for f in found],
-        made_up=[not b and bool(t) and made_up(q, t, f) for q,t,f,b in zip(answers.question_id, truth, found, bad)],
+        made_up=[not b and bool(t) and made_up(q, t, f, dated=d)
+                 for q,t,f,b,d in zip(answers.question_id, truth, found, bad, dated)],
         stratum=[str(t.get('normal', '')) if q == 7 else '' for q,t in zip(answers.question_id, truth)])
 
 # %% ../nbs/08_metrics.ipynb #fa257b75
