@@ -8,6 +8,7 @@ __all__ = ['MIN_CLUSTERS', 'mean_interval', 'difference', 'permutation_test', 'm
 
 # %% ../nbs/08c_statistics.ipynb #84e99b99
 from functools import lru_cache
+from statistics import NormalDist
 import numpy as np
 import pandas as pd
 from .settings import FadaError
@@ -79,9 +80,14 @@ def permutation_test(
     s,n,names = _sums(d[ok], np.asarray(clusters)[ok], None if strata is None else np.asarray(strata)[ok])
     shares = np.array([1. if share is None else share[k] for k in names])
     v = (s*shares/shares.sum()/n.sum(0)).sum(1)   # what each cluster adds to the difference
-    if len(v) <= 13: signs = 1-2*((np.arange(2**len(v))[:,None] >> np.arange(len(v))) & 1); extra = 0
-    else: signs = np.random.default_rng(seed).integers(0, 2, (draws, len(v)), dtype=np.int8)*2-1; extra = 1
-    return float((np.sum(np.abs(signs@v) >= abs(v.sum())-1e-12)+extra)/(len(signs)+extra))
+    if len(v) <= 13:
+        signs = 1-2*((np.arange(2**len(v))[:,None] >> np.arange(len(v))) & 1)
+        return float((np.abs(signs@v) >= abs(v.sum())-1e-12).mean())
+    rng = np.random.default_rng(seed); more,size = 0,max(1, 2_000_000//len(v))   # 16 MB at a time
+    for k in range(0, draws, size):
+        signs = 1.-2*rng.integers(0, 2, (min(size, draws-k), len(v)), dtype=np.int8)
+        more += int(np.sum(np.abs(signs@v) >= abs(v.sum())-1e-12))
+    return (more+1)/(draws+1)
 
 def mcnemar(
     a, b,             # right or wrong, of the same rows
@@ -172,8 +178,7 @@ def detectable(
     alpha:float=.05, power:float=.8,
 )->float:
     "Smallest true difference that a two-sided test finds with `power`"
-    from scipy.stats import norm
-    return float((norm.ppf(1-alpha/2)+norm.ppf(power))*error)
+    return float((NormalDist().inv_cdf(1-alpha/2)+NormalDist().inv_cdf(power))*error)
 
 def detectable_share(
     n:int,               # independent pairs of answers
