@@ -178,8 +178,8 @@ def run_notebooks(start='.')->Path:
 # %% ../nbs/13_batch.ipynb #9dd69ab8
 # modules whose code decides a result
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
-            'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','metrics','train','base',
-            'planes','evaluate')
+            'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','parse','stats','metrics',
+            'scores','train','base','planes','answers','controls','audit','evaluate')
 # enough to run every step, too little to learn
 SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)
 
@@ -226,7 +226,7 @@ def demo_stages(
             [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
     yield 'report', [
         job('compare', 'compare', dict(run=str(out), title='FADA demonstration'),
-            [table, code_digest(('attention','compare')), out/'planes'/'metrics.json',
+            [table, code_digest(('attention','compare','pairs','report')), out/'planes'/'metrics.json',
              *sorted(out.glob('evaluate-*/metrics.json'))],
             [out/'report.html'])]
 

@@ -211,11 +211,14 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
             title:str='FADA report', json:Json=False, quiet:Quiet=False):
     "Set the jobs of a run side by side and write its report.\n\nExample: fada compare outputs/demo"
     s = _settings(quiet, data=data)
-    from fada.compare import (collect, gains, headline, plane_table, quality_table, resource_table, systems,
-                              write_report)
+    from fada.compare import collect, gains, headline, plane_table, quality_table, resource_table, systems
+    from fada.pairs import rank_table, ready_table, which_to_use
+    from fada.report import write_report
     jobs = collect(run); report = write_report(run, s.data if data else None, title)
     _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'),
-               gains=gains(jobs).to_dict('records') if len(systems(jobs)) > 1 else [],
+               **(dict(gains=gains(jobs).to_dict('records'), ranks=rank_table(systems(jobs)).to_dict('records'),
+                       pairs=ready_table(jobs).to_dict('records')) if len(systems(jobs)) > 1 else dict(gains=[], ranks=[], pairs=[])),
+               which=which_to_use(jobs).to_dict('records'),
                planes=plane_table(run, jobs).to_dict('records'),
                resources=resource_table(jobs).to_dict('records')), json,
           '\n'.join([*headline(jobs), f'Report: {report}']))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAIN_SCORE', 'WEEK', 'PRIMARY', 'set_f1', 'age_span', 'near_age', 'score_answer', 'readings', 'score_table',
-           'coverage', 'main_score', 'main_difference', 'primary', 'normality']
+           'coverage', 'main_score', 'main_difference', 'endpoint', 'primary', 'normality']
 
 # %% ../nbs/08_metrics.ipynb #8e98ccf6
 import json
@@ -140,16 +140,22 @@ def _question_strata(rows):
     classes = {q: rows[rows.question_id == q].stratum.nunique() for q in balanced}
     return names, {k: 1/classes.get(int(k.split()[0]), 1) for k in names.unique()}
 
+def endpoint(
+    rows:pd.DataFrame,     # scored rows of one system under one condition
+)->tuple:                  # (rows that have a score, dict of strata and share) for the functions of `stats`
+    "What the primary endpoint is the mean of"
+    rows = rows[rows.score.notna()]; names,share = _question_strata(rows) if len(rows) else (None, None)
+    return rows, dict(strata=names, share=share)
+
 def primary(
     rows:pd.DataFrame,     # scored rows of one system under one condition
     other=None,            # scores of the same rows, to be taken off
     **options,
 )->dict:
     "The primary endpoint, or its paired difference, with its clustered interval"
-    ok = rows.score.notna().to_numpy() if other is None else ~np.isnan(rows.score.to_numpy(float)-np.asarray(other, float))
-    rows = rows[ok]; values = rows.score if other is None else rows.score.to_numpy()-np.asarray(other, float)[ok]
-    names,share = _question_strata(rows) if len(rows) else (None, None)
-    return mean_interval(values, rows.patient, strata=names, share=share, **options)
+    if other is not None: rows = rows.assign(score=rows.score.to_numpy(float)-np.asarray(other, float))
+    rows,how = endpoint(rows)
+    return mean_interval(rows.score, rows.patient, **how, **options)
 
 # %% ../nbs/08_metrics.ipynb #f774fa27
 def normality(

@@ -128,7 +128,7 @@ def test_keys_of_the_annotation_panel(browser, lab, shots, root, tmp_path):
 
 def test_report_opens_offline(browser, shots, small_data, tmp_path):
     "The report asks nothing of any host, and its pictures are there"
-    from fada.compare import write_report
+    from fada.report import write_report
     from fada.evaluate import evaluate
     from fada.settings import write_json
     from fada.vlm import load
