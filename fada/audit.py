@@ -149,20 +149,21 @@ def check_controls(r):
     for q,m in summary(r.rows[r.rows.error.fillna('').eq('')]).items():
         if m['distinct_references'] < 2 or m['score']['mean'] is None: continue
         weak = {k: m['controls'][k]['mean'] for k,d in m['differences'].items()
-                if d['mean'] is not None and not (d['low'] is not None and d['low'] > 0) and (told or k != KNOWS_FOLDER)}
+                if d['low'] is not None and d['low'] <= 0 and (told or k != KNOWS_FOLDER)}
         if weak:
-            quiet = False; full = max(m['score']['mean'], 1e-9); worst = max(weak.values())
-            yield Finding('survives-without-image', 'red' if worst >= .97*full else 'amber', q, None,
-                          f"score {full:.2f}; not better than: "+', '.join(f'{k} {v:.2f} ({v/full:.0%} of it survives)' for k,v in sorted(weak.items())))
+            quiet = False; full = m['score']['mean']; left = lambda v: f' ({min(v/full, 1):.0%} of it survives)' if full > .05 else ''
+            yield Finding('survives-without-image', 'red' if max(weak.values()) >= .97*full else 'amber', q, None,
+                          f"score {full:.2f}; not better than: "+', '.join(f'{k} {v:.2f}{left(v)}' for k,v in sorted(weak.items())))
         folder = m['differences'].get(KNOWS_FOLDER)
         if folder and not told and folder['high'] is not None and folder['high'] < 0:
             quiet = False
             yield Finding('folder-suffices', 'amber', q, None, f"score {m['score']['mean']:.2f}; the folder's commonest answer has "
                           f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}: who knows the folder need not look")
-    if quiet: yield Finding('survives-without-image', 'green', None, None, 'every control is beaten on every question that can be ranked')
+    if quiet and r.answered.patient.nunique() >= MIN_CLUSTERS:
+        yield Finding('survives-without-image', 'green', None, None, 'every control is beaten on every question that can be ranked')
 
 def _top(s): c = s.fillna('').astype(str).str.strip().str.lower().value_counts(); return c.index[0], int(c.iloc[0])
-NEARLY,FEW = .95,8   # share of one answer; rows below which nothing is called constant
+NEARLY,FEW = .95,10   # share of one answer; rows below which nothing is called constant
 
 def check_constant(r):
     "Constant or near-constant answers where the references vary, per question and category"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'data_app', 'Folder',
            'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config', 'Side', 'main', 'demo',
-           'phantom', 'prepare', 'train', 'evaluate', 'audit', 'compare', 'ask', 'biometry', 'data_check',
-           'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
-           'measure', 'doctor']
+           'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs', 'paper', 'compare', 'ask', 'biometry',
+           'data_check', 'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test',
+           'show', 'plan', 'measure', 'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -163,6 +163,8 @@ def evaluate(
     paid_controls:Annotated[bool, typer.Option('--paid-controls',
                                                help='Ask the controls of a paid service too.')]=False,
     out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
+    preset:Annotated[str, typer.Option(help='seed45: five categories, three images of each, three questions.')]='',
+    examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
     answers:Annotated[Optional[str], typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
@@ -176,11 +178,12 @@ def evaluate(
     if answers: m = evaluate_answers(answers, folder, s.data if data else None, s.categories, split, s.seed)
     else:
         m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
-                         controls=controls, paid_controls=paid_controls)
+                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples)
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
              for q,v in m['questions'].items()]
+    if p := m.get('preset'): lines.append(p['can_show'])
     if took := m.get('spending'):
         lines.append(f"{took['tries']} requests, {took['tokens_in']:,} tokens in, {took['tokens_out']:,} out"
                      + ''.join(f', {v:.4f} {k}' for k,v in took['cost'].items()))
@@ -204,6 +207,66 @@ def audit(
     _show([dict(vars(f), result=name) for name,found in every.items() for f in found], json,
           '\n'.join(line for name,found in every.items()
                     for line in ([f'{name}:'] if len(every) > 1 else [])+[finding_text(f) for f in found]))
+
+# %% ../nbs/16_cli.ipynb #940a06f4
+@app.command()
+def twins(
+    data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
+    adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
+    precision:Precision=None, device:Device=None,
+    n:Annotated[int, typer.Option(help='Pairs of each category and difference.')]=2,
+    images:Annotated[int, typer.Option(help='Test images asked in other words too; 0: none.')]=20,
+    out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
+    """Ask phantom twins: does an answer change when it must, and stay when it must?
+
+    Example: fada twins --model blip2-nano --n 2"""
+    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device, seed=seed)
+    from fada.compare import interval_text
+    from fada.evaluate import job_name
+    from fada.twins import twins_job
+    folder = Path(out) if out else s.output/'run'/job_name(s, weights, adapter).replace('evaluate', 'twins', 1)
+    r = twins_job(s, folder, weights, adapter, n, images); m = r['summary']
+    share = lambda v: interval_text(v) if v['n'] else 'none asked'
+    lines = [f"{m['pairs']} pairs: changed when it must {share(m['change'])}, stayed when it must {share(m['keep'])} (both answers right)",
+             *(f"  {t['differ']:10} {t['question']:18} must {t['expected']:7} {t['passed']:.2f} of {t['pairs']}" for t in r['table']),
+             *(f"  {p['question']:18} spread over wordings {p['spread']:.2f}, one answer for {p['one answer']:.0%}" for p in r.get('phrasings', ()))]
+    _show(r, json, '\n'.join([*lines, *([] if r['trained_on_phantoms'] else ['a probe: failing it may be the synthetic look']), r['notice'], str(folder)]))
+
+# %% ../nbs/16_cli.ipynb #f102de0a
+@app.command()
+def runs(
+    output:Annotated[Optional[str], typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
+    kind:Annotated[Optional[str], typer.Option(help='evaluate, train or twins.')]=None, model:Model=None,
+    category:Annotated[Optional[str], typer.Option(help='Jobs about this category.')]=None,
+    state:Annotated[Optional[str], typer.Option(help='finished or unfinished.')]=None,
+    since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
+    run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
+    remove:Annotated[bool, typer.Option('--prune', help='Say which of the listed jobs would be removed; with --yes: remove them.')]=False,
+    weights:Annotated[bool, typer.Option('--weights', help='With --prune: only weights and adapters.')]=False,
+    yes:Annotated[bool, typer.Option('--yes', help='Do it.')]=False, json:Json=False, quiet:Quiet=False,
+):
+    """List the jobs of all runs with their scores and size on disk, and remove some.
+
+    Example: fada runs --kind evaluate --since 2026-01-01"""
+    s = _settings(quiet, output=output)
+    from fada.runs import list_runs, prune, runs_text, size_text
+    t = list_runs(s.output, kind, model, category, state, since, run)
+    if not remove: return _show(t.astype(object).where(t.notna(), None).to_dict('records'), json, runs_text(t))
+    r = prune(t, s.output, yes, weights)
+    _show(r, json, '\n'.join([*r['removed'], *(f'in use, kept: {k}' for k in r['in_use']),
+                              f"{size_text(r['bytes'])} {'removed' if yes else 'would go; with --yes they do'}"]))
+
+# %% ../nbs/16_cli.ipynb #c8540693
+@app.command()
+def paper(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None,
+          title:Annotated[str, typer.Option(help='Title of the paper.')]='', json:Json=False, quiet:Quiet=False):
+    "Fill methods, data, results, citations and a checklist of a paper from a run.\n\nExample: fada paper outputs/demo"
+    s = _settings(quiet, data=data)
+    from fada.paper import write_paper
+    path = write_paper(run, s.data if data else None, title)
+    _show(dict(paper=str(path)), json, str(path))
 
 # %% ../nbs/16_cli.ipynb #9115f046
 @app.command()

@@ -30,7 +30,8 @@ class Collected:
         c = self.config
         precision = self.metrics['identity']['precision'] if self.metrics else c['precision']
         if c.get('answers'): return f"{c['model']} (answers from elsewhere)"
-        return f"{c['model']} {precision or 'remote'}" + (' + LoRA per category' if c.get('adapter') else '')
+        return (f"{c['model']} {precision or 'remote'}" + (' + LoRA per category' if c.get('adapter') else '')
+                + (f" + {c['examples']} examples" if c.get('examples') else '') + (f" ({c['preset']})" if c.get('preset') else ''))
 
 # %% ../nbs/11_compare.ipynb #c07d2bb4
 def collect(
@@ -174,7 +175,7 @@ def plot_systems(jobs):
     ax.set_yticks(range(len(QUESTIONS)), [f'{q} {o.key}' for q,o in QUESTIONS.items()]); ax.invert_yaxis()
     ax.set(xlabel='main score with 95 % interval (clustered on patient)', xlim=(0,1.03))
     ax.grid(axis='x', alpha=.3)
-    ax.legend(fontsize=8, loc='lower left')
+    ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0,1), ncol=3, frameon=False)
     fig.tight_layout()
     return fig
 

@@ -31,22 +31,20 @@ def _sums(values, clusters, strata):
             np.bincount(at, minlength=np.prod(shape)).reshape(shape).astype(float), names)
 
 def _macro(s, n, shares):
-    "Mean over strata (last axis) of sums over counts; strata that a draw left empty do not count"
-    with np.errstate(invalid='ignore', divide='ignore'): r = s/n
-    w = np.where(n > 0, shares, 0.)
-    return np.nansum(np.where(n > 0, r, 0.)*w, -1)/w.sum(-1)
+    "Mean over strata (last axis) of sums over counts; NaN where a draw left a stratum empty"
+    with np.errstate(invalid='ignore', divide='ignore'): return (s/n*shares).sum(-1)/shares.sum()
 
 # %% ../nbs/08c_statistics.ipynb #f4d1296a
 def bootstrap_means(
     values, clusters, draws:int=1000, seed:int=0, strata=None, share:dict=None,   # as for `mean_interval`
-)->tuple:             # (mean, array of draws); no draws below MIN_CLUSTERS
+)->tuple:             # (mean, array of draws, NaN where a stratum was not drawn); no draws where most would be NaN, or below MIN_CLUSTERS
     "A mean and its clustered bootstrap draws; equal clusters give draws that belong together"
     v,c = np.asarray(values, float),np.asarray(clusters); ok = ~np.isnan(v)
     s,n,names = _sums(v[ok], c[ok], None if strata is None else np.asarray(strata)[ok])
     shares = np.array([1. if share is None else share[k] for k in names]); mean = float(_macro(s.sum(0), n.sum(0), shares))
     if len(s) < MIN_CLUSTERS: return mean, None
-    w = _weights(len(s), draws, seed)
-    return mean, _macro(w@s, w@n, shares)
+    w = _weights(len(s), draws, seed); drawn = _macro(w@s, w@n, shares)
+    return mean, drawn if np.isfinite(drawn).mean() > .5 else None
 
 # %% ../nbs/08c_statistics.ipynb #a1f38e00
 def mean_interval(
@@ -62,7 +60,7 @@ def mean_interval(
     mean,drawn = bootstrap_means(values, clusters, draws, seed, strata, share)
     out = dict(mean=mean, low=None, high=None, n=n, clusters=len(set(np.asarray(clusters)[ok].tolist())))
     if drawn is None: return out
-    low,high = np.quantile(drawn, [(1-level)/2, (1+level)/2])
+    low,high = np.nanquantile(drawn, [(1-level)/2, (1+level)/2])
     return dict(out, low=float(low), high=float(high))
 
 # %% ../nbs/08c_statistics.ipynb #c472e081
