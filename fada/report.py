@@ -348,12 +348,12 @@ def _grouped(found, where='')->list:
 
 def run_findings(run, jobs, data)->tuple:
     "(red and amber findings of the first system and red ones of the others, as dicts of level, text, more; lines of the green ones)"
-    first = next(j for j in jobs if j.metrics); every,quiet = {},[]
+    first = next(j for j in jobs if j.metrics); every,quiet = {},[]; several = lambda s: sum(j.metrics is not None and j.system == s for j in jobs) > 1
     for j in jobs:
         if not j.metrics: continue
         r = from_job(Path(run)/j.name, data); mine = j.system == first.system
         found = audit(r, near=mine and r.table is not None and ('phash' in r.table or r.table.image.nunique() <= NEAR_IMAGES))
-        every.setdefault(j.system, []).extend(replace(f, evidence=('' if mine else f"{', '.join(j.metrics['categories'])}: ")+f.evidence) for f in found
+        every.setdefault(j.system, []).extend(replace(f, evidence=(f"{', '.join(j.metrics['categories'])}: " if several(j.system) else '')+f.evidence) for f in found
                                               if f.severity == 'red' or mine and f.severity == 'amber')
         quiet += [finding_text(f).removeprefix('green ') for f in found if f.severity == 'green' and mine]
     loud = [n for name,found in every.items() for n in _grouped(found, '' if name == first.system else f', {name}')]
