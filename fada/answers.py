@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'AnswersLog', 'asked_question', 'read_answers', 'beside_tabl
 import json, os, re
 from pathlib import Path
 import pandas as pd
-from .settings import FadaError, sha256_file
+from .settings import FadaError
 from .clinical import ASKED, QUESTIONS, category
 from .sheets import read_delimited
 
@@ -53,10 +53,14 @@ def _lock(fd):
 # %% ../nbs/10b_answers.ipynb #f181dc3e
 NAMES = {  # column: other names it is met under
     'image': ('image_name','image_path','image_id','img','file','filename','file_name','path'),
-    'category': ('folder','folder_name','class','plane_category','view'), 'question': ('question_id','q','question_text','prompt_question'),
-    'prediction': ('response','output','model_answer','predicted','predicted_answer','generated','text','answer_text','reply'),
-    'reference': ('answer','ground_truth','gt','expected','target','label','reference_answer'), 'patient': ('patient_id','subject'),
-    'model': ('model_name','system'), 'error': ('exception',), 'confidence': ('probability','score_confidence'), 'condition': ('control',),
+    'category': ('folder','folder_name','class','plane_category','view'),
+         'question': ('question_id','q','question_text','prompt_question'),
+    'prediction': ('response','output','model_answer','predicted','predicted_answer','generated','text',
+                   'answer_text','reply'),
+    'reference': ('answer','ground_truth','gt','expected','target','label','reference_answer'),
+         'patient': ('patient_id','subject'),
+    'model': ('model_name','system'), 'error': ('exception',),
+         'confidence': ('probability','score_confidence'), 'condition': ('control',),
     'prompt': ('full_prompt',)}
 _NAME = {n: k for k,others in NAMES.items() for n in (k, *others)}
 _WORDING = {w.lower(): q.id for q in QUESTIONS.values() for w in (q.text, q.key, *ASKED[q.id])}
@@ -68,14 +72,17 @@ def asked_question(text)->int|None:
     m = re.fullmatch(r'(?:q|question)?\s*([1-8])(?:\.0)?(?:\s*[:.)-]\s*.*)?', s)
     return int(m[1]) if m else None
 
+# %% ../nbs/10b_answers.ipynb #16d8d587
 def _canonical(record:dict)->dict:
     "A record's fields under the names used here; a name that is there itself wins over its other names"
     out = {}
     for k,v in record.items():
         name = _NAME.get(re.sub(r'\W+', '_', str(k).strip().lower()))
         if name and (name not in out or str(k).strip().lower() == name): out[name] = v
-    if isinstance(out.get('question'), str) and 'question_id' in record and asked_question(record['question_id']): out['question_id'] = record['question_id']
-    if isinstance(record.get('identity'), dict): out.update(model=record['identity'].get('model'), identity=record['identity'])
+    if isinstance(out.get('question'), str) and 'question_id' in record and asked_question(record['question_id']):
+        out['question_id'] = record['question_id']
+    if isinstance(record.get('identity'), dict):
+        out.update(model=record['identity'].get('model'), identity=record['identity'])
     return {**out, **{k: record[k] for k in ('key','shown','flags','seconds','versions') if k in record}}
 
 # %% ../nbs/10b_answers.ipynb #4771fab8
@@ -87,21 +94,26 @@ def _nested(d:dict)->list:
         items = v.get('questions', v.get('answers')) if isinstance(v, dict) else v
         if isinstance(items, dict): items = [dict(question=q, response=r) for q,r in items.items()]
         if not isinstance(items, list): out.append((image, None)); continue
-        out += [(f'{image}, {n}', dict(about, image=image, **r) if isinstance(r, dict) else None) for n,r in enumerate(items, 1)]
+        out += [(f'{image}, {n}', dict(about, image=image, **r) if isinstance(r, dict) else None) for n,
+                r in enumerate(items, 1)]
     return out
 
+# %% ../nbs/10b_answers.ipynb #4c9c4283
 def _read(path:Path)->list:
     "(place, record or None where it cannot be read) pairs of a file"
     if path.suffix.lower() in ('.csv','.tsv','.txt'):
         s, = read_delimited(path)
-        return [(f'row {n}', None if (n, None) in s.bad else {h: c for h,c in zip(s.headers, (r.get(k, '') for k in range(len(s.headers))))})
+        return [(f'row {n}', None if (n, None) in s.bad
+                 else {h: c for h,c in zip(s.headers, (r.get(k, '') for k in range(len(s.headers))))})
                 for n,r in s.rows]
     text = path.read_text(encoding='utf-8-sig', errors='replace')
     try: whole = json.loads(text)
     except ValueError: whole = None
-    if isinstance(whole, dict) and not {'image','question','prediction','text','key'} & set(whole): return _nested(whole.get('results', whole)
-        if isinstance(whole.get('results', whole), dict) else {})
-    if isinstance(whole, list): return [(f'record {n}', r if isinstance(r, dict) else None) for n,r in enumerate(whole, 1)]
+    if isinstance(whole, dict) and not {'image','question','prediction','text','key'} & set(whole):
+        return _nested(whole.get('results', whole)
+if isinstance(whole.get('results', whole), dict) else {})
+    if isinstance(whole, list):
+        return [(f'record {n}', r if isinstance(r, dict) else None) for n,r in enumerate(whole, 1)]
     out = []
     for n,line in enumerate(text.split('\n'), 1):
         if not line.strip(): continue
@@ -111,41 +123,51 @@ def _read(path:Path)->list:
     return out
 
 # %% ../nbs/10b_answers.ipynb #e7841c4d
-def _empty(v): return v is None or v != v or (isinstance(v, str) and v.strip().lower() in ('', 'nan', 'none', 'null'))
+def _empty(v):
+    return v is None or v != v or (isinstance(v, str) and v.strip().lower() in ('', 'nan', 'none', 'null'))
 
 def _take(r:dict)->tuple:
     "(row, reason why it is set aside or '') of one record"
-    r = _canonical(r); missing = [k for k in ('image','question') if _empty(r.get(k))]+([] if 'prediction' in r or not _empty(r.get('error')) else ['prediction'])
+    r = _canonical(r)
+    missing = [k for k in ('image','question')
+               if _empty(r.get(k))]+([] if 'prediction' in r or not _empty(r.get('error')) else ['prediction'])
     if missing: return r, f"missing key: no {' and no '.join(missing)}"
     q = asked_question(r.get('question_id', r['question'])) or asked_question(r['question'])
     if q is None: return r, f"unknown question: {str(r['question'])[:80]!r}"
     empty = _empty(r.get('prediction')); said = '' if empty else str(r['prediction'])
     error = '' if _empty(r.get('error')) else str(r['error'])
-    row = dict(r, image=str(r['image']), question_id=q, question=str(r['question']), prediction=said, error=error or ('no answer (empty or NaN)' if empty else ''),
+    row = dict(r, image=str(r['image']), question_id=q, question=str(r['question']), prediction=said,
+               error=error or ('no answer (empty or NaN)' if empty else ''),
                condition='plain' if _empty(r.get('condition')) else str(r['condition']))
     if _empty(r.get('category')): row['category'] = None; return row, ''
     try: row['category'] = category(r['category']).name
     except FadaError: return row, f"unknown category: {r['category']!r}"
     return row, ''
 
+# %% ../nbs/10b_answers.ipynb #48aa0db7
 def read_answers(
     path,          # JSONL, JSON, CSV or TSV
 )->tuple:          # (answers, set aside): two tables
     """Read answers given elsewhere, or an answers log: (one row per answer, what was set aside with place, field and reason).
     `FadaError` where the file holds no answer at all"""
     path = Path(path)
-    if not path.is_file(): raise FadaError('no answers', str(path), 'a JSONL, JSON, CSV or TSV file', 'check the path')
+    if not path.is_file():
+        raise FadaError('no answers', str(path), 'a JSONL, JSON, CSV or TSV file', 'check the path')
     rows,aside = [],[]
     for place,r in _read(path):
         row,why = ({}, 'damaged: not a JSON object, or cut off') if r is None else _take(r)
-        if why: aside.append(dict(place=place, reason=why, image=row.get('image'), question=row.get('question'), prediction=row.get('prediction')))
+        if why:
+            aside.append(dict(place=place, reason=why, image=row.get('image'), question=row.get('question'),
+                              prediction=row.get('prediction')))
         else: rows.append(dict(row, place=place))
     if not rows:
         raise FadaError('no answer that can be taken', str(path), 'image, question and prediction in each record',
-                        f"first finding: {aside[0]['place']}: {aside[0]['reason']}" if aside else 'the file is empty')
+                        f"first finding: {aside[0]['place']}: {aside[0]['reason']}" if aside
+                        else 'the file is empty')
     answers,twice = _once(pd.DataFrame(rows))
     return answers, pd.DataFrame(aside+twice, columns=['place','reason','image','question','prediction'])
 
+# %% ../nbs/10b_answers.ipynb #50be0f48
 def _once(answers)->tuple:
     "(one row per image, question and condition, records of the others): an answer wins over an error, else the first counts"
     for c in ('category','model','reference','patient','confidence'):
@@ -158,7 +180,8 @@ def _once(answers)->tuple:
         if r.error: return 'duplicate: a failed try, answered at another'
         if f.model != r.model: return f'duplicate: of another model, {r.model!r}'
         return f"duplicate: {'the same' if f.prediction == r.prediction else 'another'} answer stands at {f.place}"
-    out = [dict(place=r.place, reason=why(r), image=r.image, question=r.question, prediction=r.prediction) for r in a[again].itertuples()]
+    out = [dict(place=r.place, reason=why(r), image=r.image, question=r.question, prediction=r.prediction)
+           for r in a[again].itertuples()]
     return a[~again].sort_index().reset_index(drop=True), out
 
 # %% ../nbs/10b_answers.ipynb #9efad7b8
@@ -174,6 +197,7 @@ def _found_images(names, images)->dict:
             if len(by.get(k, ())) == 1: return next(iter(by[k]))
     return {n: i for n in set(names) if (i := one(n))}
 
+# %% ../nbs/10b_answers.ipynb #e253b30c
 def beside_table(
     answers:pd.DataFrame,   # as `read_answers`
     table:pd.DataFrame,     # question rows that were to be answered
@@ -181,24 +205,33 @@ def beside_table(
     "Set answers beside the questions they answer"
     at = _found_images(answers.image, table.image.unique())
     a = answers.assign(image=[at.get(n, n) for n in answers.image]); here = a.image.isin(at.values())
-    strange = [dict(place=r.place, reason=f'no such image in the question table: {r.image!r}', image=r.image, question=r.question,
+    strange = [dict(place=r.place, reason=f'no such image in the question table: {r.image!r}', image=r.image,
+                    question=r.question,
                     prediction=r.prediction) for r in a[~here].itertuples()]
-    keep = [c for c in ('prediction','error','condition','confidence','model','prompt','place','flags','seconds','identity','versions') if c in a]
-    asked = a[here][['image','question_id','question','category',*keep]].rename(columns=dict(question='asked', category='said_category'))
+    keep = [c for c in ('prediction','error','condition','confidence','model','prompt','place','flags',
+                        'seconds','identity','versions') if c in a]
+    asked = a[here][['image','question_id','question','category',
+                     *keep]].rename(columns=dict(question='asked', category='said_category'))
     rows = asked.merge(table, on=['image','question_id'], how='left', indicator=True, suffixes=('_said',''))
     lost = rows[rows._merge == 'left_only']
-    strange += [dict(place=r.place, reason='the question table does not ask this of the image', image=r.image, question=r.asked,
+    strange += [dict(place=r.place, reason='the question table does not ask this of the image', image=r.image,
+                     question=r.asked,
                      prediction=r.prediction) for r in lost.itertuples()]
     other = (rows.said_category.notna() & rows.category.notna() & (rows.said_category != rows.category))
-    strange += [dict(place=r.place, reason=f'category {r.said_category!r} where the table has {r.category!r} (the table counts)', image=r.image,
+    strange += [dict(place=r.place,
+                     reason=f'category {r.said_category!r} where the table has {r.category!r} (the table counts)', image=r.image,
                      question=r.asked, prediction=r.prediction) for r in rows[other].itertuples()]
     rows = rows[rows._merge == 'both'].drop(columns=['_merge','said_category']).reset_index(drop=True)
     done = rows[rows.condition == 'plain'][['image','question_id']].assign(_done=True)
     left = table.merge(done, on=['image','question_id'], how='left')
-    return rows, pd.DataFrame(strange, columns=['place','reason','image','question','prediction']), left[left._done.isna()].drop(columns='_done')
+    return rows, pd.DataFrame(strange, columns=['place','reason','image','question',
+                                                'prediction']), left[left._done.isna()].drop(columns='_done')
 
+# %% ../nbs/10b_answers.ipynb #b4c02ce5
 def without_table(answers:pd.DataFrame)->pd.DataFrame:
     "Answers as rows of a question table: references from the file (or none), unknown patients counted by image"
     refs = answers.reference.where(~answers.reference.map(_empty), '')
-    return answers.assign(answer=refs.astype(str), asked=answers.question, category=answers.category.fillna('unknown'),
-                          patient=[f'image:{i}' if _empty(p) else str(p) for i,p in zip(answers.image, answers.patient)])
+    return answers.assign(answer=refs.astype(str), asked=answers.question,
+                          category=answers.category.fillna('unknown'),
+                          patient=[f'image:{i}' if _empty(p) else str(p) for i,
+                                   p in zip(answers.image, answers.patient)])

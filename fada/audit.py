@@ -11,17 +11,18 @@ __all__ = ['SEVERITIES', 'ERROR', 'REFUSAL', 'NEARLY', 'FEW', 'FEW_IMAGES', 'FEW
 # %% ../nbs/10c_audit.ipynb #26aeb9fa
 import json, re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
 from .settings import FadaError, read_json
-from .answers import beside_table, read_answers, without_table
+from .answers import AnswersLog, beside_table, read_answers, without_table
 from .clinical import CATEGORIES, QUESTIONS
 from .controls import KNOWS_FOLDER, knows_folder, majority, summary
 from .data import load_table
+from .guard import guard
 from .images import NEAR_BITS
-from .metrics import coverage, main_score, normality, primary, score_table
-from .parse import read_answer, unread
+from .metrics import normality, primary, score_table
+from .parse import read_answer
 from .stats import MIN_CLUSTERS, detectable, standard_error
 
 # %% ../nbs/10c_audit.ipynb #562a1229
@@ -33,7 +34,8 @@ class Results:
     aside: pd.DataFrame                 # place, reason, image, question, prediction of what could not be taken
     missing: pd.DataFrame               # question rows that were not answered
     table: pd.DataFrame|None = None     # the whole question table
-    config: dict = field(default_factory=dict); metrics: dict = field(default_factory=dict); adapter: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict); metrics: dict = field(default_factory=dict)
+    adapter: dict = field(default_factory=dict)
     folder: Path|None = None            # data folder
     @property
     def plain(self): return self.rows[self.rows.condition == 'plain']
@@ -64,26 +66,36 @@ def from_answers(
     return Results(name, score_table(pd.concat(parts, ignore_index=True)), aside, left, table, folder=Path(data))
 
 # %% ../nbs/10c_audit.ipynb #5bea95f5
-def _logged(folder:Path, rows):
-    "Add what the log knows of each row (the question as asked, flags, model, versions); (rows, set aside)"
-    if not (folder/'answers.jsonl').is_file(): return rows.assign(asked=rows.question), _NONE
-    log,aside = read_answers(folder/'answers.jsonl')
-    keep = [c for c in ('flags','model','identity','versions') if c in log]
-    log = log[['image','question_id','condition','question',*keep]].rename(columns=dict(question='asked'))
-    return rows.merge(log, on=['image','question_id','condition'], how='left', suffixes=('','_log')), aside
+def _logged(folder:Path, rows, identity:dict):
+    "Add what the log knows of each row under `identity`: the question as asked and the versions; (rows, set aside)"
+    records,damaged = AnswersLog(folder/'answers.jsonl').read()
+    same = lambda i: json.dumps(i, sort_keys=True, default=str)
+    mine = [r for r in records if same(r.get('identity')) == same(identity)]
+    aside = _NONE if not damaged else pd.DataFrame([dict(place='answers.jsonl',
+                                                         reason=f'damaged: {damaged} half-written line(s)')],
+                                                   columns=_NONE.columns)
+    if not mine: return rows.assign(asked=rows.question), aside
+    log = pd.DataFrame(mine).reindex(columns=['image','question_id','condition','question','versions']).rename(columns=dict(question='asked'))
+    return rows.merge(log.drop_duplicates(['image','question_id','condition'], keep='last'),
+                      on=['image','question_id','condition'], how='left'), aside
 
 def from_job(folder, data=None)->Results:
     "The results of an evaluation's folder"
     folder = Path(folder); config = read_json(folder/'config.json') if (folder/'config.json').is_file() else {}
-    metrics = read_json(folder/'metrics.json'); rows,aside = _logged(folder, pd.read_parquet(folder/'scores.parquet'))
-    data = data or config.get('data'); data = Path(data) if data and (Path(data)/'questions.parquet').is_file() else None
+    metrics = read_json(folder/'metrics.json')
+    rows,aside = _logged(folder, pd.read_parquet(folder/'scores.parquet'), metrics.get('identity'))
+    data = data or config.get('data')
+    data = Path(data) if data and (Path(data)/'questions.parquet').is_file() else None
     mine = config.get('adapter') and Path(config['adapter']); about = {}
     for p in ([mine/'fada.json', mine/'adapter'/'fada.json'] if mine else []):
         if p.is_file(): about = read_json(p)
-    if (folder/'set_aside.csv').is_file(): aside = pd.concat([aside, pd.read_csv(folder/'set_aside.csv')], ignore_index=True)
+    if (folder/'set_aside.csv').is_file():
+        aside = pd.concat([aside, pd.read_csv(folder/'set_aside.csv')], ignore_index=True)
     if 'parsed' not in rows: rows = score_table(rows)   # written before readings were kept
-    return Results(folder.name, rows, aside, _NONE, load_table(data) if data else None, config, metrics, about, data)
+    return Results(folder.name, rows, aside, _NONE, load_table(data) if data else None, config, metrics, about,
+                   data)
 
+# %% ../nbs/10c_audit.ipynb #730f7406
 def open_results(
     path,          # a job folder, a run of several, or a file of answers
     data=None,     # data folder
@@ -96,7 +108,8 @@ def open_results(
     jobs = [f.parent for f in sorted(p.glob('*/scores.parquet')) if (f.parent/'metrics.json').is_file()]
     if jobs: return [from_job(j, data) for j in jobs]
     if (p/'answers.jsonl').is_file(): return [from_answers(p/'answers.jsonl', data, split)]
-    raise FadaError('no results', str(path), 'a file of answers, a job folder, or a run of jobs', 'run `fada evaluate` first')
+    raise FadaError('no results', str(path), 'a file of answers, a job folder, or a run of jobs',
+                    'run `fada evaluate` first')
 
 # %% ../nbs/10c_audit.ipynb #e4222540
 @dataclass(frozen=True)
@@ -115,14 +128,18 @@ def check_coverage(r):
     n,failed,left = len(r.plain)+len(r.missing),len(r.plain)-len(r.answered),len(r.missing)
     if failed:
         why = _shares(r.plain[r.plain.error.fillna('').ne('')].error.str[:60], failed)
-        yield Finding('failed', 'red' if failed > .05*n else 'amber', None, None, f'{failed} of {n} questions failed and have no score: {why}')
+        yield Finding('failed', 'red' if failed > .05*n else 'amber', None, None,
+                      f'{failed} of {n} questions failed and have no score: {why}')
     if left:
         yield Finding('not-answered', 'red' if left > .05*n else 'amber', None, None,
                       f'{left} of {n} questions of the table have no answer, in {r.missing.category.nunique()} categories')
     for kind,g in r.aside.groupby(r.aside.reason.str.split(':').str[0]) if len(r.aside) else ():
-        yield Finding('set-aside', 'amber', None, None, f'{len(g)} set aside ({kind}); first: {g.place.iloc[0]}: {g.reason.iloc[0]}')
-    if not failed and not left and not len(r.aside): yield Finding('coverage', 'green', None, None, f'all {n} questions answered')
+        yield Finding('set-aside', 'amber', None, None,
+                      f'{len(g)} set aside ({kind}); first: {g.place.iloc[0]}: {g.reason.iloc[0]}')
+    if not failed and not left and not len(r.aside):
+        yield Finding('coverage', 'green', None, None, f'all {n} questions answered')
 
+# %% ../nbs/10c_audit.ipynb #ee464862
 ERROR = re.compile(r'traceback|\berror:|exception\b|out of memory|\btimed? ?out\b|rate limit|connection (?:refused|reset)|http \d{3}|nonetype|'
                    r'not found$|failed to (?:load|process|generate|open)|no such file|cuda\b|\bnull\b|^error\b|<(?:pad|unk|image)>|api key', re.I)
 REFUSAL = re.compile(r"i(?:'m| am) (?:sorry|unable|not able)|i cannot (?:provide|assist|help)|as an ai\b|can(?:'t|not) (?:provide|give) medical", re.I)
@@ -132,39 +149,52 @@ def check_errors(r):
     said = r.answered.prediction.fillna('').astype(str)
     for kind,pattern,severity in (('errors-as-answers', ERROR, 'red'), ('refusals', REFUSAL, 'amber')):
         hit = said[said.str.contains(pattern)]
-        if len(hit): yield Finding(kind, severity, None, None, f'{len(hit)} of {len(said)} answers: {_shares(hit, len(said))}')
-        elif kind == 'errors-as-answers': yield Finding(kind, 'green', None, None, f'none among {len(said)} answers')
-    if 'flags' in r.answered:
-        flags = Counter(f for x in r.answered.flags if isinstance(x, (list, tuple)) or hasattr(x, 'tolist') for f in x)
-        if flags: yield Finding('no-language', 'red' if flags.total() > .05*len(said) else 'amber', None, None,
-                                'answers that are none: '+', '.join(f'{k} {n}' for k,n in flags.most_common()))
+        if len(hit):
+            yield Finding(kind, severity, None, None,
+                          f'{len(hit)} of {len(said)} answers: {_shares(hit, len(said))}')
+        elif kind == 'errors-as-answers':
+            yield Finding(kind, 'green', None, None, f'none among {len(said)} answers')
+    asked = r.answered.asked if 'asked' in r.answered else ['']*len(said)
+    known = {k: guard(*k) for k in set(zip(said, map(str, asked)))}
+    flags = Counter(f for k in zip(said, map(str, asked)) for f in known[k])
+    if flags:
+        yield Finding('no-language', 'red' if flags.total() > .05*len(said) else 'amber', None, None,
+                      'answers that are none: '+', '.join(f'{k} {n}' for k,n in flags.most_common()))
 
 # %% ../nbs/10c_audit.ipynb #691b637a
 def check_controls(r):
     "How much of each score survives without the image"
     if not r.references: return
     if set(r.rows.condition) <= {'plain'}:
-        yield Finding('controls-missing', 'amber', None, None, 'no control stands beside the scores: whether the image mattered is unknown'); return
-    told = knows_folder(r.plain, bool(r.config.get('adapter') or r.metrics.get('identity', {}).get('adapter'))); quiet = True
+        yield Finding('controls-missing', 'amber', None, None,
+                      'no control stands beside the scores: whether the image mattered is unknown')
+        return
+    told = knows_folder(r.plain, bool(r.config.get('adapter') or r.metrics.get('identity', {}).get('adapter')))
+    quiet = True
     for q,m in summary(r.rows[r.rows.error.fillna('').eq('')]).items():
         if m['distinct_references'] < 2 or m['score']['mean'] is None: continue
         weak = {k: m['controls'][k]['mean'] for k,d in m['differences'].items()
                 if d['low'] is not None and d['low'] <= 0 and (told or k != KNOWS_FOLDER)}
         if weak:
-            quiet = False; full = m['score']['mean']; left = lambda v: f' ({min(v/full, 1):.0%} of it survives)' if full > .05 else ''
+            quiet = False; full = m['score']['mean']
+            left = lambda v: f' ({min(v/full, 1):.0%} of it survives)' if full > .05 else ''
             yield Finding('survives-without-image', 'red' if max(weak.values()) >= .97*full else 'amber', q, None,
-                          f"score {full:.2f}; not better than: "+', '.join(f'{k} {v:.2f}{left(v)}' for k,v in sorted(weak.items())))
+                          f"score {full:.2f}; not better than: "+', '.join(f'{k} {v:.2f}{left(v)}' for k,
+                                                                           v in sorted(weak.items())))
         folder = m['differences'].get(KNOWS_FOLDER)
         if folder and not told and folder['high'] is not None and folder['high'] < 0:
             quiet = False
-            yield Finding('folder-suffices', 'amber', q, None, f"score {m['score']['mean']:.2f}; the folder's commonest answer has "
+            yield Finding('folder-suffices', 'amber', q, None,
+                          f"score {m['score']['mean']:.2f}; the folder's commonest answer has "
                           f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}: who knows the folder need not look")
     if quiet and r.answered.patient.nunique() >= MIN_CLUSTERS:
-        yield Finding('survives-without-image', 'green', None, None, 'every control is beaten on every question that can be ranked')
+        yield Finding('survives-without-image', 'green', None, None,
+                      'every control is beaten on every question that can be ranked')
 
 def _top(s): c = s.fillna('').astype(str).str.strip().str.lower().value_counts(); return c.index[0], int(c.iloc[0])
 NEARLY,FEW = .95,10   # share of one answer; rows below which nothing is called constant
 
+# %% ../nbs/10c_audit.ipynb #ced67cfe
 def check_constant(r):
     "Constant or near-constant answers where the references vary, per question and category"
     flat = {}
@@ -176,9 +206,11 @@ def check_constant(r):
             if n < NEARLY*len(part) or not varied: continue
             flat.setdefault(q, text)
             yield Finding('constant-answers', 'red' if r.references and not name else 'amber', int(q), name or None,
-                          f'{text!r} for {n} of {len(part)}'+(f'; the commonest reference stands for {m}' if r.references else '; references are not known'))
+                          f'{text!r} for {n} of {len(part)}'+(f'; the commonest reference stands for {m}'
+                                                              if r.references else '; references are not known'))
     if not flat: yield Finding('constant-answers', 'green', None, None, 'no question has one answer for all')
 
+# %% ../nbs/10c_audit.ipynb #330b3b42
 def check_category(r):
     "Planes of one category named for images of another"
     g = r.answered[(r.answered.question_id == 3) & r.answered.category.isin(CATEGORIES)]; quiet = True
@@ -197,12 +229,16 @@ def check_normality(r):
     if not r.references: return
     n = normality(r.answered)
     if n['abnormal'] and not n['found']:
-        yield Finding('sensitivity-zero', 'red', 7, None, f"none of {n['abnormal']} abnormal images was found; {n['cleared']} of {n['normal']} normal ones "
+        yield Finding('sensitivity-zero', 'red', 7, None,
+                      f"none of {n['abnormal']} abnormal images was found; {n['cleared']} of {n['normal']} normal ones "
                       f"were cleared, so that {n['cleared']/(n['normal']+n['abnormal']):.0%} of the answers are right")
-    if n['normal'] and not n['cleared']: yield Finding('specificity-zero', 'red', 7, None, f"none of {n['normal']} normal images was cleared")
+    if n['normal'] and not n['cleared']:
+        yield Finding('specificity-zero', 'red', 7, None, f"none of {n['normal']} normal images was cleared")
     if n['abnormal'] and n['found'] and n['cleared']:
-        yield Finding('sensitivity-zero', 'green', 7, None, f"{n['found']} of {n['abnormal']} abnormal found, {n['cleared']} of {n['normal']} normal cleared")
+        yield Finding('sensitivity-zero', 'green', 7, None,
+                      f"{n['found']} of {n['abnormal']} abnormal found, {n['cleared']} of {n['normal']} normal cleared")
 
+# %% ../nbs/10c_audit.ipynb #0efcc544
 def check_reading(r):
     "Answers that could not be read, and numbers where none can be known"
     good,loud = r.answered,False
@@ -216,12 +252,16 @@ def check_reading(r):
             loud = True; yield Finding('made-up', 'red' if len(made) > .05*len(g) else 'amber', int(q), None,
                           f'{len(made)} of {len(g)} answers give what cannot be known: {_shares(made.prediction, len(g))}')
         if not r.references and q == 5: yield from _ages_without_dates(g)
-    if not loud: yield Finding('not-read', 'green', None, None, f'{int(good.parsed.sum())} of {len(good)} answers read, none made up')
+    if not loud:
+        yield Finding('not-read', 'green', None, None,
+                      f'{int(good.parsed.sum())} of {len(good)} answers read, none made up')
 
 def _ages_without_dates(g):
     "Ages in predictions of which nobody says how they could be known"
     said = g[[bool(read_answer(5, p).get('weeks')) for p in g.prediction]]
-    if len(said): yield Finding('made-up', 'amber', 5, None, f'{len(said)} of {len(g)} answers give an age; whether dates were known is not said')
+    if len(said):
+        yield Finding('made-up', 'amber', 5, None,
+                      f'{len(said)} of {len(g)} answers give an age; whether dates were known is not said')
 
 # %% ../nbs/10c_audit.ipynb #fe656670
 def _near(r, train, test):
@@ -230,12 +270,14 @@ def _near(r, train, test):
     from fada.images import look, near_pairs
     names = [*train.image, *test.image]
     if 'phash' in r.table and r.table.phash.notna().all():   # only candidates are opened
-        h = {i: np.uint64(int(p, 16)) for i,p in zip(r.table.image, r.table.phash)}; b = np.array([h[i] for i in test.image])
+        h = {i: np.uint64(int(p, 16)) for i,p in zip(r.table.image, r.table.phash)}
+        b = np.array([h[i] for i in test.image])
         close = [i for i in train.image if (np.bitwise_count(b ^ h[i]) <= NEAR_BITS).any()]
         names = [*close, *test.image] if close else []
     seen = {n: look(r.folder/n) for n in names if (r.folder/n).is_file()}; a,b = set(train.image),set(test.image)
     return [(x, y) if x in a else (y, x) for x,y in near_pairs(seen) if (x in a) != (y in a) and {x, y} & b]
 
+# %% ../nbs/10c_audit.ipynb #8689866c
 def check_leaks(r, near=False):
     "Patients, pixels and near-duplicate frames that are in training and test alike"
     if r.table is None: return
@@ -245,16 +287,23 @@ def check_leaks(r, near=False):
     found = [('leak-image', f'{len(inside)} images are of the training split', len(inside))]
     for id,column,word in (('leak-patient','patient','patients'), ('leak-pixels','pixels_sha256','pictures')):
         both = set(train[column]) & set(test[column])
-        found.append((id, f"{len(both)} {word} are in training and test: {', '.join(str(b)[:16] for b in sorted(both)[:3])}", len(both)))
+        found.append((id,
+                      f"{len(both)} {word} are in training and test: {', '.join(str(b)[:16] for b in sorted(both)[:3])}", len(both)))
     if near and r.folder:
-        pairs = _near(r, train, test); found.append(('leak-near', f'{len(pairs)} test pictures look like a training picture: {pairs[:2]}', len(pairs)))
+        pairs = _near(r, train, test)
+        found.append(('leak-near', f'{len(pairs)} test pictures look like a training picture: {pairs[:2]}',
+                      len(pairs)))
     for id,text,n in found:
         if n: quiet = False; yield Finding(id, 'red', None, None, text)
     if test.patient.astype(str).str.startswith('image:').any():
-        quiet = False; yield Finding('patients-unknown', 'amber', None, None, 'patients are not known: frames of one fetus may lie on both sides of the split, '
-                                     'and intervals count images')
-    if quiet: yield Finding('leaks', 'green', None, None, f'{test.patient.nunique()} test patients, none of them in training'
-                            + (', no near-duplicates' if near and r.folder else ''))
+        quiet = False
+        yield Finding('patients-unknown', 'amber', None, None,
+                      'patients are not known: frames of one fetus may lie on both sides of the split, '
+                      'and intervals count images')
+    if quiet:
+        yield Finding('leaks', 'green', None, None,
+                      f'{test.patient.nunique()} test patients, none of them in training'
+                      + (', no near-duplicates' if near and r.folder else ''))
 
 # %% ../nbs/10c_audit.ipynb #4133e269
 def _cut(asked, whole)->bool:
@@ -269,26 +318,40 @@ def check_prompts(r):
         standard = 'question' not in g or (g.asked == g.question).all()
         whole = [QUESTIONS[q].text for q in g.question_id] if standard else g.question
         cut = [a for a,w in zip(g.asked, whole) if isinstance(a, str) and not a.strip().isdigit() and _cut(a, w)]
-        if cut: yield Finding('cut-questions', 'red', None, None, f'{len(cut)} of {len(g)} questions were cut off: {_shares(cut, len(g))}')
+        if cut:
+            yield Finding('cut-questions', 'red', None, None,
+                          f'{len(cut)} of {len(g)} questions were cut off: {_shares(cut, len(g))}')
     mine = r.metrics.get('identity', {})
     for key in ('prompt_version','prompt'):
         if key in r.adapter and key in mine and r.adapter[key] != mine[key]:
-            yield Finding('other-prompt', 'red', None, None, f'{key} {mine[key]!r} where the adapter was trained with {r.adapter[key]!r}')
-    prompts = g.identity.map(lambda i: i.get('prompt') if isinstance(i, dict) else None).dropna().unique() if 'identity' in g else []
-    if len(prompts) > 1: yield Finding('other-prompt', 'red', None, None, f'{len(prompts)} prompts in one log: {list(prompts)[:2]}')
-    lacking = sorted(set(r.plain.category)-set(r.adapter.get('categories', r.plain.category))-({*CATEGORIES} if r.adapter.get('categories') == ['all'] else set()))
-    if lacking: yield Finding('trained-elsewhere', 'red', None, None, f"the adapter was trained on {', '.join(r.adapter['categories'])}, not on {', '.join(lacking)}")
+            yield Finding('other-prompt', 'red', None, None,
+                          f'{key} {mine[key]!r} where the adapter was trained with {r.adapter[key]!r}')
+    prompts = g.identity.map(lambda i: i.get('prompt') if isinstance(i, dict)
+                             else None).dropna().unique() if 'identity' in g else []
+    if len(prompts) > 1:
+        yield Finding('other-prompt', 'red', None, None, f'{len(prompts)} prompts in one log: {list(prompts)[:2]}')
+    lacking = sorted(set(r.plain.category)-set(r.adapter.get('categories', r.plain.category))-({*CATEGORIES}
+                                                                                               if r.adapter.get('categories') == ['all'] else set()))
+    if lacking:
+        yield Finding('trained-elsewhere', 'red', None, None,
+                      f"the adapter was trained on {', '.join(r.adapter['categories'])}, not on {', '.join(lacking)}")
 
+# %% ../nbs/10c_audit.ipynb #bfc386a1
 def check_models(r):
     "Several models, or several machines and versions, in one log"
     models = r.plain.model.dropna().unique() if 'model' in r.plain else []
     if 'identity' in r.plain:
         each = {json.dumps(i, sort_keys=True, default=str) for i in r.plain.identity if isinstance(i, dict)}
-        if len(models) < 2 and len(each) > 1: yield Finding('mixed-models', 'red', None, None, f'{len(each)} identities of one model in one result')
-    if len(models) > 1: yield Finding('mixed-models', 'red', None, None, f"{len(models)} models in one result: {', '.join(map(str, models[:4]))}")
+        if len(models) < 2 and len(each) > 1:
+            yield Finding('mixed-models', 'red', None, None, f'{len(each)} identities of one model in one result')
+    if len(models) > 1:
+        yield Finding('mixed-models', 'red', None, None,
+                      f"{len(models)} models in one result: {', '.join(map(str, models[:4]))}")
     if 'versions' in r.plain:
         made = {json.dumps(v, sort_keys=True) for v in r.plain.versions if isinstance(v, dict)}
-        if len(made) > 1: yield Finding('mixed-provenance', 'amber', None, None, f'answers were given under {len(made)} sets of versions or machines')
+        if len(made) > 1:
+            yield Finding('mixed-provenance', 'amber', None, None,
+                          f'answers were given under {len(made)} sets of versions or machines')
 
 # %% ../nbs/10c_audit.ipynb #c9527799
 FEW_IMAGES,FEW_ABNORMAL,WIDE = 10,10,.1   # images of a category; abnormal images; half-width of the main interval
@@ -298,17 +361,25 @@ def check_size(r):
     if not r.references: return
     g = r.answered[r.answered.score.notna()]; p = primary(g); quiet = True
     if p['low'] is None or p['high']-p['low'] > 2*WIDE:
-        quiet = False; width = 'no interval can be given' if p['low'] is None else f"the interval is {p['low']:.2f} to {p['high']:.2f}"
-        yield Finding('few-samples', 'red' if p['low'] is None else 'amber', None, None, f"{g.image.nunique()} images of {p['clusters']} patients: {width}")
+        quiet = False
+        width = 'no interval can be given' if p['low'] is None else f"the interval is {p['low']:.2f} to {p['high']:.2f}"
+        yield Finding('few-samples', 'red' if p['low'] is None else 'amber', None, None,
+                      f"{g.image.nunique()} images of {p['clusters']} patients: {width}")
     small = g.groupby('category').image.nunique(); small = small[small < FEW_IMAGES]
     if len(small) and len(small) < g.category.nunique() or (small < MIN_CLUSTERS).any():
-        quiet = False; yield Finding('few-samples', 'amber', None, ', '.join(small.index), 'images: '+', '.join(f'{c} {n}' for c,n in small.items()))
+        quiet = False
+        yield Finding('few-samples', 'amber', None, ', '.join(small.index),
+                      'images: '+', '.join(f'{c} {n}' for c,n in small.items()))
     n = normality(g)['abnormal']
-    if 0 < n < FEW_ABNORMAL: quiet = False; yield Finding('few-abnormal', 'amber', 7, None, f'sensitivity stands on {n} abnormal images')
+    if 0 < n < FEW_ABNORMAL:
+        quiet = False; yield Finding('few-abnormal', 'amber', 7, None, f'sensitivity stands on {n} abnormal images')
     error = standard_error(g.score, g.patient)
-    if quiet: yield Finding('few-samples', 'green', None, None, f"{g.image.nunique()} images of {p['clusters']} patients; a difference of about "
-                            f'{detectable(error*2**.5):.2f} between two systems would be found' if error else 'enough')
+    if quiet:
+        yield Finding('few-samples', 'green', None, None,
+                      f"{g.image.nunique()} images of {p['clusters']} patients; a difference of about "
+                      f'{detectable(error*2**.5):.2f} between two systems would be found' if error else 'enough')
 
+# %% ../nbs/10c_audit.ipynb #0116103c
 def check_references(r):
     "Questions whose references are all alike, and categories that are confounded with who answered or where"
     if not r.references: return
@@ -316,14 +387,19 @@ def check_references(r):
     for q,g in r.plain.groupby('question_id'):
         text,n = _top(g.answer)
         if g.answer.nunique() == 1:
-            quiet = False; yield Finding('degenerate-references', 'amber', int(q), None, f'the reference is {text!r} for all {n} images: nothing can be ranked')
+            quiet = False
+            yield Finding('degenerate-references', 'amber', int(q), None,
+                          f'the reference is {text!r} for all {n} images: nothing can be ranked')
             continue
         same = [c for c,part in g.groupby('category') if part.answer.nunique() == 1 and len(part) >= FEW]
         if 2*len(same) > g.category.nunique() > 1:
-            quiet = False; yield Finding('degenerate-references', 'amber', int(q), ', '.join(same), 'one reference for every image of these categories: '
-                                         'the folder tells the answer')
+            quiet = False
+            yield Finding('degenerate-references', 'amber', int(q), ', '.join(same),
+                          'one reference for every image of these categories: '
+                          'the folder tells the answer')
     if quiet: yield Finding('degenerate-references', 'green', None, None, 'the references of every question vary')
 
+# %% ../nbs/10c_audit.ipynb #2f9a7e71
 def check_confounding(r):
     "Columns that the category determines"
     if r.table is None or r.table.category.nunique() < 2: return
@@ -333,12 +409,16 @@ def check_confounding(r):
         each = r.table.dropna(subset=[column]).groupby('category')[column].nunique()
         if (each == 1).all(): bad.append(column)
     for c in bad:
-        yield Finding('confounded', 'amber', None, None, f'each category has one {c} only: a difference between categories may be one between '
+        yield Finding('confounded', 'amber', None, None,
+                      f'each category has one {c} only: a difference between categories may be one between '
                       f"{', '.join(map(str, sorted(r.table[c].dropna().unique())[:4]))}")
-    if not bad: yield Finding('confounded', 'green', None, None, 'no category is tied to one annotator, data set, site, machine or operator')
+    if not bad:
+        yield Finding('confounded', 'green', None, None,
+                      'no category is tied to one annotator, data set, site, machine or operator')
 
 # %% ../nbs/10c_audit.ipynb #10e2b539
-CHECKS = (check_coverage, check_errors, check_controls, check_constant, check_category, check_normality, check_reading, check_leaks, check_prompts,
+CHECKS = (check_coverage, check_errors, check_controls, check_constant, check_category, check_normality,
+          check_reading, check_leaks, check_prompts,
           check_models, check_size, check_references, check_confounding)
 
 def audit(
@@ -351,10 +431,12 @@ def audit(
 
 def finding_text(f:Finding)->str:
     "One finding as a line"
-    where = ', '.join([*([f'question {f.question} {QUESTIONS[f.question].key}'] if f.question else []), *([f.category] if f.category else [])])
+    where = ', '.join([*([f'question {f.question} {QUESTIONS[f.question].key}'] if f.question else []),
+                       *([f.category] if f.category else [])])
     return f"{f.severity:5} {f.id}{f' ({where})' if where else ''}: {f.evidence}"
 
 def notes(findings)->list:
     "Red and amber findings for a report: dicts of level, question, text"
-    return [dict(level=f.severity, question=f.question, text=(f'{f.category}: ' if f.category else '')+f.evidence[:1].upper()+f.evidence[1:], id=f.id)
+    return [dict(level=f.severity, question=f.question,
+                 text=(f'{f.category}: ' if f.category else '')+f.evidence[:1].upper()+f.evidence[1:], id=f.id)
             for f in findings if f.severity != 'green']

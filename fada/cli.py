@@ -165,7 +165,8 @@ def evaluate(
     out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
     preset:Annotated[str, typer.Option(help='seed45: five categories, three images of each, three questions.')]='',
     examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
-    answers:Annotated[Optional[str], typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
+    answers:Annotated[Optional[str],
+                      typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -174,7 +175,8 @@ def evaluate(
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
     from fada.evaluate import evaluate_answers, evaluate_job, job_name
-    folder = Path(out) if out else s.output/'run'/(f'answers-{Path(answers).stem}' if answers else job_name(s, weights, adapter))
+    folder = Path(out) if out else s.output/'run'/(f'answers-{Path(answers).stem}' if answers
+                                                   else job_name(s, weights, adapter))
     if answers: m = evaluate_answers(answers, folder, s.data if data else None, s.categories, split, s.seed)
     else:
         m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
@@ -194,7 +196,8 @@ def evaluate(
 # %% ../nbs/16_cli.ipynb #75fb00bd
 @app.command()
 def audit(
-    results:Annotated[str, typer.Argument(help='A job folder, a run of several, or a file of answers.')], data:Data=None, split:str='test',
+    results:Annotated[str, typer.Argument(help='A job folder, a run of several, or a file of answers.')],
+          data:Data=None, split:str='test',
     near:Annotated[bool, typer.Option(help='Look for near-duplicate frames: opens the pictures.')]=True,
     json:Json=False, quiet:Quiet=False,
 ):
@@ -222,7 +225,8 @@ def twins(
     """Ask phantom twins: does an answer change when it must, and stay when it must?
 
     Example: fada twins --model blip2-nano --n 2"""
-    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device, seed=seed)
+    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device,
+                  seed=seed)
     from fada.compare import interval_text
     from fada.evaluate import job_name
     from fada.twins import twins_job
@@ -232,18 +236,22 @@ def twins(
     lines = [f"{m['pairs']} pairs: changed when it must {share(m['change'])}, stayed when it must {share(m['keep'])} (both answers right)",
              *(f"  {t['differ']:10} {t['question']:18} must {t['expected']:7} {t['passed']:.2f} of {t['pairs']}" for t in r['table']),
              *(f"  {p['question']:18} spread over wordings {p['spread']:.2f}, one answer for {p['one answer']:.0%}" for p in r.get('phrasings', ()))]
-    _show(r, json, '\n'.join([*lines, *([] if r['trained_on_phantoms'] else ['a probe: failing it may be the synthetic look']), r['notice'], str(folder)]))
+    _show(r, json, '\n'.join([*lines, *([] if r['trained_on_phantoms']
+                                        else ['a probe: failing it may be the synthetic look']), r['notice'],
+                              str(folder)]))
 
 # %% ../nbs/16_cli.ipynb #f102de0a
 @app.command()
 def runs(
-    output:Annotated[Optional[str], typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
+    output:Annotated[Optional[str],
+                     typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
     kind:Annotated[Optional[str], typer.Option(help='evaluate, train or twins.')]=None, model:Model=None,
     category:Annotated[Optional[str], typer.Option(help='Jobs about this category.')]=None,
     state:Annotated[Optional[str], typer.Option(help='finished or unfinished.')]=None,
     since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
     run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
-    remove:Annotated[bool, typer.Option('--prune', help='Say which of the listed jobs would be removed; with --yes: remove them.')]=False,
+    remove:Annotated[bool, typer.Option('--prune',
+                                        help='Say which of the listed jobs would be removed; with --yes: remove them.')]=False,
     weights:Annotated[bool, typer.Option('--weights', help='With --prune: only weights and adapters.')]=False,
     yes:Annotated[bool, typer.Option('--yes', help='Do it.')]=False, json:Json=False, quiet:Quiet=False,
 ):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Collected', 'collect', 'system_names', 'systems', 'interval_text', 'quality_table', 'control_table', 'gains',
-           'plane_table', 'resource_table', 'plot_systems', 'plot_heat', 'plot_forest', 'plot_reliability',
-           'plot_resources', 'headline']
+           'plane_table', 'resource_table', 'feature_table', 'plot_systems', 'plot_heat', 'plot_forest',
+           'plot_reliability', 'plot_resources', 'headline']
 
 # %% ../nbs/11_compare.ipynb #70294b64
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class Collected:
         precision = self.metrics['identity']['precision'] if self.metrics else c['precision']
         if c.get('answers'): return f"{c['model']} (answers from elsewhere)"
         return (f"{c['model']} {precision or 'remote'}" + (' + LoRA per category' if c.get('adapter') else '')
-                + (f" + {c['examples']} examples" if c.get('examples') else '') + (f" ({c['preset']})" if c.get('preset') else ''))
+                + (f" + {c['examples']} examples" if c.get('examples') else '') + (f" ({c['preset']})"
+                                                                                   if c.get('preset') else ''))
 
 # %% ../nbs/11_compare.ipynb #c07d2bb4
 def collect(
@@ -43,8 +44,11 @@ def collect(
         d = f.parent; config = read_json(f)
         if config['kind'] == 'evaluate':
             if not (d/'metrics.json').exists(): continue
-            found.append(Collected(d.name, config, read_json(d/'metrics.json'),
-                                   pd.read_parquet(d/'scores.parquet')))
+            metrics = read_json(d/'metrics.json')
+            if 'endpoint' not in metrics:
+                raise FadaError('scores of an earlier version', str(d), 'metrics.json with an endpoint',
+                                'run the same `fada evaluate` again: nothing is asked anew, only scored')
+            found.append(Collected(d.name, config, metrics, pd.read_parquet(d/'scores.parquet')))
         else: found.append(Collected(d.name, config))
     if not any(j.metrics for j in found):
         raise FadaError('no evaluation', str(run), 'job folders with config.json and metrics.json',
@@ -57,14 +61,16 @@ def system_names(jobs)->dict:
     bases = {}
     for j in jobs:
         if j.metrics: bases.setdefault(j.system, set()).add(j.metrics['identity']['base'])
-    return {j.name: j.system + (f" (weights {j.metrics['identity']['base'][:6]})" if len(bases[j.system]) > 1 else '')
+    return {j.name: j.system + (f" (weights {j.metrics['identity']['base'][:6]})" if len(bases[j.system]) > 1
+                                else '')
             for j in jobs if j.metrics}
 
 def systems(jobs)->dict:
     "Scored rows per system, its jobs joined; where two jobs asked the same row the first counts"
     names,out = system_names(jobs),{}
     for j in jobs:
-        if j.metrics: out.setdefault(names[j.name], []).append(j.scores.assign(adapter=bool(j.config.get('adapter'))))
+        if j.metrics:
+            out.setdefault(names[j.name], []).append(j.scores.assign(adapter=bool(j.config.get('adapter'))))
     return {k: pd.concat(v).drop_duplicates(['image','question_id','condition']).reset_index(drop=True)
             for k,v in out.items()}
 
@@ -82,8 +88,10 @@ def quality_table(jobs)->pd.DataFrame:
     for name,scored in systems(jobs).items():
         plain = scored[scored.condition == 'plain']
         rows.append({'system': name, 'images': plain.image.nunique(),
-                     'mean of questions': interval_text(primary(plain)), 'mean of rows': interval_text(mean_interval(plain.score, plain.patient)),
-                     **{f'{q} {QUESTIONS[q].key}': interval_text(main_score(g)) for q,g in plain.groupby('question_id')}})
+                     'mean of questions': interval_text(primary(plain)),
+                     'mean of rows': interval_text(mean_interval(plain.score, plain.patient)),
+                     **{f'{q} {QUESTIONS[q].key}': interval_text(main_score(g)) for q,
+                        g in plain.groupby('question_id')}})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #99d96b5e
@@ -112,7 +120,8 @@ def gains(jobs)->pd.DataFrame:
                                                        on=['image','question_id'], suffixes=('','_b'))
         rows.append({'system': f'{name} − {base}', 'rows': len(both),
                      'mean of questions': interval_text(primary(both.assign(score=both.score_b), both.score)),
-                     **{f'{q} {QUESTIONS[q].key}': interval_text(main_difference(g.assign(score=g.score_b), g.score))
+                     **{f'{q} {QUESTIONS[q].key}': interval_text(main_difference(g.assign(score=g.score_b),
+                                                                                 g.score))
                         for q,g in both.groupby('question_id')}})
     return pd.DataFrame(rows)
 
@@ -127,12 +136,15 @@ def plane_table(run, jobs)->pd.DataFrame:
     plain = right(pd.concat([pd.read_parquet(f) for f in done]).drop_duplicates('image'))
     def row(name, f):
         both = f.merge(plain, on='image', suffixes=('','_c')) if f is not plain else f
-        against = lambda k: interval_text(difference(both[k], both[k+'_c'], both.patient)) if f is not plain else '–'
+        against = lambda k: interval_text(difference(both[k], both[k+'_c'],
+                                                     both.patient)) if f is not plain else '–'
         score = lambda k: interval_text(mean_interval(both[k], both.patient))
-        return {'system': name, 'images': len(both), 'plane': score('plane'), 'gain over the classifier': against('plane'),
+        return {'system': name, 'images': len(both), 'plane': score('plane'),
+                'gain over the classifier': against('plane'),
                 'plane and standard': score('score'), 'gain over it': against('score')}
     asked = lambda s: s[(s.condition == 'plain') & (s.question_id == 3) & s.score.notna()]
-    return pd.DataFrame([row('plane classifier', plain), *(row(k, right(asked(s))) for k,s in systems(jobs).items())])
+    return pd.DataFrame([row('plane classifier', plain),
+                         *(row(k, right(asked(s))) for k,s in systems(jobs).items())])
 
 # %% ../nbs/11_compare.ipynb #4313a5be
 def _predicted(jobs)->dict:
@@ -150,12 +162,27 @@ def resource_table(jobs)->pd.DataFrame:
         if not j.metrics: continue
         c,m = j.config,j.metrics; source = Path(c['adapter'] or c['weights'] or '').parent.name
         rows.append({'job': j.name, 'system': j.system, 'categories': ', '.join(c['categories']),
-                     'weights': known(c.get('weights_bytes'), in_mib), 'process peak': known(m.get('peak_bytes'), in_mib),
+                     'weights': known(c.get('weights_bytes'), in_mib),
+                     'process peak': known(m.get('peak_bytes'), in_mib),
                      'predicted on a card': known(plans.get((c['model'], m['identity']['precision'])), in_gib),
                      'load s': known(c.get('load_seconds'), lambda v: round(v, 2)),
                      'ms a question': known(m.get('seconds_per_question'), lambda v: round(1000*v, 1)),
-                     'cost': ', '.join(f'{v:.4f} {k}' for k,v in m.get('spending', {}).get('cost', {}).items()) or '–',
+                     'cost': ', '.join(f'{v:.4f} {k}' for k,v in m.get('spending', {}).get('cost', {}).items())
+                     or '–',
                      'trained in s': trained.get(source)})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/11_compare.ipynb #db074bc0
+def feature_table(jobs)->pd.DataFrame:
+    "What each model that was asked can do: family, training, attention, precisions, image read once for all questions, licence"
+    from fada.registry import registry
+    known = registry(); tick = lambda v: '✓' if v else ''
+    rows = [{'model': m, 'family': s.family, 'train': tick('train' in s.capabilities),
+             'attention': tick('attention' in s.capabilities),
+             'encode once': tick('encode-once' in s.capabilities),
+             'without image': tick('no-image' in s.capabilities),
+             'precisions': ', '.join(s.precisions) or '–', 'gated': tick(s.gated), 'licence': s.licence}
+            for m in dict.fromkeys(j.config['model'] for j in jobs if j.metrics) if (s := known.get(m))]
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #cdf4bd96
@@ -165,7 +192,8 @@ def plot_systems(jobs):
     every = systems(jobs); fig,ax = plt.subplots(figsize=(8.5,4.2))
     for k,(name,scored) in enumerate(every.items()):
         plain = scored[scored.condition == 'plain']
-        ms = {q: main_score(g) for q,g in plain.groupby('question_id')}; at = [list(QUESTIONS).index(q) for q,m in ms.items() if m['mean'] is not None]
+        ms = {q: main_score(g) for q,g in plain.groupby('question_id')}
+        at = [list(QUESTIONS).index(q) for q,m in ms.items() if m['mean'] is not None]
         ms = [m for m in ms.values() if m['mean'] is not None]
         y = np.array(at)+.8/(len(every)+1)*(k-(len(every)-1)/2); mean = np.array([m['mean'] for m in ms])
         # no interval with too few patients
@@ -184,7 +212,8 @@ def plot_heat(scored, title=''):
     "Heat map of mean score, category × question; returns the figure"
     import matplotlib.pyplot as plt
     plain = scored[(scored.condition == 'plain') & scored.score.notna()]
-    t = pd.DataFrame({q: {c: main_score(part, draws=1)['mean'] for c,part in g.groupby('category')} for q,g in plain.groupby('question_id')})
+    t = pd.DataFrame({q: {c: main_score(part, draws=1)['mean'] for c,part in g.groupby('category')} for q,
+                      g in plain.groupby('question_id')})
     fig,ax = plt.subplots(figsize=(8,.5*len(t)+1.3))
     ax.imshow(t, vmin=0, vmax=1, cmap='viridis', aspect='auto')
     for (i,j),v in np.ndenumerate(t.to_numpy()):
@@ -199,19 +228,24 @@ def plot_heat(scored, title=''):
 def plot_forest(every):
     "The endpoint of each system with its interval, over all categories and for each; returns the figure"
     import matplotlib.pyplot as plt
-    rows = [(name, c, primary(g)) for name,scored in every.items() for plain in [scored[scored.condition == 'plain']]
-            for c,g in [('all categories', plain), *(plain.groupby('category') if plain.category.nunique() > 1 else ())]]
+    rows = [(name, c, primary(g)) for name,scored in every.items()
+            for plain in [scored[scored.condition == 'plain']]
+            for c,g in [('all categories', plain),
+                        *(plain.groupby('category') if plain.category.nunique() > 1 else ())]]
     rows = [r for r in rows if r[2]['mean'] is not None]
     fig,ax = plt.subplots(figsize=(8.5, .26*len(rows)+1.2)); colours = {n: f'C{k}' for k,n in enumerate(every)}
     for y,(name,c,m) in enumerate(rows):
         whole = c == 'all categories'; low,high = (m['mean'] if m[k] is None else m[k] for k in ('low','high'))
         ax.plot([low, high], [y, y], color=colours[name], lw=2.2 if whole else 1.2)
         ax.plot(m['mean'], y, 'D' if whole else 'o', color=colours[name], ms=7 if whole else 4)
-    ax.set_yticks(range(len(rows)), [n if c == 'all categories' else f'{c}  ' for n,c,_ in rows], fontsize=8); ax.invert_yaxis()
-    ax.set(xlabel='mean of the main scores, 95 % interval (clustered on patient)', xlim=(0,1.02)); ax.grid(axis='x', alpha=.3)
+    ax.set_yticks(range(len(rows)), [n if c == 'all categories' else f'{c}  ' for n,c,_ in rows], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel='mean of the main scores, 95 % interval (clustered on patient)', xlim=(0,1.02))
+    ax.grid(axis='x', alpha=.3)
     fig.tight_layout()
     return fig
 
+# %% ../nbs/11_compare.ipynb #33d90631
 def plot_reliability(details, title=''):
     "Share right against confidence, a line for each question; returns the figure, None without confidence"
     import matplotlib.pyplot as plt
@@ -219,8 +253,10 @@ def plot_reliability(details, title=''):
     if not seen: return None
     fig,ax = plt.subplots(figsize=(5,4.4)); ax.plot([0,1], [0,1], ':', color='0.5')
     for q,c in seen.items():
-        ax.plot([b['confidence'] for b in c['bins']], [b['right'] for b in c['bins']], 'o-', ms=4, lw=1, label=f"{q} {QUESTIONS[int(q)].key} (error {c['ece']:.2f})")
-    ax.set(xlabel='confidence', ylabel='score', xlim=(0,1), ylim=(0,1.02)); ax.set_title(title, fontsize=9); ax.legend(fontsize=7)
+        ax.plot([b['confidence'] for b in c['bins']], [b['right'] for b in c['bins']], 'o-', ms=4, lw=1,
+                label=f"{q} {QUESTIONS[int(q)].key} (error {c['ece']:.2f})")
+    ax.set(xlabel='confidence', ylabel='score', xlim=(0,1), ylim=(0,1.02)); ax.set_title(title, fontsize=9)
+    ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
 

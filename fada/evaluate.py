@@ -9,13 +9,12 @@ __all__ = ['PRESETS', 'SCORED', 'GROUPS', 'SHOWN', 'record_key', 'ask_table', 'a
 # %% ../nbs/10_evaluate.ipynb #7ae52399
 import time
 from pathlib import Path
-import numpy as np
 import pandas as pd
 from .settings import (FadaError, digest, environment, now, pixels_sha256, progress, sha256_file, write_json,
                        writable_folder)
 from .answers import AnswersLog
 from .audit import Results, audit, from_answers, notes
-from .controls import BLANK, CONDITIONS, donors, knows_folder, majority, mean_image, summary
+from .controls import BLANK, donors, majority, mean_image, summary
 from .data import load_table, read_image, subset, table_digest
 from .memory import measured, peak_bytes
 from .metrics import PRIMARY, coverage, normality, primary, score_table
@@ -42,6 +41,7 @@ def _picture(shown, folder, blank):
                         'prepare the data again')
     return image
 
+# %% ../nbs/10_evaluate.ipynb #ae9b1c63
 def _ask_part(vlm, part, folder, blank, shown, record):
     "Records of a few images' rows: [(image, rows)]"
     requests,unread = [],{}
@@ -79,6 +79,7 @@ def ask_table(
     return rows.assign(prediction=[r['text'] for r in found], error=[r['error'] for r in found],
                        confidence=[r['confidence'] for r in found], seconds=[r['seconds'] for r in found])
 
+# %% ../nbs/10_evaluate.ipynb #52aa07e5
 def _record(identity, versions, row, shown, a, unread):
     "One log record: identity, the question, the answer or the error, and provenance"
     kept = {k: row[k] for k in ('key','condition','image','category','patient','question_id','question')}
@@ -105,12 +106,14 @@ PRESETS = ('seed45',)
 
 def choose_rows(vlm, rows, train, images, seed, preset, examples)->pd.DataFrame:
     "The rows that are asked; `FadaError` for an unknown preset, and for examples where a model does not chat"
-    if preset and preset not in PRESETS: raise FadaError(f'unknown preset {preset!r}', '', ', '.join(PRESETS), 'correct the name')
+    if preset and preset not in PRESETS:
+        raise FadaError(f'unknown preset {preset!r}', '', ', '.join(PRESETS), 'correct the name')
     if images: rows = subset(rows, images, seed)
     if preset: rows = seed45(rows, seed)
     if not examples: return rows
     if vlm.spec.family not in ('chat','api','text'):
-        raise FadaError(f'{vlm.spec.name} does not follow examples', f'{examples} examples', 'a chat model or a service', 'leave them out')
+        raise FadaError(f'{vlm.spec.name} does not follow examples', f'{examples} examples',
+                        'a chat model or a service', 'leave them out')
     return with_examples(rows, train, examples, seed)
 
 # %% ../nbs/10_evaluate.ipynb #f7df0ee5
@@ -141,11 +144,13 @@ def evaluate(
     more = dict(damaged_lines=damaged, seconds=round(time.perf_counter()-start, 2), peak_bytes=peak_bytes(),
                 **({'spending': spending(records)} if vlm.paid else {}))
     aside = [dict(place='answers.jsonl', reason=f'damaged: {damaged} half-written line(s)')] if damaged else []
-    found = Results(out.name, scored, pd.DataFrame(aside, columns=['place','reason','image','question','prediction']),
+    found = Results(out.name, scored, pd.DataFrame(aside,
+                                                   columns=['place','reason','image','question','prediction']),
                     rows[:0], everything, folder=Path(data))
     if preset: more['preset'] = dict(name=preset, can_show=what_45_can_show(len(rows)))
     return write_results(out, found, vlm.identity(), split, seed, dict(more, examples=examples))
 
+# %% ../nbs/10_evaluate.ipynb #ce0f27dc
 def spending(
     records,      # of an answers log
 )->dict:          # tries, tokens_in, tokens_out, guessed (tokens no reply confirmed), cost {currency: amount}
@@ -159,9 +164,11 @@ def spending(
     return out
 
 # %% ../nbs/10_evaluate.ipynb #cd8afc01
-SCORED = ['image','category','patient','question_id','question','answer','structured','condition','prediction','confidence','error','score',
+SCORED = ['image','category','patient','question_id','question','answer','structured','condition','prediction',
+          'confidence','error','score',
           'exact','parsed','made_up','stratum']
-GROUPS = ('dataset','site','machine','annotator','operator','phrasing','visit','ga_days','seconds')   # kept where the data have them
+GROUPS = ('dataset','site','machine','annotator','operator','phrasing','visit','ga_days',
+          'seconds')   # kept where the data have them
 
 def describe(
     found:Results, identity:dict, split:str, seed:int, more:dict,
@@ -172,18 +179,24 @@ def describe(
     good = plain[plain.score.notna()]
     metrics = dict(kind='fada metrics', identity=identity, split=split, seed=seed,
                    data=table_digest(plain) if {'split','pixels_sha256'} <= set(plain) else None,
-                   categories=sorted(plain.category.unique()), images=int(plain.image.nunique()), patients=int(plain.patient.nunique()),
-                   patients_known=not plain.patient.astype(str).str.startswith('image:').any(), control_images=int(blank.image.nunique()),
+                   categories=sorted(plain.category.unique()), images=int(plain.image.nunique()),
+                   patients=int(plain.patient.nunique()),
+                   patients_known=not plain.patient.astype(str).str.startswith('image:').any(),
+                   control_images=int(blank.image.nunique()),
                    coverage=dict(coverage(plain), missing=len(found.missing), set_aside=len(found.aside)),
                    endpoint=dict(what=PRIMARY, **primary(plain)),
-                   micro=mean_interval(good.score, good.patient), by_category_macro=mean_interval(good.score, good.patient, strata=good.category),
+                   micro=mean_interval(good.score, good.patient),
+                   by_category_macro=mean_interval(good.score, good.patient, strata=good.category),
                    questions=summary(scored), details=question_scores(plain), normality=normality(plain),
-                   by_category={c: summary(g) for c,g in scored.groupby('category')},
+                   by_category={c: summary(g) for c,
+                                g in progress(list(scored.groupby('category')), 'scoring', unit='category')},
                    seconds_per_question=None if seconds is None or seconds != seconds else float(seconds),
                    made=now(), versions=environment(), **more)
-    findings = audit(Results(found.name, found.rows, found.aside, found.missing, found.table, found.config, metrics, found.adapter, found.folder))
+    findings = audit(Results(found.name, found.rows, found.aside, found.missing, found.table, found.config,
+                             metrics, found.adapter, found.folder))
     return dict(metrics, findings=[vars(f) for f in findings], notes=notes(findings))
 
+# %% ../nbs/10_evaluate.ipynb #30d10e97
 def write_results(out, found:Results, identity, split, seed, more)->dict:
     "Write scores.parquet, metrics.json and, where anything was, set_aside.csv; returns the metrics"
     metrics = describe(found, identity, split, seed, more); out = Path(out)
@@ -206,9 +219,12 @@ def evaluate_answers(
     models = [str(m) for m in found.plain.model.dropna().unique()] if 'model' in found.plain else []
     name = models[0] if len(models) == 1 else Path(path).stem; sha = sha256_file(path)
     identity = dict(model=name, base=sha, adapter=None, precision=None)
-    metrics = write_results(out, found, identity, split, seed, dict(damaged_lines=0, seconds=None, peak_bytes=None, answers=str(path)))
-    write_json(out/'config.json', dict(kind='evaluate', model=name, weights='', adapter='', precision='', categories=list(categories), seed=seed,
-                                       data=str(data or ''), answers=str(path), answers_sha256=sha, load_seconds=None, weights_bytes=None))
+    metrics = write_results(out, found, identity, split, seed,
+                            dict(damaged_lines=0, seconds=None, peak_bytes=None, answers=str(path)))
+    write_json(out/'config.json', dict(kind='evaluate', model=name, weights='', adapter='', precision='',
+                                       categories=list(categories), seed=seed,
+                                       data=str(data or ''), answers=str(path), answers_sha256=sha,
+                                       load_seconds=None, weights_bytes=None))
     return metrics
 
 # %% ../nbs/10_evaluate.ipynb #a3dc9278
@@ -219,6 +235,7 @@ def job_name(s, weights=None, adapter=None)->str:
             *([f'on-{s.data.name}'] if s.source['data'] == 'given' else [])]
     return '-'.join(['evaluate', s.model, s.precision, *s.categories, *more])
 
+# %% ../nbs/10_evaluate.ipynb #f10e46e7
 def evaluate_job(
     s,                   # Settings
     out,                 # job folder
@@ -239,7 +256,8 @@ def evaluate_job(
     metrics = evaluate(vlm, s.data, out, s.categories, seed=s.seed, **options)
     write_json(out/'config.json',
                dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''),
-                    precision=s.precision, categories=list(s.categories), seed=s.seed, examples=options.get('examples', 0),
+                    precision=s.precision, categories=list(s.categories), seed=s.seed,
+                    examples=options.get('examples', 0),
                     preset=options.get('preset', ''), data=str(s.data), load_seconds=loading['seconds'],
                     load_grown_bytes=loading['grown_bytes'], weights_bytes=sum(map(weights_bytes, vlm.cores))))
     return metrics
@@ -247,6 +265,7 @@ def evaluate_job(
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5
 SHOWN = ('majority in category','majority','blank','shuffled same','shuffled other','no image')
 
+# %% ../nbs/10_evaluate.ipynb #78e3adc8
 def plot_summary(questions:dict, title:str=''):
     """Score of each question with its interval (dot), controls beside it (marks); returns the matplotlib
     figure"""

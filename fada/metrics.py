@@ -13,7 +13,7 @@ import pandas as pd
 from .settings import FadaError
 from .clinical import QUESTIONS
 from .parse import made_up, read_answer
-from .stats import MIN_CLUSTERS, difference, mean_interval
+from .stats import difference, mean_interval
 
 # %% ../nbs/08_metrics.ipynb #1883d8a0
 def set_f1(
@@ -89,11 +89,13 @@ def score_table(
     """Score every row; rows with an error or an unreadable reference get NaN. `stratum` is the true class where a score is balanced
     over classes (normality)"""
     truth,found = readings(answers); bad = answers.error.fillna('').ne('').to_numpy()
-    undated = {i for i,q,t in zip(answers.image, answers.question_id, truth) if q == 5 and t.get('weeks', 0) is None} if 'image' in answers else ()
+    undated = {i for i,q,t in zip(answers.image, answers.question_id, truth) if q == 5
+               and t.get('weeks', 0) is None} if 'image' in answers else ()
     dated = [q == 7 and i not in undated for i,q in zip(answers.get('image', answers.index), answers.question_id)]
     plain = lambda c: answers[c].fillna('').astype(str).str.strip().str.lower()
     return answers.assign(
-        score=[np.nan if b or not t else score_answer(q, t, f) for q,t,f,b in zip(answers.question_id, truth, found, bad)],
+        score=[np.nan if b or not t else score_answer(q, t, f) for q,t,f,
+               b in zip(answers.question_id, truth, found, bad)],
         exact=np.where(bad, np.nan, (plain('answer') == plain('prediction')).astype(float)),
         parsed=[bool(f) for f in found],
         made_up=[not b and bool(t) and made_up(q, t, f, dated=d)
@@ -147,6 +149,7 @@ def endpoint(
     rows = rows[rows.score.notna()]; names,share = _question_strata(rows) if len(rows) else (None, None)
     return rows, dict(strata=names, share=share)
 
+# %% ../nbs/08_metrics.ipynb #755bdd3d
 def primary(
     rows:pd.DataFrame,     # scored rows of one system under one condition
     other=None,            # scores of the same rows, to be taken off

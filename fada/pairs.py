@@ -36,10 +36,12 @@ def rank_table(
     for rows,how in map(endpoint, frames):
         mean,d = bootstrap_means(rows.score, rows.patient, draws, seed, **how); means.append(mean); drawn.append(d)
     best = pd.Series(means, every).rank(ascending=False, method='min').astype(int)
-    out = pd.DataFrame({'system': list(every), 'rows': len(frames[0]), 'mean of questions': np.round(means, 3), 'rank': best.to_list()})
+    out = pd.DataFrame({'system': list(every), 'rows': len(frames[0]), 'mean of questions': np.round(means, 3),
+                        'rank': best.to_list()})
     if drawn[0] is not None:
         ranks = pd.DataFrame(drawn).rank(ascending=False)
-        out['rank, 95 %'] = [f'{np.floor(low):.0f} to {np.ceil(high):.0f}' for low,high in ranks.quantile([.025,.975], axis=1).T.to_numpy()]
+        out['rank, 95 %'] = [f'{np.floor(low):.0f} to {np.ceil(high):.0f}' for low,
+                             high in ranks.quantile([.025,.975], axis=1).T.to_numpy()]
         out['chance of being best'] = (ranks == ranks.min()).div((ranks == ranks.min()).sum()).mean(axis=1).round(2).to_list()
     return out.sort_values('rank', ignore_index=True)
 
@@ -50,14 +52,18 @@ def compare_pair(
 )->dict:                   # endpoint: difference b − a, p, detectable; questions: id: the same with p_holm, mcnemar
     "Paired comparison on the rows that both answered; `FadaError` where there are none"
     a,b = shared_rows([a, b])
-    if not len(a): raise FadaError('no row that both systems answered', '', 'two evaluations of the same images', '')
+    if not len(a):
+        raise FadaError('no row that both systems answered', '', 'two evaluations of the same images', '')
     both = a.assign(score=b.score-a.score); rows,how = endpoint(both)
     mean,drawn = bootstrap_means(rows.score, rows.patient, **how)
     out = dict(endpoint=dict(primary(both), p=permutation_test(b.score, a.score, a.patient, draws, seed, **how),
-                             detectable=None if drawn is None else detectable(float(np.nanstd(drawn)))), rows=len(a), questions={})
+                             detectable=None if drawn is None else detectable(float(np.nanstd(drawn)))),
+               rows=len(a), questions={})
     for q,g in b.groupby('question_id'):
-        x = a.loc[g.index]; strata = g.stratum if q == 7 and g.stratum.ne('').all() else None; one = x.patient.is_unique
-        out['questions'][int(q)] = dict(main_difference(g, x.score), p=permutation_test(g.score, x.score, x.patient, draws, seed, strata=strata),
+        x = a.loc[g.index]; strata = g.stratum if q == 7 and g.stratum.ne('').all() else None
+        one = x.patient.is_unique
+        out['questions'][int(q)] = dict(main_difference(g, x.score),
+                                        p=permutation_test(g.score, x.score, x.patient, draws, seed, strata=strata),
                                         mcnemar=mcnemar(g.score, x.score, x.patient)['p'] if one else None)
     for q,p in holm({q: v['p'] for q,v in out['questions'].items()}).items(): out['questions'][q]['p_holm'] = p
     return out
@@ -66,39 +72,49 @@ def p_text(p)->str:
     "A p value as text"
     return '–' if p is None else '< 0.001' if p < .001 else f'{p:.3f}'
 
+# %% ../nbs/11b_pairs.ipynb #021b2770
 def pair_rows(pairs)->pd.DataFrame:
     "A table of comparisons [(title, what, result of `compare_pair`)]: the endpoint, then each question"
     rows = []
     for title,what,c in pairs:
         e = c['endpoint']
-        rows.append({'comparison': title, 'difference': what, 'rows': c['rows'], 'mean of questions': interval_text(e, 3), 'p': p_text(e['p']),
+        rows.append({'comparison': title, 'difference': what, 'rows': c['rows'],
+                     'mean of questions': interval_text(e, 3), 'p': p_text(e['p']),
                      'would be found': '–' if e['detectable'] is None else f"{e['detectable']:.3f}",
-                     **{f'{q} {QUESTIONS[q].key}': f"{interval_text(v)} p {p_text(v['p_holm'])}" for q,v in c['questions'].items()}})
+                     **{f'{q} {QUESTIONS[q].key}': f"{interval_text(v)} p {p_text(v['p_holm'])}" for q,
+                        v in c['questions'].items()}})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11b_pairs.ipynb #40a8e027
-GENERAL = {'medgemma-4b': 'gemma-3-4b', 'medgemma-4b-text': 'gemma-3-4b'}   # medical model: the general one of its size
+GENERAL = {'medgemma-4b': 'gemma-3-4b',
+           'medgemma-4b-text': 'gemma-3-4b'}   # medical model: the general one of its size
 
 def ready_pairs(jobs)->list:
     "(title, system, system to compare it with) of the comparisons that the systems allow"
     at = {}; names = system_names(jobs)
     for j in jobs:
-        if j.metrics: at.setdefault(names[j.name], (j.config['model'], j.metrics['identity']['precision'], bool(j.config.get('adapter'))))
+        if j.metrics:
+            at.setdefault(names[j.name], (j.config['model'], j.metrics['identity']['precision'],
+                                          bool(j.config.get('adapter'))))
     by,out = {v: k for k,v in at.items()},[]
     order = lambda p: PRECISIONS.index(p) if p in PRECISIONS else 99
     for name,(model,precision,tuned) in at.items():
         finest = min((p for m,p,t in at.values() if m == model and t == tuned), key=order)
         if precision != finest and order(precision) < 99: out.append(('precision', name, by[model, finest, tuned]))
-        if tuned and (model, precision, False) in by: out.append(('tuned against base', name, by[model, precision, False]))
-        if (other := (GENERAL.get(model), precision, tuned)) in by: out.append(('medical against general', name, by[other]))
+        if tuned and (model, precision, False) in by:
+            out.append(('tuned against base', name, by[model, precision, False]))
+        if (other := (GENERAL.get(model), precision, tuned)) in by:
+            out.append(('medical against general', name, by[other]))
     first = next(iter(at))
-    return out+[('against the first', n, first) for n in at if n != first and not any({n, first} == set(p[1:]) for p in out)]
+    return out+[('against the first', n, first) for n in at if n != first
+                and not any({n, first} == set(p[1:]) for p in out)]
 
 def ready_table(jobs)->pd.DataFrame:
     "All ready comparisons, paired"
     every = systems(jobs); done = []
     for title,b,a in ready_pairs(jobs):
-        if len(shared_rows([every[a], every[b]])[0]): done.append((title, f'{b} − {a}', compare_pair(every[a], every[b])))
+        if len(shared_rows([every[a], every[b]])[0]):
+            done.append((title, f'{b} − {a}', compare_pair(every[a], every[b])))
     return pair_rows(done)
 
 # %% ../nbs/11b_pairs.ipynb #be1a5adb
@@ -112,7 +128,8 @@ def subgroup_table(
         if c not in plain or plain[c].dropna().nunique() < 2: continue
         tied = plain.dropna(subset=[c]).groupby('category')[c].nunique().eq(1).all() and plain.category.nunique() > 1
         for v,g in plain.groupby(c):
-            rows.append({'by': c, 'value': str(v), 'images': g.image.nunique(), 'patients': g.patient.nunique(), 'mean of questions': interval_text(primary(g)),
+            rows.append({'by': c, 'value': str(v), 'images': g.image.nunique(),
+                         'patients': g.patient.nunique(), 'mean of questions': interval_text(primary(g)),
                          'categories': g.category.nunique(), 'remark': 'tied to the category' if tied else ''})
     return pd.DataFrame(rows)
 
@@ -124,13 +141,18 @@ def people_table(
     "Per question: second reader by the first, the model by the first and by the second, on rows that were read twice"
     path = Path(data)/'second_readings.parquet'
     if not path.is_file(): return pd.DataFrame()
-    second = pd.read_parquet(path)[['image','question_id','answer']].rename(columns=dict(answer='second')).drop_duplicates(['image','question_id'])
+    second = pd.read_parquet(path)[['image','question_id',
+                                    'answer']].rename(columns=dict(answer='second')).drop_duplicates(['image',
+                                                                                                      'question_id'])
     both = scored[(scored.condition == 'plain') & scored.score.notna()].merge(second, on=['image','question_id'])
     rows = []
     for q,g in both.groupby('question_id'):
-        people = score_table(g.assign(prediction=g.second, error='')); other = score_table(g.assign(answer=g.second, structured=None))
-        rows.append({'question': f'{q} {QUESTIONS[q].key}', 'rows': len(g), 'second reader by first': interval_text(main_score(people)),
-                     'model by first': interval_text(main_score(g)), 'model by second': interval_text(main_score(other)),
+        people = score_table(g.assign(prediction=g.second, error=''))
+        other = score_table(g.assign(answer=g.second, structured=None))
+        rows.append({'question': f'{q} {QUESTIONS[q].key}', 'rows': len(g),
+                     'second reader by first': interval_text(main_score(people)),
+                     'model by first': interval_text(main_score(g)),
+                     'model by second': interval_text(main_score(other)),
                      'model − second reader': interval_text(main_difference(g, people.score))})
     return pd.DataFrame(rows)
 
@@ -144,7 +166,8 @@ def which_to_use(jobs, cards=CARDS, reserve:int=RESERVE)->pd.DataFrame:
     peak,times = {},{}
     for j in jobs:
         if not j.metrics or not j.metrics.get('peak_bytes'): continue
-        n = names[j.name]; peak[n] = max(peak.get(n, 0), j.metrics['peak_bytes']); times.setdefault(n, []).append(j.metrics['seconds_per_question'] or np.inf)
+        n = names[j.name]; peak[n] = max(peak.get(n, 0), j.metrics['peak_bytes'])
+        times.setdefault(n, []).append(j.metrics['seconds_per_question'] or np.inf)
     speed = {n: float(np.mean(t)) for n,t in times.items()}
     for card in cards:
         fit = [n for n in peak if peak[n]+reserve <= card*2**30]
@@ -153,9 +176,12 @@ def which_to_use(jobs, cards=CARDS, reserve:int=RESERVE)->pd.DataFrame:
         def told_apart(n):
             a,b = shared_rows([every[best], every[n]]); d = primary(b, a.score) if len(a) else dict(high=None)
             return d['high'] is None or d['high'] < 0
-        alike = [best, *(n for n in fit if n != best and not told_apart(n))]; fast,small = min(alike, key=speed.get),min(alike, key=peak.get)
-        rows.append({'card': f'{card} GiB', 'best answers': f"{best} ({interval_text(primary(every[best][every[best].condition == 'plain']))})",
-                     'not told from it': ', '.join(alike[1:]) or '–', 'fastest of these': f'{fast} ({1000*speed[fast]:.0f} ms a question)',
+        alike = [best, *(n for n in fit if n != best and not told_apart(n))]
+        fast,small = min(alike, key=speed.get),min(alike, key=peak.get)
+        rows.append({'card': f'{card} GiB',
+                     'best answers': f"{best} ({interval_text(primary(every[best][every[best].condition == 'plain']))})",
+                     'not told from it': ', '.join(alike[1:]) or '–',
+                     'fastest of these': f'{fast} ({1000*speed[fast]:.0f} ms a question)',
                      'smallest of these': f'{small} ({in_gib(peak[small])} measured)'})
     t = pd.DataFrame(rows).fillna('–'); same = list(t.columns[1:])   # cards that hold the same are one row
     return t.groupby(same, sort=False).card.agg(', '.join).reset_index()[['card', *same]] if same else t

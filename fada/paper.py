@@ -21,7 +21,8 @@ from .scores import question_scores, score_rows
 # %% ../nbs/11d_paper.ipynb #7f40a2d7
 def data_text(data)->str:
     "What the data are: counts by category and split, origin, what was set aside; what is not known is said"
-    table = load_table(data); m = read_json(Path(data)/'manifest.json') if (Path(data)/'manifest.json').is_file() else {}
+    table = load_table(data)
+    m = read_json(Path(data)/'manifest.json') if (Path(data)/'manifest.json').is_file() else {}
     images = table.drop_duplicates('image'); known = not images.patient.str.startswith('image:').any()
     counts = images.groupby(['category','split']).size().unstack(fill_value=0).reset_index()
     people = f'{images.patient.nunique()} patients' if known else 'patients unknown (near-duplicate frames were kept together)'
@@ -39,40 +40,62 @@ def citations(jobs, data)->list:
     for d in sorted(table.dataset.unique()):
         p = PUBLIC.get(d.lower().replace('_','-')) or next((x for x in PUBLIC.values() if x['name'] == d), None)
         out.append(f"Data set {d}: {p['cite']}; licence {p['licence']}" if p else
-                   f"Data set {d}: "+('simulated by FADA' if d == 'fada-phantoms' else 'to be described by the authors (source, licence, ethics)'))
+                   f"Data set {d}: "+('simulated by FADA' if d == 'fada-phantoms'
+                                      else 'to be described by the authors (source, licence, ethics)'))
     for name in dict.fromkeys(j.config['model'] for j in jobs if j.metrics):
         s = known.get(name)
-        out.append(f"Model {name}: {s.checkpoint or 'part of FADA'}; licence {s.licence}" if s else f'Model {name}: answers made elsewhere, to be described by the authors')
+        out.append(f"Model {name}: {s.checkpoint or 'part of FADA'}; licence {s.licence}" if s
+                   else f'Model {name}: answers made elsewhere, to be described by the authors')
     return out
 
 # %% ../nbs/11d_paper.ipynb #63eb7e0b
 AUTHORS = 'authors'
 CHECKLIST = (   # (item, how it is filled: a function of (metrics, manifest, jobs), or AUTHORS)
-    ('Title says that it is a study of an AI method, and which', AUTHORS), ('Clinical background and intended use', AUTHORS),
-    ('Study design: retrospective or prospective, goals', AUTHORS), ('Ethics approval and consent', AUTHORS), ('Eligibility of patients and images', AUTHORS),
+    ('Title says that it is a study of an AI method, and which', AUTHORS),
+             ('Clinical background and intended use', AUTHORS),
+    ('Study design: retrospective or prospective, goals', AUTHORS), ('Ethics approval and consent', AUTHORS),
+             ('Eligibility of patients and images', AUTHORS),
     ('Source of the data, with licence', lambda m,d,j: 'listed under Citations'),
     ('De-identification', AUTHORS),
     ('How reference answers were made, by whom', AUTHORS),
-    ('Agreement of the readers', lambda m,d,j: f"{d['second_readings']} second readings" if d.get('second_readings') else None),
-    ('Number of images and patients, by split and category', lambda m,d,j: f"{m['images']} images of {m['patients']} {'patients' if m['patients_known'] else 'unknown patients'}"),
-    ('Sample size, and what it can show', lambda m,d,j: f"interval of the endpoint {m['endpoint']['low']:.2f} to {m['endpoint']['high']:.2f}" if m['endpoint'].get('low') is not None else None),
-    ('How data were split, at which level', lambda m,d,j: f"by {'patient' if m['patients_known'] else 'near-duplicate group'}, seed {d.get('seed')}" if d else None),
-    ('Model, version, weights and their digest', lambda m,d,j: '; '.join(dict.fromkeys(f"{x.config['model']} {str(x.metrics['identity']['base'])[:12]}" for x in j if x.metrics))),
+    ('Agreement of the readers', lambda m,d,j: f"{d['second_readings']} second readings"
+     if d.get('second_readings') else None),
+    ('Number of images and patients, by split and category', lambda m,d,
+     j: f"{m['images']} images of {m['patients']} {'patients' if m['patients_known'] else 'unknown patients'}"),
+    ('Sample size, and what it can show', lambda m,d,
+     j: f"interval of the endpoint {m['endpoint']['low']:.2f} to {m['endpoint']['high']:.2f}"
+     if m['endpoint'].get('low') is not None else None),
+    ('How data were split, at which level', lambda m,d,
+     j: f"by {'patient' if m['patients_known'] else 'near-duplicate group'}, seed {d.get('seed')}" if d else None),
+    ('Model, version, weights and their digest', lambda m,d,
+     j: '; '.join(dict.fromkeys(f"{x.config['model']} {str(x.metrics['identity']['base'])[:12]}" for x in j
+                                if x.metrics))),
     ('Prompt, verbatim', lambda m,d,j: repr(m['identity']['prompt']) if m['identity'].get('prompt') else None),
-    ('Decoding settings', lambda m,d,j: str(m['identity']['generation']) if m['identity'].get('generation') else None),
-    ('Training: data, steps, hardware', lambda m,d,j: '; '.join(f"{x.name}: {x.config.get('seconds', 0):.0f} s" for x in j if x.config['kind'] == 'train') or None),
-    ('Metrics, with the primary endpoint', lambda m,d,j: m['endpoint']['what']), ('Uncertainty', lambda m,d,j: 'bootstrap clustered on patient, 1,000 draws'),
+    ('Decoding settings', lambda m,d,j: str(m['identity']['generation']) if m['identity'].get('generation')
+     else None),
+    ('Training: data, steps, hardware', lambda m,d,
+     j: '; '.join(f"{x.name}: {x.config.get('seconds', 0):.0f} s" for x in j if x.config['kind'] == 'train')
+     or None),
+    ('Metrics, with the primary endpoint', lambda m,d,j: m['endpoint']['what']),
+             ('Uncertainty', lambda m,d,j: 'bootstrap clustered on patient, 1,000 draws'),
     ('Controls and baselines', lambda m,d,j: ', '.join(next(iter(m['questions'].values()))['controls']) or None),
-    ('Failures and missing answers', lambda m,d,j: f"{m['coverage']['failed']} failed, {m['coverage']['unparsed']} not read, of {m['coverage']['asked']}"),
-    ('Performance in subgroups', lambda m,d,j: f"by category: {', '.join(m['categories'])}"), ('Calibration', lambda m,d,j: 'under Beside the scores'),
-    ('External validation', AUTHORS), ('Limitations and possible harm', AUTHORS), ('Availability of code, data and weights', AUTHORS),
+    ('Failures and missing answers', lambda m,d,
+     j: f"{m['coverage']['failed']} failed, {m['coverage']['unparsed']} not read, of {m['coverage']['asked']}"),
+    ('Performance in subgroups', lambda m,d,j: f"by category: {', '.join(m['categories'])}"),
+             ('Calibration', lambda m,d,j: 'under Beside the scores'),
+    ('External validation', AUTHORS), ('Limitations and possible harm', AUTHORS),
+             ('Availability of code, data and weights', AUTHORS),
     ('Funding and conflicts of interest', AUTHORS))
 
+# %% ../nbs/11d_paper.ipynb #90156b28
 def checklist(jobs, data)->pd.DataFrame:
     "Each item: filled from the run, or left to the authors"
-    m = next(j.metrics for j in jobs if j.metrics); path = Path(data)/'manifest.json'; d = read_json(path) if path.is_file() else {}
+    m = next(j.metrics for j in jobs if j.metrics); path = Path(data)/'manifest.json'
+    d = read_json(path) if path.is_file() else {}
     said = [None if how == AUTHORS else how(m, d, jobs) for _,how in CHECKLIST]
-    return pd.DataFrame({'item': [i for i,_ in CHECKLIST], 'state': ['filled' if s else 'the authors must' for s in said], 'from the run': [s or '' for s in said]})
+    return pd.DataFrame({'item': [i for i,_ in CHECKLIST],
+                         'state': ['filled' if s else 'the authors must' for s in said],
+                         'from the run': [s or '' for s in said]})
 
 # %% ../nbs/11d_paper.ipynb #189faaa6
 def paper_text(
@@ -81,17 +104,23 @@ def paper_text(
     title:str='',
 )->str:                  # Markdown
     "Methods, data, results, citations and checklist of a run"
-    jobs = collect(run); data = data or next(j.config['data'] for j in jobs if j.metrics); every = systems(jobs); name,scored = next(iter(every.items()))
+    jobs = collect(run); data = data or next(j.config['data'] for j in jobs if j.metrics); every = systems(jobs)
+    name,scored = next(iter(every.items()))
     loud,_ = run_findings(run, jobs, data)
     parts = [f"# {title or 'Title: to be written'}", f'*Made {now()} from {Path(run).name}. {NOTICE}*'
              + (f' **{SYNTHETIC}**' if (Path(data)/'phantoms.json').exists() else ''),
-             '## What the audit found', '\n'.join(f"- {n['text']}"+''.join(f'\n  - {m}' for m in n['more']) for n in loud) or 'Nothing.',
-             '## Methods', methods_text(jobs), 'Controls: '+'; '.join(f'{k}: {v}' for k,v in CONDITIONS.items())+'.',
-             '## Data', data_text(data), '## Results', '\n\n'.join(headline(jobs)), markdown_table(quality_table(jobs)),
+             '## What the audit found', '\n'.join(f"- {n['text']}"+''.join(f'\n  - {m}' for m in n['more'])
+                                                  for n in loud) or 'Nothing.',
+             '## Methods', methods_text(jobs),
+             'Controls: '+'; '.join(f'{k}: {v}' for k,v in CONDITIONS.items())+'.',
+             '## Data', data_text(data), '## Results', '\n\n'.join(headline(jobs)),
+             markdown_table(quality_table(jobs)),
              f'### {name}: beside its controls', markdown_table(control_table(scored)),
-             f'### {name}: beside the scores', markdown_table(score_rows(question_scores(scored[scored.condition == 'plain'])))]
+             f'### {name}: beside the scores',
+             markdown_table(score_rows(question_scores(scored[scored.condition == 'plain'])))]
     if len(every) > 1: parts += ['### Systems in pairs', markdown_table(ready_table(jobs))]
-    parts += ['## Citations', '\n'.join(f'- {c}' for c in citations(jobs, data)), '## Checklist (in the manner of CLAIM and TRIPOD-LLM)',
+    parts += ['## Citations', '\n'.join(f'- {c}' for c in citations(jobs, data)),
+              '## Checklist (in the manner of CLAIM and TRIPOD-LLM)',
               markdown_table(checklist(jobs, data))]
     return '\n\n'.join(parts)+'\n'
 

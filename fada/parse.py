@@ -9,7 +9,8 @@ __all__ = ['WEEKS', 'terms', 'read_answer', 'made_up', 'unread']
 import re
 import pandas as pd
 from .settings import FadaError
-from .clinical import (CATEGORIES, FINDINGS, GRADES, ND, PARAMETERS, QUESTIONS, REASONS, RECOMMENDATIONS, STRUCTURES,
+from .clinical import (CATEGORIES, FINDINGS, GRADES, ND, PARAMETERS, QUESTIONS, REASONS, RECOMMENDATIONS,
+                           STRUCTURES,
                            UNITS, parse_answer)
 
 # %% ../nbs/08a_parse.ipynb #176d2b7f
@@ -42,8 +43,10 @@ def terms(
             (no if denied else yes).add(known[re.sub(r'[\s-]+', ' ', m[0])] if m[0] not in known else known[m[0]])
     return yes, no-yes
 
-_STRUCTURES = _finder({**STRUCTURES, 'heart': ('fetal heart', 'cardiac structures'), 'skull': (*STRUCTURES['skull'], 'skull bones'),
-                       'femoral diaphysis': (*STRUCTURES['femoral diaphysis'], 'femoral bone', 'shaft of the femur')})
+_STRUCTURES = _finder({**STRUCTURES, 'heart': ('fetal heart', 'cardiac structures'),
+                       'skull': (*STRUCTURES['skull'], 'skull bones'),
+                       'femoral diaphysis': (*STRUCTURES['femoral diaphysis'], 'femoral bone',
+                                             'shaft of the femur')})
 _FINDINGS,_REASONS = _finder(FINDINGS),_finder(REASONS)
 
 # %% ../nbs/08a_parse.ipynb #e0e0361e
@@ -67,15 +70,19 @@ def _age(t):
     if m := _RANGE.search(t) if re.search(_WEEK+r'\b|\d'+_WEEK, t) else None:
         g = m.groups()[:8] if m[1] else m.groups()[8:]; low,high = _days(*g[:4])[0],_days(*g[4:])[1]
     elif m := re.search(r'(?<![\d.])(\d{2,3})\s*days?\b', t): low = high = int(m[1])
-    elif m := next((m for m in _ONE.finditer(t) if re.search(r'\D', m[0].strip())), None): low,high = _days(*m.groups())
-    elif m := re.search(r'\b(first|second|third|1st|2nd|3rd)[\s-]+trimester', t): low,high = 7*_TRIMESTER[m[1]][0],7*_TRIMESTER[m[1]][1]+6
+    elif m := next((m for m in _ONE.finditer(t) if re.search(r'\D', m[0].strip())), None):
+        low,high = _days(*m.groups())
+    elif m := re.search(r'\b(first|second|third|1st|2nd|3rd)[\s-]+trimester', t):
+        low,high = 7*_TRIMESTER[m[1]][0],7*_TRIMESTER[m[1]][1]+6
     else: return dict(weeks=None) if ND in t or _UNKNOWN.search(t) else {}
     if not 7*WEEKS[0] <= low <= high < 7*(WEEKS[1]+1): return {}
     return dict(weeks=[low//7, high//7], days=[low, high])
 
 # %% ../nbs/08a_parse.ipynb #2be4f01d
-_PARAMETERS = _finder({**PARAMETERS, 'AC': ('abdominal circumference', 'abdominal circumference (ac)'), 'cervical length':
-                       (*PARAMETERS['cervical length'], 'cervix length'), 'cardiothoracic ratio': (*PARAMETERS['cardiothoracic ratio'],
+_PARAMETERS = _finder({**PARAMETERS, 'AC': ('abdominal circumference', 'abdominal circumference (ac)'),
+                       'cervical length':
+                       (*PARAMETERS['cervical length'], 'cervix length'),
+                       'cardiothoracic ratio': (*PARAMETERS['cardiothoracic ratio'],
                        'cardio-thoracic ratio'), 'FL': (*PARAMETERS['FL'], 'length of the femur')})
 _VALUE = re.compile(r'^[\s#:=(),]*(?:(?:is|are|of|about|approximately|approx\.?|measures|measuring|measured|at|the|around|ca\.?|~|size|'
                     r'value|length|thickness)[\s#:=()]*){0,4}(\d+(?:\.\d+)?)(?:\s*(?:-|–|to)\s*(\d+(?:\.\d+)?))?\s*(mm|cm|millimet\w+|'
@@ -91,16 +98,22 @@ def _biometry(t):
         name = known.get(m[0]) or known[re.sub(r'[\s-]+', ' ', m[0])]; v = _VALUE.match(t[m.end():])
         if not v or name not in yes: continue
         x = (float(v[1])+float(v[2] or v[1]))/2; unit = v[3] or ''
-        slot = ('mm' if unit[:1] in ('m','c') and unit else 'degrees' if unit else 'ratio' if UNITS.get(name) == '' else 'unitless')
+        slot = ('mm' if unit[:1] in ('m','c') and unit else 'degrees' if unit else 'ratio'
+                if UNITS.get(name) == '' else 'unitless')
         out.setdefault(slot, {}).setdefault(name, x*10 if unit.startswith('c') else x)
     return out
 
 # %% ../nbs/08a_parse.ipynb #5dfe3275
-_LOOSE = (('femur', r'\bfem(?:ur|oral)\b|thigh'), ('abdomen', r'\babdom'), ('thorax', r'four[\s-]chamber|\bcardiac (?:view|plane)|\bthora'),
-          ('Trans-cerebellum', r'cerebell'), ('Trans-thalamic', r'thalam'), ('Trans-ventricular', r'ventricular (?:plane|view|section)'),
-          ('Standard_NT', r'\bnuchal\b|\bnt\b'), ('CRL-View', r'crown[\s-]rump|\bcrl\b'), ('Cervical', r'cervical spine|neck'),
-          ('Cervix', r'\bcervix|transvaginal'), ('Public_Symphysis_fetal_head', r'symphysis|transperineal'), ('Aorta', r'\baort'))
-_PLANES = [(next(c.plane for c in CATEGORIES.values() if name in (c.name, c.group)), re.compile(p)) for name,p in _LOOSE]
+_LOOSE = (('femur', r'\bfem(?:ur|oral)\b|thigh'), ('abdomen', r'\babdom'),
+          ('thorax', r'four[\s-]chamber|\bcardiac (?:view|plane)|\bthora'),
+          ('Trans-cerebellum', r'cerebell'), ('Trans-thalamic', r'thalam'),
+          ('Trans-ventricular', r'ventricular (?:plane|view|section)'),
+          ('Standard_NT', r'\bnuchal\b|\bnt\b'), ('CRL-View', r'crown[\s-]rump|\bcrl\b'),
+          ('Cervical', r'cervical spine|neck'),
+          ('Cervix', r'\bcervix|transvaginal'), ('Public_Symphysis_fetal_head', r'symphysis|transperineal'),
+          ('Aorta', r'\baort'))
+_PLANES = [(next(c.plane for c in CATEGORIES.values() if name in (c.name, c.group)), re.compile(p)) for name,
+           p in _LOOSE]
 
 def _plane(t):
     out = parse_answer(3, t)
@@ -114,11 +127,13 @@ def _plane(t):
 def _quality(t):
     grades,_ = terms(t, _GRADES); reasons,_ = terms(t, _REASONS)
     if len(grades) > 1:   # 'good quality, clear borders, limited by shadow': what is said of the quality counts
-        near = [w for p in (r'([\w-]+)\s+(?:image\s+|diagnostic\s+)?quality', r'quality\s*(?:is|:|appears)?\s*([\w-]+)') for w in re.findall(p, t)]
+        near = [w for p in (r'([\w-]+)\s+(?:image\s+|diagnostic\s+)?quality',
+                            r'quality\s*(?:is|:|appears)?\s*([\w-]+)') for w in re.findall(p, t)]
         grades = terms(', '.join(near), _GRADES)[0] or grades
     return dict(grade=grades.pop(), reasons=sorted(reasons)) if len(grades) == 1 else {}
 
-_GRADES = _finder({'poor': (*GRADES['poor'], 'inadequate', 'non-diagnostic', 'blurry'), 'moderate': (*GRADES['moderate'], 'medium', 'sufficient'),
+_GRADES = _finder({'poor': (*GRADES['poor'], 'inadequate', 'non-diagnostic', 'blurry'),
+                   'moderate': (*GRADES['moderate'], 'medium', 'sufficient'),
                    'good': (*GRADES['good'], 'very good', 'high')})
 
 # %% ../nbs/08a_parse.ipynb #fc0e2df3
@@ -129,7 +144,8 @@ def _normality(t):
     "`normal` and `findings`; {} where a text says both"
     found,denied = terms(t, _FINDINGS)
     if found: return dict(normal=False, findings=sorted(found))
-    bad = [not _BEFORE.search(re.sub(r'\bother\b|\b\w+al\b(?=\s*$)', '#', t[:m.start()].rpartition('.')[2])) and not _AFTER.match(t[m.end():])
+    bad = [not _BEFORE.search(re.sub(r'\bother\b|\b\w+al\b(?=\s*$)', '#', t[:m.start()].rpartition('.')[2]))
+           and not _AFTER.match(t[m.end():])
            for m in _ABNORMAL.finditer(t)]
     good = bool(_NORMAL.search(t)) or 'within normal limits' in t or (bool(bad) and not any(bad)) or bool(denied)
     if 'not normal' in t: bad.append(True)
@@ -138,11 +154,15 @@ def _normality(t):
     return dict(undetermined=True) if _UNKNOWN.search(t) or ND in t else {}
 
 _ADVICE = _finder({
-    'routine': (*RECOMMENDATIONS['routine'], 'continue monitoring', 'no further action', 'regular follow-up', 'standard prenatal care',
+    'routine': (*RECOMMENDATIONS['routine'], 'continue monitoring', 'no further action', 'regular follow-up',
+                'standard prenatal care',
                 'routine care', 'monitoring'),
-    'repeat': (*RECOMMENDATIONS['repeat'], 'repeat ultrasound', 'repeat scan', 'reacquire', 'additional imaging', 'additional views'),
-    'refer': (*RECOMMENDATIONS['refer'], 'refer to a specialist', 'specialist', 'fetal medicine', 'consultation', 'further investigation')})
+    'repeat': (*RECOMMENDATIONS['repeat'], 'repeat ultrasound', 'repeat scan', 'reacquire',
+               'additional imaging', 'additional views'),
+    'refer': (*RECOMMENDATIONS['refer'], 'refer to a specialist', 'specialist', 'fetal medicine',
+              'consultation', 'further investigation')})
 
+# %% ../nbs/08a_parse.ipynb #b43303ca
 def _advice(t):
     "The gravest of the classes that a text recommends"
     yes,_ = terms(t, _ADVICE)
@@ -151,7 +171,8 @@ def _advice(t):
 def _orientation(t):
     "The slots, and a presentation where one is claimed (which a single picture does not show)"
     out = parse_answer(2, t)
-    if m := re.search(r'\b(cephalic|vertex|breech)\b', t): out['presentation'] = 'breech' if m[1] == 'breech' else 'cephalic'
+    if m := re.search(r'\b(cephalic|vertex|breech)\b', t):
+        out['presentation'] = 'breech' if m[1] == 'breech' else 'cephalic'
     return out or (dict(undetermined=True) if _UNKNOWN.search(t) else {})
 
 # %% ../nbs/08a_parse.ipynb #6d104ba0
@@ -160,7 +181,8 @@ def _structures(t):
     if yes or no: return dict(structures=sorted(yes), denied=sorted(no))
     return dict(structures=[], denied=[]) if re.search(r'\bnone\b|\bno (?:anatomical )?structures?\b', t) else {}
 
-_READERS = {1: _structures, 2: _orientation, 3: _plane, 4: _biometry, 5: _age, 6: _quality, 7: _normality, 8: _advice}
+_READERS = {1: _structures, 2: _orientation, 3: _plane, 4: _biometry, 5: _age, 6: _quality, 7: _normality,
+            8: _advice}
 
 def read_answer(
     question_id:int,  # 1–8
@@ -168,7 +190,8 @@ def read_answer(
 )->dict:              # {} where nothing could be read
     """Read free text into structure: as `clinical.parse_answer`, besides `denied` (1), `presentation` (2), `unitless` (4), `days` (5),
     and `undetermined` where the text says that the picture cannot tell"""
-    if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', 'a number from 1 to 8', '')
+    if question_id not in QUESTIONS:
+        raise FadaError(f'unknown question {question_id}', '', 'a number from 1 to 8', '')
     t = ' '.join(str('' if text is None else text).lower().replace('’', "'").split())
     return _READERS[question_id](t) if t and t != 'nan' else {}
 
@@ -184,7 +207,9 @@ def made_up(
         known = scale or any(truth.get(k) for k in ('mm','unitless'))
         return not known and any(found.get(k) for k in ('mm','unitless'))
     if question_id == 5: return not dated and truth.get('weeks', 0) is None and bool(found.get('weeks'))
-    if question_id == 7: return not dated and bool({'short femur','small abdomen'}&(set(found.get('findings', ()))-set(truth.get('findings', ()))))
+    if question_id == 7:
+        return not dated and bool({'short femur',
+                                   'small abdomen'}&(set(found.get('findings', ()))-set(truth.get('findings', ()))))
     return question_id == 2 and 'presentation' in found and 'presentation' not in truth
 
 def unread(
@@ -192,5 +217,6 @@ def unread(
 )->pd.DataFrame:          # question_id, prediction, count, the commonest first
     "What could not be read, listed"
     left = scored[~scored.parsed & scored.error.fillna('').eq('')]
-    return (left.fillna({'prediction': ''}).groupby(['question_id','prediction']).size().rename('count').reset_index()
+    return (left.fillna({'prediction': ''}).groupby(['question_id',
+                                                     'prediction']).size().rename('count').reset_index()
             .sort_values(['count','question_id'], ascending=[False,True], ignore_index=True))

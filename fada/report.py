@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DECIDES', 'TEMPLATE', 'SECTIONS', 'NEAR_IMAGES', 'HEADLINES', 'shown', 'plot_sheet', 'examples', 'energy_ratio',
            'plot_attention', 'Story', 'jobs_split', 'markdown_table', 'latex_table', 'real_frame', 'section_images',
-           'section_controls', 'section_within', 'section_beside', 'section_systems', 'section_resources',
-           'section_groups', 'section_planes', 'section_examples', 'section_attention', 'section_frame',
-           'section_models', 'methods_text', 'section_methods', 'run_findings', 'write_report']
+           'section_controls', 'section_twins', 'section_within', 'section_beside', 'section_systems',
+           'section_resources', 'section_groups', 'section_planes', 'section_examples', 'section_attention',
+           'section_frame', 'section_models', 'methods_text', 'section_methods', 'run_findings', 'write_report']
 
 # %% ../nbs/11a_report.ipynb #38482538
 import base64, io, re
@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from .settings import NOTICE, SYNTHETIC, environment, now, read_json, write_atomic
 from .audit import audit, finding_text, from_job
-from .compare import (collect, control_table, gains, headline, plane_table, plot_forest, plot_heat, plot_reliability,
+from .compare import (collect, control_table, feature_table, gains, headline, interval_text, plane_table,
+                          plot_forest, plot_heat, plot_reliability,
                           plot_resources, plot_systems, quality_table, resource_table, systems)
 from .controls import CONDITIONS, summary
 from .data import load_table
@@ -151,6 +152,7 @@ def jobs_split(jobs)->str:
     "The split that the jobs of a run were asked about"
     return next(j.metrics['split'] for j in jobs if j.metrics)
 
+# %% ../nbs/11a_report.ipynb #3253844e
 def _png(figure_or_image, keep:Path=None)->str:
     "A figure or a PIL image as base64 PNG; figures are closed, and kept as PNG and SVG beside `keep`"
     import matplotlib.pyplot as plt
@@ -160,7 +162,9 @@ def _png(figure_or_image, keep:Path=None)->str:
         figure_or_image.savefig(buf, format='png', dpi=100)
         if keep:
             keep.parent.mkdir(exist_ok=True)
-            for kind in ('png','svg'): figure_or_image.savefig(keep.with_suffix(f'.{kind}'), dpi=200, metadata={'Date': None} if kind == 'svg' else None)
+            for kind in ('png','svg'):
+                figure_or_image.savefig(keep.with_suffix(f'.{kind}'), dpi=200, metadata={'Date': None}
+                                        if kind == 'svg' else None)
         plt.close(figure_or_image)
     return base64.b64encode(buf.getvalue()).decode()
 
@@ -170,7 +174,8 @@ def _cell(v): return '–' if v is None or (isinstance(v, float) and v != v) els
 def markdown_table(frame)->str:
     "A table in Markdown"
     line = lambda cells: '| '+' | '.join(str(_cell(c)).replace('|', r'\|').replace('\n', ' ') for c in cells)+' |'
-    return '\n'.join([line(frame.columns), '|'+'---|'*len(frame.columns), *(line(r) for r in frame.itertuples(index=False))])+'\n'
+    return '\n'.join([line(frame.columns), '|'+'---|'*len(frame.columns),
+                      *(line(r) for r in frame.itertuples(index=False))])+'\n'
 
 def latex_table(frame, caption:str='')->str:
     "A table in LaTeX (booktabs), everything from outside escaped"
@@ -180,8 +185,10 @@ def _table(frame, name='', keep:Path=None)->dict:
     "A table for the page, kept as Markdown and LaTeX beside `keep`"
     if keep and len(frame):
         keep.parent.mkdir(exist_ok=True)
-        write_atomic(keep.with_suffix('.md'), markdown_table(frame)); write_atomic(keep.with_suffix('.tex'), latex_table(frame, name))
-    return dict(name=name, columns=list(frame.columns), rows=[[_cell(v) for v in r] for r in frame.itertuples(index=False)])
+        write_atomic(keep.with_suffix('.md'), markdown_table(frame))
+        write_atomic(keep.with_suffix('.tex'), latex_table(frame, name))
+    return dict(name=name, columns=list(frame.columns),
+                rows=[[_cell(v) for v in r] for r in frame.itertuples(index=False)])
 
 # %% ../nbs/11a_report.ipynb #c4eff955
 def real_frame(vlm):
@@ -203,7 +210,8 @@ def _figs(s:Story, **named)->list:
 
 def _tabs(s:Story, named:dict)->list:
     "Tables for the page: {(file name, caption): frame}; empty ones are left out"
-    return [_table(f, caption, s.run/'tables'/re.sub(r'\W+', '_', name)) for (name,caption),f in named.items() if len(f)]
+    return [_table(f, caption, s.run/'tables'/re.sub(r'\W+', '_', name)) for (name,caption),f in named.items()
+            if len(f)]
 
 def section_images(s):
     "What was asked about"
@@ -219,6 +227,33 @@ def section_controls(s):
                      'apart, at the end. Conditions: ' + '; '.join(f'{k}: {v}' for k,v in CONDITIONS.items()) + '.',
                 figures=_figs(s, scores_and_controls=plot_summary(summary(s.scored), f'{s.name}, all categories')))
 
+# %% ../nbs/11a_report.ipynb #8601d73e
+def section_twins(s):
+    "What phantom twins showed, where they were asked"
+    done = [read_json(f) for f in sorted(s.run.glob('*/twins.json'))]
+    if not done: return
+    name = lambda d: f"{d['identity']['model']} {d['identity'].get('precision') or 'remote'}"+(' + adapter'
+                                                                                               if d['identity'].get('adapter') else '')
+    rows = [{'system': name(d), 'pairs': d['summary']['pairs'],
+             'changed when it must': interval_text(d['summary']['change']),
+             'stayed when it must': interval_text(d['summary']['keep']),
+             'read as': 'image reliance' if d['trained_on_phantoms']
+             else 'a probe: failing may be the synthetic look'} for d in done]
+    each = pd.DataFrame([{'system': name(d), 'differs in': t['differ'], 'question': t['question'],
+                          'must': t['expected'], 'pairs': t['pairs'],
+                          'passed': round(t['passed'], 2)} for d in done for t in d['table']
+                         if t['expected'] == 'change'])
+    words = pd.DataFrame([{'system': name(d),
+                           **{k: v if isinstance(v, str) else round(v, 2) for k,v in p.items()}} for d in done
+                          for p in d.get('phrasings', ())])
+    return dict(title='Does it look?', tables=_tabs(s,
+                                                    {('twins',
+                                                      'Pairs that differ in one thing'): pd.DataFrame(rows),
+                                                     ('twins_change','Where the answer must change'): each,
+                ('phrasings','The same question in other words'): words}),
+                text='Twins are two phantoms that differ in one thing. A question counts as passed only where both answers are right, so that an answer that '
+                     'changes by chance earns nothing. Intervals are clustered on the pair.')
+
 def section_within(s):
     "The same within each category"
     return dict(title='Within each category', figures=_figs(s, category_by_question=plot_heat(s.scored, s.name)),
@@ -226,39 +261,51 @@ def section_within(s):
                      'Standard_NT is named after the answer to question 3.',
                 tables=_tabs(s, {(f'controls_{c}', c): control_table(g) for c,g in s.scored.groupby('category')}))
 
+# %% ../nbs/11a_report.ipynb #61af486b
 def section_beside(s):
     "What stands beside each main score"
     d = question_scores(s.scored[s.scored.condition == 'plain'])
     return dict(title='Beside the scores', tables=_tabs(s, {('beside',''): score_rows(d)}),
                 text=f'{s.name}. BLEU, ROUGE-L and token F1 tell how alike two texts read, not whether they say the same. The line of confidence '
-                     'is good where it follows the diagonal.', figures=_figs(s, reliability=plot_reliability(d, s.name)))
+                     'is good where it follows the diagonal.',
+                figures=_figs(s, reliability=plot_reliability(d, s.name)))
 
 # %% ../nbs/11a_report.ipynb #50e7fb9c
 def section_systems(s):
     "Systems side by side, in pairs, ranked"
     several = len(s.every) > 1
-    tuned = {(f'controls_{k}', f'{k}, pooled: each adapter knows its folder'): control_table(v) for k,v in list(s.every.items())[1:] if v.adapter.any()}
+    tuned = {(f'controls_{k}', f'{k}, pooled: each adapter knows its folder'): control_table(v) for k,
+             v in list(s.every.items())[1:] if v.adapter.any()}
     return dict(title='Models side by side',
                 text=f'The endpoint, stated beforehand, is the {PRIMARY} (normality by its two classes). Intervals are 95 %, by bootstrap clustered '
                      'on the patient; differences are paired. Endpoints are tested by a clustered permutation test; p values of the questions are '
                      'corrected by Holm within each comparison. "Would be found" is the smallest true difference that this sample finds four times '
                      'in five. Ranks are those of the rows that all systems answered.',
-                tables=_tabs(s, {('quality',''): quality_table(s.jobs), **({('gains','Gain over the first'): gains(s.jobs),
-                                 ('ranks','Ranks'): rank_table(s.every), ('pairs','Ready comparisons'): ready_table(s.jobs)} if several else {}), **tuned}),
+                tables=_tabs(s, {('quality',''): quality_table(s.jobs),
+                                 **({('gains','Gain over the first'): gains(s.jobs),
+                                 ('ranks','Ranks'): rank_table(s.every),
+                                     ('pairs','Ready comparisons'): ready_table(s.jobs)} if several else {}),
+                                 **tuned}),
                 figures=_figs(s, forest=plot_forest(s.every), systems=plot_systems(s.jobs)))
 
 def section_resources(s):
     "Memory, speed, and which one to use"
-    return dict(title='Memory, speed, and which one to use', tables=_tabs(s, {('resources',''): resource_table(s.jobs),
-                ('which',"Which one to use: of the systems measured here, by each card's memory"): which_to_use(s.jobs)}),
+    return dict(title='Memory, speed, and which one to use',
+                tables=_tabs(s, {('resources',''): resource_table(s.jobs),
+                                 ('features','What they can do'): feature_table(s.jobs),
+                ('which',
+                 "Which one to use: of the systems measured here, by each card's memory"): which_to_use(s.jobs)}),
                 text='Memory is the peak of the process that answered, on the machine named below; what a card would need is predicted. Systems are '
-                     'called alike where the 95 % interval of their paired difference reaches zero.', figures=_figs(s, resources=plot_resources(s.jobs)))
+                     'called alike where the 95 % interval of their paired difference reaches zero.',
+                figures=_figs(s, resources=plot_resources(s.jobs)))
 
+# %% ../nbs/11a_report.ipynb #873a4192
 def section_groups(s):
     "Scores by who and where; people beside the model"
     people = people_table(s.data, s.scored) if s.data else pd.DataFrame(); by = subgroup_table(s.scored)
     if not len(by) and not len(people): return
-    return dict(title='By data set, machine and annotator', text=f'{s.name}. Where a column decides the category, its difference may be one of categories.',
+    return dict(title='By data set, machine and annotator',
+                text=f'{s.name}. Where a column decides the category, its difference may be one of categories.',
                 tables=_tabs(s, {('groups',''): by, ('people','Images that were read twice'): people}), figures=[])
 
 def section_planes(s):
@@ -272,14 +319,16 @@ def section_planes(s):
 def section_examples(s):
     "Answers right and wrong"
     if s.test is None: return
-    cards = [dict(e, confidence='–' if pd.isna(e['confidence']) else f"{e['confidence']:.2f}", png=_png(shown(s.data, e['image'], s.test).resize((150,150))))
+    cards = [dict(e, confidence='–' if pd.isna(e['confidence']) else f"{e['confidence']:.2f}",
+                  png=_png(shown(s.data, e['image'], s.test).resize((150,150))))
              for e in examples(s.scored)]
     return dict(title='Right and wrong', text='Drawn at random from the answers of the first system.', cards=cards)
 
 def section_attention(s):
     "Where the answers came from"
     if not s.vlm or 'attention' not in s.vlm.spec.capabilities: return
-    return dict(title='Where the answer came from', figures=_figs(s, attention=plot_attention(s.vlm, s.test, s.data)),
+    return dict(title='Where the answer came from',
+                figures=_figs(s, attention=plot_attention(s.vlm, s.test, s.data)),
                 text='Gradient-weighted relevancy for the answer on orientation, one image a category. Attention is not evidence: a map that looks '
                      'right proves nothing.')
 
@@ -287,23 +336,29 @@ def section_frame(s):
     "A real frame, unlike every training image"
     if not s.vlm: return
     image,rows,scale = real_frame(s.vlm)
-    return dict(title='A real frame', tables=[_table(rows)], figures=[dict(png=_png(image), alt='real ultrasound frame')],
+    return dict(title='A real frame', tables=[_table(rows)],
+                figures=[dict(png=_png(image), alt='real ultrasound frame')],
                 text=f'An ultrasound frame that comes with pydicom, read from DICOM ({scale}). It is unlike every training image; the answers below '
                      'show what a model does that cannot say so.')
 
+# %% ../nbs/11a_report.ipynb #13abbe61
 def section_models(s):
     "What is known of the models"
     from fada.trial import dossier_rows
-    known = registry(); asked = [*(j.config['model'] for j in s.jobs if j.metrics), *(['plane-classifier'] if len(s.planes) else [])]
-    tables = [_table(pd.DataFrame(dossier_rows(known[m]), columns=['','dossier']), m) for m in dict.fromkeys(asked) if m in known]
-    return dict(title='The models', text='What is known of each: licence, sharing, strengths, issues, source.', tables=tables) if tables else None
+    known = registry()
+    asked = [*(j.config['model'] for j in s.jobs if j.metrics), *(['plane-classifier'] if len(s.planes) else [])]
+    tables = [_table(pd.DataFrame(dossier_rows(known[m]), columns=['','dossier']), m)
+              for m in dict.fromkeys(asked) if m in known]
+    return dict(title='The models', text='What is known of each: licence, sharing, strengths, issues, source.',
+                tables=tables) if tables else None
 
 # %% ../nbs/11a_report.ipynb #dfdc77d9
 def methods_text(jobs)->str:
     "What was done, with versions, seeds and hashes, in one paragraph"
     done = [j for j in jobs if j.metrics]; m = done[0].metrics; v = m['versions']
     systems_said = '; '.join(dict.fromkeys(f"{j.system} (weights {str(j.metrics['identity']['base'])[:12]}"
-                             + (f", adapter {j.metrics['identity']['adapter'][:12]}" if j.metrics['identity'].get('adapter') else '')+')' for j in done))
+                             + (f", adapter {j.metrics['identity']['adapter'][:12]}"
+                                if j.metrics['identity'].get('adapter') else '')+')' for j in done))
     g = m['identity'].get('generation') or {}
     how = (f" Decoding was greedy, at most {g.get('max_new_tokens')} tokens, prompt version {m['identity'].get('prompt_version')}." if g else '')
     controls = [k for k in next(iter(m['questions'].values()))['controls']]
@@ -320,18 +375,24 @@ def section_methods(s):
     "The methods paragraph"
     return dict(title='Methods', text=methods_text(s.jobs))
 
-SECTIONS = (section_images, section_controls, section_within, section_beside, section_systems, section_resources, section_groups, section_planes,
+SECTIONS = (section_images, section_controls, section_twins, section_within, section_beside, section_systems,
+            section_resources, section_groups, section_planes,
             section_examples, section_attention, section_frame, section_models, section_methods)
 
 # %% ../nbs/11a_report.ipynb #833254ed
 NEAR_IMAGES = 600   # pictures up to which near-duplicates are looked for while a report is written; `fada audit` has no limit
 
 HEADLINES = {  # finding: what it means, in a few words
-    'survives-without-image': 'the score survives without the image', 'constant-answers': 'one answer for all', 'other-category': 'called another plane',
-    'folder-suffices': 'the folder alone would score better', 'made-up': 'numbers where none can be known', 'not-read': 'answers that could not be read',
-    'degenerate-references': 'references that are all alike', 'few-samples': 'too few samples', 'few-abnormal': 'too few abnormal images',
-    'sensitivity-zero': 'no abnormal image was found', 'specificity-zero': 'no normal image was cleared', 'errors-as-answers': 'errors among the answers',
-    'controls-missing': 'no controls', 'set-aside': 'set aside', 'failed': 'failed questions', 'not-answered': 'unanswered questions'}
+    'survives-without-image': 'the score survives without the image', 'constant-answers': 'one answer for all',
+             'other-category': 'called another plane',
+    'folder-suffices': 'the folder alone would score better', 'made-up': 'numbers where none can be known',
+             'not-read': 'answers that could not be read',
+    'degenerate-references': 'references that are all alike', 'few-samples': 'too few samples',
+             'few-abnormal': 'too few abnormal images',
+    'sensitivity-zero': 'no abnormal image was found', 'specificity-zero': 'no normal image was cleared',
+             'errors-as-answers': 'errors among the answers',
+    'controls-missing': 'no controls', 'set-aside': 'set aside', 'failed': 'failed questions',
+             'not-answered': 'unanswered questions'}
 
 def _grouped(found, where='')->list:
     "Findings of one kind as one line, with what each rests on: dicts of level, text, more"
@@ -339,21 +400,29 @@ def _grouped(found, where='')->list:
     for f in found: kinds.setdefault((f.severity, f.id), []).append(f)
     out = []
     for (level,id),fs in kinds.items():
-        asked = ', '.join(dict.fromkeys(f'{f.question}' for f in fs if f.question)); word = HEADLINES.get(id, id.replace('-', ' '))
+        asked = ', '.join(dict.fromkeys(f'{f.question}' for f in fs if f.question))
+        word = HEADLINES.get(id, id.replace('-', ' '))
         place = f" (question{'s' if ',' in asked else ''} {asked})" if asked else ''
         one = len(fs) == 1 and not where
-        out.append(dict(level=level, id=id, text=f"{level}{where}: {word}{place}"+(f': {fs[0].evidence}' if one else ''),
+        out.append(dict(level=level, id=id,
+                        text=f"{level}{where}: {word}{place}"+(f': {fs[0].evidence}' if one else ''),
                         more=[] if one else [finding_text(f).split(' ', 1)[1].strip() for f in fs]))
     return out
 
+# %% ../nbs/11a_report.ipynb #3a5d4f92
 def run_findings(run, jobs, data)->tuple:
     "(red and amber findings of the first system and red ones of the others, as dicts of level, text, more; lines of the green ones)"
-    first = next(j for j in jobs if j.metrics); every,quiet = {},[]; several = lambda s: sum(j.metrics is not None and j.system == s for j in jobs) > 1
+    first = next(j for j in jobs if j.metrics); every,quiet = {},[]
+    several = lambda s: sum(j.metrics is not None and j.system == s for j in jobs) > 1
     for j in jobs:
         if not j.metrics: continue
         r = from_job(Path(run)/j.name, data); mine = j.system == first.system
-        found = audit(r, near=mine and r.table is not None and ('phash' in r.table or r.table.image.nunique() <= NEAR_IMAGES))
-        every.setdefault(j.system, []).extend(replace(f, evidence=(f"{', '.join(j.metrics['categories'])}: " if several(j.system) else '')+f.evidence) for f in found
+        found = audit(r, near=mine and r.table is not None
+                      and ('phash' in r.table or r.table.image.nunique() <= NEAR_IMAGES))
+        every.setdefault(j.system, []).extend(replace(f,
+                                                      evidence=(f"{', '.join(j.metrics['categories'])}: "
+                                                                if several(j.system) else '')+f.evidence)
+                                              for f in found
                                               if f.severity == 'red' or mine and f.severity == 'amber')
         quiet += [finding_text(f).removeprefix('green ') for f in found if f.severity == 'green' and mine]
     loud = [n for name,found in every.items() for n in _grouped(found, '' if name == first.system else f', {name}')]
@@ -361,8 +430,10 @@ def run_findings(run, jobs, data)->tuple:
 
 def _made(run, first, data)->list:
     "How the report was made: (what, value) rows"
-    return [('made', now()), ('run', Path(run).name), ('data', f"{Path(data).name if data else 'not at hand'}, table {str(first.metrics['data'])[:16]}…"),
-            ('base weights' if not first.config.get('answers') else 'answers file', str(first.metrics['identity']['base'])[:16]+'…'),
+    return [('made', now()), ('run', Path(run).name),
+            ('data', f"{Path(data).name if data else 'not at hand'}, table {str(first.metrics['data'])[:16]}…"),
+            ('base weights' if not first.config.get('answers') else 'answers file',
+             str(first.metrics['identity']['base'])[:16]+'…'),
             ('seed', first.config['seed']), ('versions', ', '.join(f'{k} {v}' for k,v in environment().items()))]
 
 # %% ../nbs/11a_report.ipynb #c0d25658
@@ -374,13 +445,15 @@ def write_report(
     "Write the report of a run, with its tables (Markdown, LaTeX) and figures (PNG, SVG) beside it"
     from jinja2 import Environment
     from fada.vlm import load
-    jobs = collect(run); first = next(j for j in jobs if j.metrics); c = first.config; data = data or c.get('data') or None
+    jobs = collect(run); first = next(j for j in jobs if j.metrics); c = first.config
+    data = data or c.get('data') or None
     spec = registry().get(c['model'])   # answers of services and from elsewhere are there: no key, no cost, nothing to load
     here = spec and not c.get('answers') and spec.family not in ('api','ensemble') and data
     vlm = load(c['model'], c['adapter'] or None, c['weights'] or None, c['precision']) if here else None
     synthetic = bool(data) and (Path(data)/'phantoms.json').exists()
     story = Story(Path(run), jobs, data, vlm, plane_table(run, jobs)); loud,quiet = run_findings(run, jobs, data)
     html = Environment(autoescape=True).from_string(TEMPLATE).render(
-        title=title, notice=NOTICE+(' '+SYNTHETIC if synthetic else ''), lines=headline(jobs), notes=loud, quiet=quiet,
+        title=title, notice=NOTICE+(' '+SYNTHETIC if synthetic else ''), lines=headline(jobs), notes=loud,
+                                                                     quiet=quiet,
         sections=[x for f in SECTIONS if (x := f(story))], made=_made(run, first, data))
     return write_atomic(Path(run)/'report.html', html)

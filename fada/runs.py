@@ -21,24 +21,34 @@ def _about(d:Path, root:Path)->dict:
     whole = lambda name: read_json(d/name) if (d/name).is_file() else {}
     c,m,done = whole('config.json'),whole('metrics.json'),whole('done.json')
     state = 'finished' if done or m or c.get('seconds') or (d/'twins.json').is_file() else 'unfinished'
-    made = pd.Timestamp(max((f.stat().st_mtime for f in d.iterdir() if f.is_file()), default=d.stat().st_mtime), unit='s').isoformat(timespec='seconds')
-    return dict(run=d.parent.relative_to(root).as_posix(), job=d.name, kind=c.get('kind', '?'), model=c.get('model', ''), precision=c.get('precision', ''),
+    made = pd.Timestamp(max((f.stat().st_mtime for f in d.iterdir() if f.is_file()),
+                            default=d.stat().st_mtime), unit='s').isoformat(timespec='seconds')
+    return dict(run=d.parent.relative_to(root).as_posix(), job=d.name, kind=c.get('kind', '?'),
+                model=c.get('model', ''), precision=c.get('precision', ''),
                 categories=', '.join(c.get('categories', ())), seed=c.get('seed'), state=state, made=made,
-                images=m.get('images'), mean=(m.get('endpoint') or {}).get('mean'), red=sum(n['level'] == 'red' for n in m.get('notes', ())) if m else None,
+                images=m.get('images'), mean=(m.get('endpoint') or {}).get('mean'),
+                red=sum(n['level'] == 'red' for n in m.get('notes', ())) if m else None,
                 bytes=folder_bytes(d), folder=str(d))
 
 _MARKS = ('config.json','metrics.json','run.log','answers.jsonl','twins.json')
 
+# %% ../nbs/11c_runs.ipynb #4a1a1af8
 def list_runs(
     root,                  # output folder
-    kind:str=None, model:str=None, category:str=None, state:str=None, since:str=None, run:str=None,   # filters; None: any
+    kind:str=None, model:str=None, category:str=None, state:str=None, since:str=None,
+              run:str=None,   # filters; None: any
 )->pd.DataFrame:           # newest first
     "All jobs below the output folder that pass the filters; `FadaError` where the folder is missing"
     root = Path(root)
-    if not root.is_dir(): raise FadaError('no output folder', str(root), 'a folder of runs', 'run `fada evaluate` or `fada demo` first')
-    found = sorted({p.parent for mark in _MARKS for depth in ('*','*/*','*/*/*') for p in root.glob(f'{depth}/{mark}')})
+    if not root.is_dir():
+        raise FadaError('no output folder', str(root), 'a folder of runs',
+                        'run `fada evaluate` or `fada demo` first')
+    found = sorted({p.parent for mark in _MARKS for depth in ('*','*/*','*/*/*')
+                    for p in root.glob(f'{depth}/{mark}')})
     jobs = [d for d in found if not any(o in d.parents for o in found)]   # what lies inside a job is its own
-    t = pd.DataFrame([_about(d, root) for d in jobs], columns=['run','job','kind','model','precision','categories','seed','state','made','images','mean','red','bytes','folder'])
+    t = pd.DataFrame([_about(d, root) for d in jobs],
+                     columns=['run','job','kind','model','precision','categories','seed','state','made',
+                              'images','mean','red','bytes','folder'])
     for column,wanted in (('kind',kind), ('model',model), ('state',state), ('run',run)):
         if wanted: t = t[t[column].eq(wanted)]
     if category: t = t[t.categories.str.split(', ').map(lambda c: category in c or c == ['all'])]
@@ -51,6 +61,7 @@ def size_text(n:int)->str:
         if n < 1000 or unit == 'GB': return f'{n:.0f} {unit}' if unit == 'B' or n >= 100 else f'{n:.1f} {unit}'
         n /= 1000
 
+# %% ../nbs/11c_runs.ipynb #ae6e3143
 def runs_text(t)->str:
     "The list as lines"
     lines = [f"{r.run+'/'+r.job:44} {r.kind:9} {r.model or '':20} {r.state:10} {r.made[:16]}  {'' if pd.isna(r.mean) else f'mean {r.mean:.2f}':9} "
@@ -67,6 +78,7 @@ def in_use(folder)->bool:
         try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB); return False
         except BlockingIOError: return True
 
+# %% ../nbs/11c_runs.ipynb #9e11105c
 def prune(
     jobs:pd.DataFrame,     # as `list_runs`
     root,                  # output folder that they lie in
@@ -81,7 +93,8 @@ def prune(
         if in_use(d): kept.append(str(d)); continue
         gone = [d] if not weights else [p for p in d.rglob('*.safetensors') if not p.is_symlink()]
         if not gone: continue
-        total += sum(folder_bytes(p) if p.is_dir() else p.stat().st_size for p in gone); removed += [str(p) for p in gone]
+        total += sum(folder_bytes(p) if p.is_dir() else p.stat().st_size for p in gone)
+        removed += [str(p) for p in gone]
         if sure:
             for p in gone: shutil.rmtree(p) if p.is_dir() else p.unlink()
     return dict(removed=removed, in_use=kept, bytes=total, done=sure)

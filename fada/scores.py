@@ -26,7 +26,8 @@ def structure_scores(rows, truth, found)->dict:
     pairs = [(set(t.get('structures', ())), set(f.get('structures', ()))) for t,f in zip(truth, found)]
     each = {}
     for name in sorted(set().union(*(t | f for t,f in pairs))) if pairs else ():
-        n,said,hit = (sum(map(test, pairs)) for test in (lambda p: name in p[0], lambda p: name in p[1], lambda p: name in p[0] & p[1]))
+        n,said,hit = (sum(map(test, pairs)) for test in (lambda p: name in p[0], lambda p: name in p[1],
+                                                         lambda p: name in p[0] & p[1]))
         each[name] = dict(n=n, said=said, precision=hit/said if said else None, recall=hit/n if n else None)
     denied = [(t, set(f.get('denied', ()))) for (t,_),f in zip(pairs, found)]
     return dict(f2=mean_interval([_f2(*p) for p in pairs], rows.patient), structures=each,
@@ -50,20 +51,25 @@ def binary(positive, said, confidence=None)->dict:
     tp,tn = (sum(t is k and s is k for t,s in zip(positive, said)) for k in (True, False))
     rank = None
     if confidence is not None:
-        rows = [(t, c if s else 1-c) for t,s,c in zip(positive, said, np.asarray(confidence, float)) if None not in (t, s) and c == c]
+        rows = [(t, c if s else 1-c) for t,s,c in zip(positive, said, np.asarray(confidence, float))
+                if None not in (t, s) and c == c]
         rank = auroc(*zip(*rows)) if rows else None
-    return dict(positive=p, found=tp, sensitivity=tp/p if p else None, negative=n, cleared=tn, specificity=tn/n if n else None,
+    return dict(positive=p, found=tp, sensitivity=tp/p if p else None, negative=n, cleared=tn, specificity=tn/n
+                if n else None,
                 prevalence=p/(p+n) if p+n else None, auroc=rank)
 
+# %% ../nbs/08b_scores.ipynb #832bcc94
 def plane_scores(rows, truth, found)->dict:
     "Plane alone: accuracy, macro F1, confusion; standard or not: sensitivity and specificity (non-standard is not found standard)"
-    has = np.array([bool(t.get('plane')) for t in truth]); pick = lambda s: [x.get('plane') for x,h in zip(s, has) if h]
+    has = np.array([bool(t.get('plane')) for t in truth])
+    pick = lambda s: [x.get('plane') for x,h in zip(s, has) if h]
     out = {}
     if has.any():
         t,f = pick(truth),pick(found)
         out = dict(accuracy=mean_interval(np.array(t) == np.array(f, object), rows.patient[has]),
                    macro_f1=class_interval(t, f, rows.patient[has]))
-    return dict(out, standard=binary([t.get('standard') for t in truth], [f.get('standard') for f in found], rows.get('confidence')))
+    return dict(out, standard=binary([t.get('standard') for t in truth], [f.get('standard') for f in found],
+                                     rows.get('confidence')))
 
 # %% ../nbs/08b_scores.ipynb #e8e591ca
 def agreement(truth, found)->dict:
@@ -71,7 +77,8 @@ def agreement(truth, found)->dict:
     d = np.asarray(found, float)-np.asarray(truth, float)
     if not len(d): return dict(n=0, error=None, bias=None, low=None, high=None)
     sd = float(d.std(ddof=1)) if len(d) > 1 else None
-    return dict(n=len(d), error=float(np.abs(d).mean()), bias=float(d.mean()), low=None if sd is None else float(d.mean()-1.96*sd),
+    return dict(n=len(d), error=float(np.abs(d).mean()), bias=float(d.mean()), low=None if sd is None
+                else float(d.mean()-1.96*sd),
                 high=None if sd is None else float(d.mean()+1.96*sd))
 
 def _in_sd(parameter, truth, found, days)->float|None:
@@ -81,13 +88,16 @@ def _in_sd(parameter, truth, found, days)->float|None:
     try: return abs(z_score(parameter, found, days/7)-z_score(parameter, truth, days/7))
     except FadaError: return None   # no such chart, an age or a size outside it
 
+# %% ../nbs/08b_scores.ipynb #83c4d488
 def biometry_scores(rows, truth, found)->dict:
     "Errors in mm and SD where the reference has values, the share within max(2 mm, 5 %), and how many numbers were made up"
     ages = rows.ga_days if 'ga_days' in rows else [None]*len(rows)
-    both = [(p, mm, f['mm'][p], days) for t,f,days in zip(truth, found, ages) for p,mm in (t.get('mm') or {}).items()
+    both = [(p, mm, f['mm'][p], days) for t,f,days in zip(truth, found, ages) for p,
+            mm in (t.get('mm') or {}).items()
             if p in (f.get('mm') or {})]
     sd = [e for e in (_in_sd(p, mm, x, days) for p,mm,x,days in both) if e is not None]
-    wanted = sum(len(t.get('mm') or {}) for t in truth); near = sum(abs(x-mm) <= max(2., .05*mm) for _,mm,x,_ in both)
+    wanted = sum(len(t.get('mm') or {}) for t in truth)
+    near = sum(abs(x-mm) <= max(2., .05*mm) for _,mm,x,_ in both)
     return dict(values=wanted, given=len(both), within=near/wanted if wanted else None,
                 mm=agreement([mm for _,mm,_,_ in both], [x for _,_,x,_ in both]),
                 error_sd=float(np.mean(sd)) if sd else None, of_sd=len(sd), made_up=int(rows.made_up.sum()),
@@ -105,16 +115,19 @@ def age_scores(rows, truth, found)->dict:
     spans = [(age_span(t), age_span(f), f) for t,f in zip(truth, found)]
     both = [(t, f) for t,f,_ in spans if t and f]; middle = lambda s: sum(s)/2
     known,open_ = sum(bool(t) for t,*_ in spans),[f for t,_,f in spans if t is None]
-    return dict(known=known, given=len(both), days=agreement([middle(t) for t,_ in both], [middle(f) for _,f in both]),
+    return dict(known=known, given=len(both),
+                days=agreement([middle(t) for t,_ in both], [middle(f) for _,f in both]),
                 within_week=sum(s == 1 for s,(t,*_) in zip(rows.score, spans) if t)/known if known else None,
                 overlap=sum(_overlap(t, f) for t,f in both)/known if known else None,
-                not_determinable=len(open_), left_open=sum(f.get('weeks', 0) is None for f in open_), made_up=int(rows.made_up.sum()))
+                not_determinable=len(open_), left_open=sum(f.get('weeks', 0) is None for f in open_),
+                made_up=int(rows.made_up.sum()))
 
 # %% ../nbs/08b_scores.ipynb #e320b262
 def quality_scores(rows, truth, found)->dict:
     "Share right, share of the way on the scale, quadratic kappa over what could be read"
     at = {g: k for k,g in enumerate(GRADES)}; t,f = ([s.get('grade') for s in x] for x in (truth, found))
-    far = [1-abs(at[a]-at[b])/2 if b in at else 0. for a,b in zip(t, f) if a in at]; has = np.array([a in at for a in t])
+    far = [1-abs(at[a]-at[b])/2 if b in at else 0. for a,b in zip(t, f) if a in at]
+    has = np.array([a in at for a in t])
     if not has.any(): return dict(ordinal=None, kappa=None)
     pairs = [(a, b) for a,b in zip(t, f) if a in at]
     return dict(ordinal=mean_interval(far, rows.patient[has]),
@@ -123,7 +136,8 @@ def quality_scores(rows, truth, found)->dict:
 def normality_scores(rows, truth, found)->dict:
     "Balanced accuracy, sensitivity and specificity for abnormal with counts, prevalence, area under the ROC curve"
     flip = lambda v: None if v is None else not v
-    b = binary([flip(t.get('normal')) for t in truth], [flip(f.get('normal')) for f in found], rows.get('confidence'))
+    b = binary([flip(t.get('normal')) for t in truth], [flip(f.get('normal')) for f in found],
+               rows.get('confidence'))
     each = Counter(x for t,f in zip(truth, found) for x in set(t.get('findings', ())) & set(f.get('findings', ())))
     there = Counter(x for t in truth for x in t.get('findings', ()))
     return dict(b, counts=normality(rows), findings={k: dict(n=n, named=each[k]) for k,n in sorted(there.items())})
@@ -133,7 +147,8 @@ def recommendation_scores(rows, truth, found)->dict:
     has = np.array([bool(t.get('class')) for t in truth])
     if not has.any(): return dict(macro_f1=None)
     return dict(macro_f1=class_interval([t['class'] for t in truth if t.get('class')],
-                                        [f.get('class') for t,f in zip(truth, found) if t.get('class')], rows.patient[has],
+                                        [f.get('class') for t,f in zip(truth, found) if t.get('class')],
+                                        rows.patient[has],
                                         classes=list(RECOMMENDATIONS)))
 
 # %% ../nbs/08b_scores.ipynb #51c47fb3
@@ -146,7 +161,8 @@ def wording_scores(answers, predictions)->dict:
     "exact, token_f1, rouge_l (means over rows, 0 to 1) and bleu (of the corpus, 0 to 1) of texts beside their references"
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
-    pairs = Counter((str(a).strip(), '' if p is None or p != p else str(p).strip()) for a,p in zip(answers, predictions))
+    pairs = Counter((str(a).strip(), '' if p is None or p != p else str(p).strip()) for a,
+                    p in zip(answers, predictions))
     if not pairs: return dict(exact=None, token_f1=None, rouge_l=None, bleu=None, n=0)
     rouge = RougeScorer(['rougeL']); n = sum(pairs.values())
     mean = lambda score: sum(score(*k)*m for k,m in pairs.items())/n
@@ -156,7 +172,8 @@ def wording_scores(answers, predictions)->dict:
                 bleu=corpus_bleu([p for _,p in texts], [[a for a,_ in texts]], lowercase=True).score/100, n=n)
 
 # %% ../nbs/08b_scores.ipynb #0d016abc
-DETAILS = {1: structure_scores, 2: orientation_scores, 3: plane_scores, 4: biometry_scores, 5: age_scores, 6: quality_scores,
+DETAILS = {1: structure_scores, 2: orientation_scores, 3: plane_scores, 4: biometry_scores, 5: age_scores,
+           6: quality_scores,
            7: normality_scores, 8: recommendation_scores}
 
 def question_scores(
@@ -198,6 +215,7 @@ def _beside(q:int, d:dict)->str:
                 f"({d['cleared']} of {d['negative']}), AUROC {_num(d['auroc'])}, prevalence {_num(d['prevalence'])}")
     return f"macro F1 {mean(d['macro_f1'])}"
 
+# %% ../nbs/08b_scores.ipynb #917707f5
 def score_rows(details:dict)->pd.DataFrame:
     "Per question: what stands beside the main score, the wording, what was not read, the calibration error"
     rows = []
@@ -205,7 +223,8 @@ def score_rows(details:dict)->pd.DataFrame:
         q,w = int(q),d.get('wording', {}); c = d['coverage']
         rows.append({'question': f"{q} {d['key']}", 'score': _num(d['score']['mean']),
                      'beside it': _beside(q, d) if c['answered'] > c['no_reference'] else '–',
-                     'exact': _num(w.get('exact')), 'token F1': _num(w.get('token_f1')), 'ROUGE-L': _num(w.get('rouge_l')),
+                     'exact': _num(w.get('exact')), 'token F1': _num(w.get('token_f1')),
+                     'ROUGE-L': _num(w.get('rouge_l')),
                      'BLEU': _num(w.get('bleu')), 'not read': f"{c['unparsed']} of {c['answered']}",
                      'calibration error': _num(d.get('calibration', {}).get('ece'))})
     return pd.DataFrame(rows)

@@ -25,7 +25,8 @@ def _weights(n:int, draws:int, seed:int):
 def _sums(values, clusters, strata):
     "(sums, counts), each clusters × strata, and the strata's names"
     codes,_ = pd.factorize(np.asarray(clusters), sort=True)
-    k,names = (np.zeros(len(codes), int), np.array([''])) if strata is None else pd.factorize(np.asarray(strata), sort=True)
+    k,names = (np.zeros(len(codes), int),
+               np.array([''])) if strata is None else pd.factorize(np.asarray(strata), sort=True)
     at = codes*len(names)+k; shape = (codes.max()+1, len(names))
     return (np.bincount(at, weights=values, minlength=np.prod(shape)).reshape(shape),
             np.bincount(at, minlength=np.prod(shape)).reshape(shape).astype(float), names)
@@ -41,7 +42,8 @@ def bootstrap_means(
     "A mean and its clustered bootstrap draws; equal clusters give draws that belong together"
     v,c = np.asarray(values, float),np.asarray(clusters); ok = ~np.isnan(v)
     s,n,names = _sums(v[ok], c[ok], None if strata is None else np.asarray(strata)[ok])
-    shares = np.array([1. if share is None else share[k] for k in names]); mean = float(_macro(s.sum(0), n.sum(0), shares))
+    shares = np.array([1. if share is None else share[k] for k in names])
+    mean = float(_macro(s.sum(0), n.sum(0), shares))
     if len(s) < MIN_CLUSTERS: return mean, None
     w = _weights(len(s), draws, seed); drawn = _macro(w@s, w@n, shares)
     return mean, drawn if np.isfinite(drawn).mean() > .5 else None
@@ -66,7 +68,8 @@ def mean_interval(
 # %% ../nbs/08c_statistics.ipynb #c472e081
 def _paired(a, b):
     a,b = np.asarray(a, float),np.asarray(b, float)
-    if a.shape != b.shape: raise FadaError(f'{len(a)} and {len(b)} rows', '', 'the same rows under both conditions', '')
+    if a.shape != b.shape:
+        raise FadaError(f'{len(a)} and {len(b)} rows', '', 'the same rows under both conditions', '')
     return a-b
 
 def difference(
@@ -98,6 +101,7 @@ def permutation_test(
         more += int(np.sum(np.abs(signs@v) >= abs(v.sum())-1e-12))
     return (more+1)/(draws+1)
 
+# %% ../nbs/08c_statistics.ipynb #61bbdee6
 def mcnemar(
     a, b,             # right or wrong, of the same rows
     clusters=None,    # where given, proves that each row is a cluster of its own
@@ -105,7 +109,8 @@ def mcnemar(
     "McNemar's exact test; `FadaError` where rows of one patient would be taken for independent"
     from scipy.stats import binomtest
     if clusters is not None and len(set(clusters)) < len(clusters):
-        raise FadaError(f'{len(clusters)} rows of {len(set(clusters))} patients', 'McNemar', 'one row per patient', 'use permutation_test')
+        raise FadaError(f'{len(clusters)} rows of {len(set(clusters))} patients', 'McNemar',
+                        'one row per patient', 'use permutation_test')
     a,b = np.asarray(a, float),np.asarray(b, float); ok = ~np.isnan(_paired(a, b)); a,b = a[ok] > .5,b[ok] > .5
     x,y = int((a & ~b).sum()),int((b & ~a).sum())
     return dict(only_a=x, only_b=y, p=float(binomtest(x, x+y).pvalue) if x+y else 1.)
@@ -121,14 +126,17 @@ def holm(
 # %% ../nbs/08c_statistics.ipynb #95586b48
 def _counts(truth, found, clusters, classes):
     "clusters × classes × (classes and other)"
-    at = {k: n for n,k in enumerate(classes)}; codes,_ = pd.factorize(np.asarray(clusters), sort=True); k = len(classes)
+    at = {k: n for n,k in enumerate(classes)}; codes,_ = pd.factorize(np.asarray(clusters), sort=True)
+    k = len(classes)
     row,col = np.array([at[t] for t in truth]),np.array([at.get(f, k) for f in found])
     shape = (codes.max()+1, k, k+1)
-    return np.bincount(np.ravel_multi_index((codes,row,col), shape), minlength=np.prod(shape)).reshape(shape).astype(float)
+    return np.bincount(np.ravel_multi_index((codes,row,col), shape),
+                       minlength=np.prod(shape)).reshape(shape).astype(float)
 
 def macro_f1(counts):
     "Macro F1 of … × classes × (classes and other); classes without any row are left out"
-    hit = np.diagonal(counts[...,:-1], axis1=-2, axis2=-1); size = counts.sum(-1)+counts.sum(-2)[...,:-1]; there = counts.sum(-1) > 0
+    hit = np.diagonal(counts[...,:-1], axis1=-2, axis2=-1); size = counts.sum(-1)+counts.sum(-2)[...,:-1]
+    there = counts.sum(-1) > 0
     f = np.where(there, 2*hit/np.maximum(size, 1), 0.)
     return f.sum(-1)/np.maximum(there.sum(-1), 1)
 
@@ -138,6 +146,7 @@ def quadratic_kappa(counts):
     n = m.sum((-2,-1)); chance = (m.sum(-1)[...,:,None]*m.sum(-2)[...,None,:]*w).sum((-2,-1))
     with np.errstate(invalid='ignore', divide='ignore'): return 1-(m*w).sum((-2,-1))*n/chance
 
+# %% ../nbs/08c_statistics.ipynb #4718cd24
 def class_interval(
     truth, found,     # classes of each row; None among `found`: could not be read
     clusters, metric=macro_f1, classes=None,   # in order, where they have one
@@ -146,7 +155,8 @@ def class_interval(
     "A metric of a table of counts with its clustered interval"
     classes = sorted(set(truth)) if classes is None else [k for k in classes if k in set(truth)|set(found)]
     c = _counts(truth, found, clusters, classes); value = float(metric(c.sum(0)))
-    out = dict(mean=None if np.isnan(value) else value, low=None, high=None, n=len(truth), clusters=len(c), classes=classes,
+    out = dict(mean=None if np.isnan(value) else value, low=None, high=None, n=len(truth), clusters=len(c),
+               classes=classes,
                confusion=c.sum(0).astype(int).tolist())
     if len(c) < MIN_CLUSTERS or np.isnan(value): return out
     w = _weights(len(c), draws, seed); drawn = metric((w@c.reshape(len(c), -1)).reshape(draws, *c.shape[1:]))
@@ -159,10 +169,12 @@ def reliability(
     bins:int=10,
 )->dict:                 # ece, n, bins: confidence, right, n of each that is not empty
     "Expected calibration error and the bins of its plot (Naeini et al. 2015)"
-    c,r = np.asarray(confidence, float),np.asarray(right, float); ok = ~np.isnan(c) & ~np.isnan(r); c,r = c[ok],r[ok]
+    c,r = np.asarray(confidence, float),np.asarray(right, float); ok = ~np.isnan(c) & ~np.isnan(r)
+    c,r = c[ok],r[ok]
     if not len(c): return dict(ece=None, n=0, bins=[])
     b = np.minimum((c*bins).astype(int), bins-1)
-    each = [dict(confidence=float(c[b == k].mean()), right=float(r[b == k].mean()), n=int((b == k).sum())) for k in np.unique(b)]
+    each = [dict(confidence=float(c[b == k].mean()), right=float(r[b == k].mean()), n=int((b == k).sum()))
+            for k in np.unique(b)]
     return dict(ece=float(sum(abs(e['confidence']-e['right'])*e['n'] for e in each)/len(c)), n=len(c), bins=each)
 
 def auroc(
@@ -170,7 +182,8 @@ def auroc(
 )->float|None:
     "Area under the ROC curve; None where a class is empty"
     from scipy.stats import rankdata
-    s,p = np.asarray(score, float),np.asarray(positive, bool); ok = ~np.isnan(s); s,p = s[ok],p[ok]; n = int(p.sum())
+    s,p = np.asarray(score, float),np.asarray(positive, bool); ok = ~np.isnan(s); s,p = s[ok],p[ok]
+    n = int(p.sum())
     if n in (0, len(p)): return None
     return float((rankdata(s)[p].sum()-n*(n+1)/2)/(n*(len(p)-n)))
 

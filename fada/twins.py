@@ -31,13 +31,16 @@ def twin_set(
         try: out.append(make_twins(c, d, (seed, k), size))
         except FadaError as e:
             if 'cannot differ' not in e.what and not e.what.startswith('no '): raise
-    if not out: raise FadaError('no twins', f"{', '.join(categories)}: {', '.join(differ)}", 'a difference that one of the planes allows', '')
+    if not out:
+        raise FadaError('no twins', f"{', '.join(categories)}: {', '.join(differ)}",
+                        'a difference that one of the planes allows', '')
     return out
 
 def fully_right(question_id:int, truth:dict, found:dict)->bool:
     "Whether an answer is right in all that the question asks, sizes within 2 mm or 5 %"
     if score_answer(question_id, truth, found) < 1: return False
-    return all(p in found.get('mm', {}) and abs(found['mm'][p]-mm) <= max(2., .05*mm) for p,mm in (truth.get('mm') or {}).items())
+    return all(p in found.get('mm', {}) and abs(found['mm'][p]-mm) <= max(2., .05*mm) for p,
+               mm in (truth.get('mm') or {}).items())
 
 # %% ../nbs/10d_twins.ipynb #2d1a9355
 def ask_twins(
@@ -48,23 +51,29 @@ def ask_twins(
     from PIL import Image
     rows,asked = [],[Request(Image.fromarray(im), [*t.change, *t.keep], (k, side)) for k,t in enumerate(twins)
                      for side,im in enumerate((t.first.image, t.second.image))]
-    said = {(a.id[0], a.id[1], a.question_id): a for a in progress(vlm.answer(asked), 'asking twins', unit='answer')}
+    said = {(a.id[0], a.id[1], a.question_id): a
+            for a in progress(vlm.answer(asked), 'asking twins', unit='answer')}
     for k,t in enumerate(twins):
         for q in (*t.change, *t.keep):
             a,b = said[k,0,q],said[k,1,q]; x,y = read_answer(q, a.text),read_answer(q, b.text)
-            rows.append(dict(pair=k, category=t.first.category, differ=t.differ, question_id=q, expected='change' if q in t.change else 'keep',
-                             said_first=a.text, said_second=b.text, error=a.error or b.error, changed=x != y if x or y else a.text != b.text,
-                             both_right=fully_right(q, t.first.answers[q], x) and fully_right(q, t.second.answers[q], y)))
+            rows.append(dict(pair=k, category=t.first.category, differ=t.differ, question_id=q,
+                             expected='change' if q in t.change else 'keep',
+                             said_first=a.text, said_second=b.text, error=a.error or b.error, changed=x != y
+                             if x or y else a.text != b.text,
+                             both_right=fully_right(q, t.first.answers[q], x)
+                             and fully_right(q, t.second.answers[q], y)))
     return pd.DataFrame(rows)
 
 def _as_expected(g): return g.both_right & (g.changed == (g.expected == 'change'))
 
+# %% ../nbs/10d_twins.ipynb #8850f814
 def twin_table(rows:pd.DataFrame)->pd.DataFrame:
     "Per changed factor, question and expectation: pairs, passed with interval, and the share that changed whether right or not"
     good = rows[rows.error.eq('')].assign(passed=lambda g: _as_expected(g).astype(float)); out = []
     for (differ,q,expected),g in good.groupby(['differ','question_id','expected']):
         m = mean_interval(g.passed, g.pair)
-        out.append(dict(differ=differ, question=f'{q} {QUESTIONS[q].key}', expected=expected, pairs=len(g), passed=m['mean'], low=m['low'],
+        out.append(dict(differ=differ, question=f'{q} {QUESTIONS[q].key}', expected=expected, pairs=len(g),
+                        passed=m['mean'], low=m['low'],
                         high=m['high'], changed=float(g.changed.mean())))
     return pd.DataFrame(out)
 
@@ -72,9 +81,11 @@ def twin_summary(rows:pd.DataFrame)->dict:
     "Share of (pair, question) that changed when it must, stayed when it must, both right; intervals clustered on the pair"
     good = rows[rows.error.eq('')].assign(passed=lambda g: _as_expected(g).astype(float))
     part = lambda g: mean_interval(g.passed, g.pair)
-    return dict(pairs=int(rows.pair.nunique()), failed=int(rows.error.ne('').sum()), change=part(good[good.expected == 'change']),
+    return dict(pairs=int(rows.pair.nunique()), failed=int(rows.error.ne('').sum()),
+                change=part(good[good.expected == 'change']),
                 keep=part(good[good.expected == 'keep']),
-                questions={int(q): {e: part(h) for e,h in g.groupby('expected')} for q,g in good.groupby('question_id')},
+                questions={int(q): {e: part(h) for e,h in g.groupby('expected')} for q,
+                           g in good.groupby('question_id')},
                 differ={d: {e: part(h) for e,h in g.groupby('expected')} for d,g in good.groupby('differ')})
 
 # %% ../nbs/10d_twins.ipynb #25d76d61
@@ -85,9 +96,11 @@ def ask_phrasings(
     "Each question in each of its wordings"
     parts = []; images = list(rows.groupby('image', sort=False))
     for k in range(3):
-        requests = [Request(read_image(Path(data)/i), [phrase_question(q, k) for q in g.question_id], i) for i,g in images]
+        requests = [Request(read_image(Path(data)/i), [phrase_question(q, k) for q in g.question_id], i) for i,
+                    g in images]
         said = list(vlm.answer(requests)); at = pd.concat([g for _,g in images])
-        parts.append(at.assign(phrasing=k, prediction=[a.text for a in said], error=[a.error for a in said], condition='plain'))
+        parts.append(at.assign(phrasing=k, prediction=[a.text for a in said], error=[a.error for a in said],
+                               condition='plain'))
     return score_table(pd.concat(parts, ignore_index=True))
 
 def phrasing_spread(scored:pd.DataFrame)->pd.DataFrame:
@@ -95,7 +108,8 @@ def phrasing_spread(scored:pd.DataFrame)->pd.DataFrame:
     out = []
     for q,g in scored.groupby('question_id'):
         by = g.groupby('phrasing').score.mean()
-        one = g.groupby('image').prediction.agg(lambda p: len({json.dumps(f, sort_keys=True) if (f := read_answer(q, t)) else t for t in p}) == 1)
+        one = g.groupby('image').prediction.agg(lambda p: len({json.dumps(f, sort_keys=True)
+                                                               if (f := read_answer(q, t)) else t for t in p}) == 1)
         out.append({'question': f'{q} {QUESTIONS[q].key}', **{f'wording {k}': float(v) for k,v in by.items()},
                     'spread': float(by.max()-by.min()), 'one answer': float(one.mean())})
     return pd.DataFrame(out)
@@ -112,8 +126,10 @@ def with_examples(
         each = g.drop_duplicates('answer').sample(frac=1, random_state=seed).answer.head(k)
         some[q] = ' '.join(f'Answer {n}: {a}.' for n,a in enumerate(each, 1))
     missing = sorted(set(rows.question_id)-set(some))
-    if missing: raise FadaError(f'no training answers to question {missing[0]}', '', 'a training split that answers it', '')
-    return rows.assign(question=[f'Examples of answers for other images: {some[q]} Now for this image: {text}' for q,text in zip(rows.question_id, rows.question)])
+    if missing:
+        raise FadaError(f'no training answers to question {missing[0]}', '', 'a training split that answers it', '')
+    return rows.assign(question=[f'Examples of answers for other images: {some[q]} Now for this image: {text}'
+                                 for q,text in zip(rows.question_id, rows.question)])
 
 # %% ../nbs/10d_twins.ipynb #e834a368
 SEED45 = dict(categories=5, images=3, questions=(1, 3, 6))
@@ -121,9 +137,11 @@ SEED45 = dict(categories=5, images=3, questions=(1, 3, 6))
 def seed45(rows:pd.DataFrame, seed:int=0)->pd.DataFrame:
     "Five categories × three images × three questions of `rows`; `FadaError` where there are too few"
     there = rows.groupby('category').image.nunique(); there = there[there >= SEED45['images']]
-    names = [c for c in DEMO_CATEGORIES if c in there] if set(DEMO_CATEGORIES) <= set(there.index) else list(there.sort_values(ascending=False).index[:5])
+    names = [c for c in DEMO_CATEGORIES
+             if c in there] if set(DEMO_CATEGORIES) <= set(there.index) else list(there.sort_values(ascending=False).index[:5])
     if len(names) < SEED45['categories']:
-        raise FadaError(f'{len(names)} categories with three images', 'preset seed45', 'five', 'add data, or evaluate without the preset')
+        raise FadaError(f'{len(names)} categories with three images', 'preset seed45', 'five',
+                        'add data, or evaluate without the preset')
     part = subset(rows[rows.category.isin(names)], SEED45['categories']*SEED45['images'], seed)
     return part[part.question_id.isin(SEED45['questions'])].reset_index(drop=True)
 
@@ -137,19 +155,23 @@ def what_45_can_show(n:int=45)->str:
 def twins_job(
     s,                   # Settings
     out,                 # job folder
-    weights=None, adapter=None, n:int=2, images:int=20,   # pairs of each kind; images of the phrasing check, 0: none
+    weights=None, adapter=None, n:int=2,
+              images:int=20,   # pairs of each kind; images of the phrasing check, 0: none
 )->dict:                 # what twins.json holds
     "Twins, and phrasings where there are data, for one model; `FadaError` before it is loaded where the arguments do not fit"
     from fada.vlm import load
-    if n < 1 or images < 0: raise FadaError(f'n {n}, images {images}', '', 'n of at least 1, images of at least 0', '')
+    if n < 1 or images < 0:
+        raise FadaError(f'n {n}, images {images}', '', 'n of at least 1, images of at least 0', '')
     names = list(DEMO_CATEGORIES) if tuple(s.categories) == ('all',) else list(s.categories)
     pairs = twin_set(names, n, s.seed); out = writable_folder(out)
     vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
     rows = ask_twins(vlm, pairs); rows.to_parquet(out/'twins.parquet', index=False)
-    about = dict(kind='twins', identity=vlm.identity(), seed=s.seed, summary=twin_summary(rows), table=twin_table(rows).to_dict('records'), made=now(),
+    about = dict(kind='twins', identity=vlm.identity(), seed=s.seed, summary=twin_summary(rows),
+                 table=twin_table(rows).to_dict('records'), made=now(),
                  notice=f'{NOTICE} {SYNTHETIC}', trained_on_phantoms=vlm.spec.name == 'blip2-nano')
     if images and (s.data/'questions.parquet').is_file():
-        spread = phrasing_spread(ask_phrasings(vlm, s.data, subset(load_table(s.data, split='test'), images, s.seed)))
+        spread = phrasing_spread(ask_phrasings(vlm, s.data,
+                                               subset(load_table(s.data, split='test'), images, s.seed)))
         about['phrasings'] = spread.to_dict('records')
     write_json(out/'twins.json', about)
     return about
