@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Collected', 'collect', 'system_names', 'systems', 'interval_text', 'quality_table', 'control_table', 'gains',
            'plane_table', 'resource_table', 'feature_table', 'plot_systems', 'plot_heat', 'plot_forest',
-           'plot_reliability', 'plot_resources', 'headline']
+           'plot_confusion', 'plot_bland_altman', 'plot_reliability', 'plot_resources', 'headline']
 
 # %% ../nbs/11_compare.ipynb #70294b64
 from dataclasses import dataclass
@@ -246,6 +246,37 @@ def plot_forest(every):
     return fig
 
 # %% ../nbs/11_compare.ipynb #33d90631
+def plot_confusion(m, title=''):
+    "Confusion of planes, true by said, the last column what was not read or no plane; returns the figure, None without any"
+    import matplotlib.pyplot as plt
+    if not m or not m.get('confusion'): return None
+    c,names = np.array(m['confusion']),m['classes']; share = c/np.maximum(c.sum(1, keepdims=True), 1)
+    fig,ax = plt.subplots(figsize=(1.1*len(names)+3.6, .5*len(names)+2))
+    ax.imshow(share, vmin=0, vmax=1, cmap='Blues', aspect='auto')
+    for (i,j),v in np.ndenumerate(c):
+        if v: ax.text(j, i, v, ha='center', va='center', fontsize=8, color='white' if share[i,j] > .5 else 'black')
+    ax.set_xticks(range(len(names)+1), [*names, 'other'], rotation=25, ha='right', fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set(xlabel='said', ylabel='true'); ax.set_title(title, fontsize=9)
+    fig.tight_layout()
+    return fig
+
+def plot_bland_altman(points, title=''):
+    "Difference against mean of said and true mm, with limits of agreement; returns the figure, None below three points"
+    import matplotlib.pyplot as plt
+    if len(points or ()) < 3: return None
+    t,f = (np.array([p[k] for p in points], float) for k in (1, 2)); d = f-t; mid,sd = d.mean(),d.std(ddof=1)
+    fig,ax = plt.subplots(figsize=(6,3.6))
+    for name in sorted({p for p,*_ in points}):
+        at = np.array([p == name for p,*_ in points])
+        ax.plot((t+f)[at]/2, d[at], 'o', ms=4, alpha=.6, label=name)
+    for y,style in ((mid,'-'), (mid-1.96*sd,'--'), (mid+1.96*sd,'--')): ax.axhline(y, color='0.4', ls=style, lw=1)
+    ax.set(xlabel='mean of said and true, mm', ylabel='said − true, mm')
+    ax.set_title(f'{title}: bias {mid:.1f} mm, limits {mid-1.96*sd:.1f} to {mid+1.96*sd:.1f} mm', fontsize=9)
+    ax.legend(fontsize=7)
+    fig.tight_layout()
+    return fig
+
 def plot_reliability(details, title=''):
     "Share right against confidence, a line for each question; returns the figure, None without confidence"
     import matplotlib.pyplot as plt

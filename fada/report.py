@@ -18,7 +18,7 @@ import pandas as pd
 from .settings import NOTICE, SYNTHETIC, environment, now, read_json, write_atomic
 from .audit import audit, finding_text, from_job
 from .compare import (collect, control_table, feature_table, gains, headline, interval_text, plane_table,
-                          plot_forest, plot_heat, plot_reliability,
+                          plot_forest, plot_heat, plot_bland_altman, plot_confusion, plot_reliability,
                           plot_resources, plot_systems, quality_table, resource_table, systems)
 from .controls import CONDITIONS, summary
 from .data import load_table
@@ -26,7 +26,7 @@ from .evaluate import plot_summary
 from .metrics import PRIMARY
 from .pairs import people_table, rank_table, ready_table, subgroup_table, which_to_use
 from .registry import registry
-from .scores import question_scores, score_rows
+from .scores import question_scores, score_rows, structure_rows
 
 # %% ../nbs/11a_report.ipynb #4933aa68
 def shown(
@@ -265,10 +265,13 @@ def section_within(s):
 def section_beside(s):
     "What stands beside each main score"
     d = question_scores(s.scored[s.scored.condition == 'plain'])
-    return dict(title='Beside the scores', tables=_tabs(s, {('beside',''): score_rows(d)}),
+    tables = {('beside',''): score_rows(d), ('structures','Each structure'): structure_rows(d)}
+    return dict(title='Beside the scores', tables=_tabs(s, tables),
                 text=f'{s.name}. BLEU, ROUGE-L and token F1 tell how alike two texts read, not whether they say the same. The line of confidence '
                      'is good where it follows the diagonal.',
-                figures=_figs(s, reliability=plot_reliability(d, s.name)))
+                figures=_figs(s, reliability=plot_reliability(d, s.name),
+                              planes=plot_confusion(d.get(3, {}).get('macro_f1'), f'{s.name}: planes'),
+                              millimetres=plot_bland_altman(d.get(4, {}).get('points'), s.name)))
 
 # %% ../nbs/11a_report.ipynb #50e7fb9c
 def section_systems(s):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DETAILS', 'structure_scores', 'orientation_scores', 'binary', 'plane_scores', 'agreement', 'biometry_scores',
            'age_scores', 'quality_scores', 'normality_scores', 'recommendation_scores', 'token_f1', 'wording_scores',
-           'question_scores', 'score_rows']
+           'question_scores', 'score_rows', 'structure_rows']
 
 # %% ../nbs/08b_scores.ipynb #c456d7ac
 from collections import Counter
@@ -92,9 +92,8 @@ def _in_sd(parameter, truth, found, days)->float|None:
 def biometry_scores(rows, truth, found)->dict:
     "Errors in mm and SD where the reference has values, the share within max(2 mm, 5 %), and how many numbers were made up"
     ages = rows.ga_days if 'ga_days' in rows else [None]*len(rows)
-    both = [(p, mm, f['mm'][p], days) for t,f,days in zip(truth, found, ages) for p,
-            mm in (t.get('mm') or {}).items()
-            if p in (f.get('mm') or {})]
+    size = lambda s: s.get('mm') or {}
+    both = [(p, size(t)[p], size(f)[p], days) for t,f,days in zip(truth, found, ages) for p in size(t) if p in size(f)]
     sd = [e for e in (_in_sd(p, mm, x, days) for p,mm,x,days in both) if e is not None]
     wanted = sum(len(t.get('mm') or {}) for t in truth)
     near = sum(abs(x-mm) <= max(2., .05*mm) for _,mm,x,_ in both)
@@ -102,7 +101,8 @@ def biometry_scores(rows, truth, found)->dict:
                 mm=agreement([mm for _,mm,_,_ in both], [x for _,_,x,_ in both]),
                 error_sd=float(np.mean(sd)) if sd else None, of_sd=len(sd), made_up=int(rows.made_up.sum()),
                 by_parameter={p: agreement([m for q,m,_,_ in both if q == p], [x for q,_,x,_ in both if q == p])
-                              for p in sorted({p for p,*_ in both})})
+                              for p in sorted({p for p,*_ in both})},
+                points=[[p, mm, x] for p,mm,x,_ in both[:2000]])
 
 # %% ../nbs/08b_scores.ipynb #e984f052
 def _overlap(a, b):
@@ -228,3 +228,9 @@ def score_rows(details:dict)->pd.DataFrame:
                      'BLEU': _num(w.get('bleu')), 'not read': f"{c['unparsed']} of {c['answered']}",
                      'calibration error': _num(d.get('calibration', {}).get('ece'))})
     return pd.DataFrame(rows)
+
+def structure_rows(details:dict)->pd.DataFrame:
+    "Per structure: images that show it, images said to show it, precision, recall"
+    each = (details.get(1) or details.get('1') or {}).get('structures', {})
+    return pd.DataFrame([{'structure': k, 'shown in': v['n'], 'said of': v['said'], 'precision': _num(v['precision']),
+                          'recall': _num(v['recall'])} for k,v in each.items()])
