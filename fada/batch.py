@@ -369,8 +369,9 @@ def run_notebooks(start='.')->Path:
 # %% ../nbs/13_batch.ipynb #9dd69ab7
 # modules whose code decides a result
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
-            'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','metrics','train','base',
-            'planes','evaluate','packing','resume','watch','loop','preflight','augment','route','finetune')
+            'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','parse','stats','metrics',
+            'scores','train','base','planes','packing','resume','watch','loop','preflight','augment','route','finetune',
+            'answers','controls','audit','twins','evaluate')
 
 # %% ../nbs/13_batch.ipynb #290f3243
 def heartbeat(

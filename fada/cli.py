@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'UNLIKE_TEXT',
            'data_app', 'Folder', 'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config',
-           'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'batch', 'card', 'compare', 'ask',
-           'serve', 'web_app', 'biometry', 'data_check', 'data_verify', 'data_template', 'data_export', 'data_get',
-           'models', 'get', 'access', 'test', 'show', 'plan', 'measure', 'doctor']
+           'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs', 'paper',
+           'batch', 'card', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check', 'data_verify',
+           'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
+           'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -182,6 +183,10 @@ def evaluate(
     paid_controls:Annotated[bool, typer.Option('--paid-controls',
                                                help='Ask the controls of a paid service too.')]=False,
     out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
+    preset:Annotated[str, typer.Option(help='seed45: five categories, three images of each, three questions.')]='',
+    examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
+    answers:Annotated[Optional[str],
+                      typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -189,20 +194,107 @@ def evaluate(
     Example: fada evaluate --categories Femur --out outputs/run/evaluate-femur"""
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
-    from fada.evaluate import evaluate_job, job_name
-    folder = Path(out) if out else s.output/'run'/job_name(s, weights, adapter)
-    m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
-                     controls=controls, paid_controls=paid_controls)
+    from fada.evaluate import evaluate_answers, evaluate_job, job_name
+    folder = Path(out) if out else s.output/'run'/(f'answers-{Path(answers).stem}' if answers
+                                                   else job_name(s, weights, adapter))
+    if answers: m = evaluate_answers(answers, folder, s.data if data else None, s.categories, split, s.seed)
+    else:
+        m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
+                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples)
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
              for q,v in m['questions'].items()]
+    if p := m.get('preset'): lines.append(p['can_show'])
     if took := m.get('spending'):
         lines.append(f"{took['tries']} requests, {took['tokens_in']:,} tokens in, {took['tokens_out']:,} out"
                      + ''.join(f', {v:.4f} {k}' for k,v in took['cost'].items()))
     _show(m, json, '\n'.join([
         *lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}"
                   for n in m['notes']), str(folder)]))
+
+# %% ../nbs/16_cli.ipynb #75fb00bd
+@app.command()
+def audit(
+    results:Annotated[str, typer.Argument(help='A job folder, a run of several, or a file of answers.')],
+          data:Data=None, split:str='test',
+    near:Annotated[bool, typer.Option(help='Look for near-duplicate frames: opens the pictures.')]=True,
+    json:Json=False, quiet:Quiet=False,
+):
+    """Say what a reviewer would ask of a result: findings in red, amber and green, each with its evidence.
+
+    Example: fada audit outputs/run/evaluate-blip2-nano-fp32-all"""
+    s = _settings(quiet, data=data)
+    from fada.audit import audit as look, finding_text, open_results
+    every = {r.name: look(r, near) for r in open_results(results, s.data if data else None, split)}
+    _show([dict(vars(f), result=name) for name,found in every.items() for f in found], json,
+          '\n'.join(line for name,found in every.items()
+                    for line in ([f'{name}:'] if len(every) > 1 else [])+[finding_text(f) for f in found]))
+
+# %% ../nbs/16_cli.ipynb #940a06f4
+@app.command()
+def twins(
+    data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
+    adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
+    precision:Precision=None, device:Device=None,
+    n:Annotated[int, typer.Option(help='Pairs of each category and difference.')]=2,
+    images:Annotated[int, typer.Option(help='Test images asked in other words too; 0: none.')]=20,
+    out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
+    seed:Seed=None, json:Json=False, quiet:Quiet=False,
+):
+    """Ask phantom twins: does an answer change when it must, and stay when it must?
+
+    Example: fada twins --model blip2-nano --n 2"""
+    s = _settings(quiet, data=data, categories=categories, model=model, precision=precision, device=device,
+                  seed=seed)
+    from fada.compare import interval_text
+    from fada.evaluate import job_name
+    from fada.twins import twins_job
+    folder = Path(out) if out else s.output/'run'/job_name(s, weights, adapter).replace('evaluate', 'twins', 1)
+    r = twins_job(s, folder, weights, adapter, n, images); m = r['summary']
+    share = lambda v: interval_text(v) if v['n'] else 'none asked'
+    lines = [f"{m['pairs']} pairs: changed when it must {share(m['change'])}, stayed when it must {share(m['keep'])} (both answers right)",
+             *(f"  {t['differ']:10} {t['question']:18} must {t['expected']:7} {t['passed']:.2f} of {t['pairs']}" for t in r['table']),
+             *(f"  {p['question']:18} spread over wordings {p['spread']:.2f}, one answer for {p['one answer']:.0%}" for p in r.get('phrasings', ()))]
+    _show(r, json, '\n'.join([*lines, *([] if r['trained_on_phantoms']
+                                        else ['a probe: failing it may be the synthetic look']), r['notice'],
+                              str(folder)]))
+
+# %% ../nbs/16_cli.ipynb #f102de0a
+@app.command()
+def runs(
+    output:Annotated[Optional[str],
+                     typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
+    kind:Annotated[Optional[str], typer.Option(help='evaluate, train or twins.')]=None, model:Model=None,
+    category:Annotated[Optional[str], typer.Option(help='Jobs about this category.')]=None,
+    state:Annotated[Optional[str], typer.Option(help='finished or unfinished.')]=None,
+    since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
+    run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
+    remove:Annotated[bool, typer.Option('--prune',
+                                        help='Say which of the listed jobs would be removed; with --yes: remove them.')]=False,
+    weights:Annotated[bool, typer.Option('--weights', help='With --prune: only weights and adapters.')]=False,
+    yes:Annotated[bool, typer.Option('--yes', help='Do it.')]=False, json:Json=False, quiet:Quiet=False,
+):
+    """List the jobs of all runs with their scores and size on disk, and remove some.
+
+    Example: fada runs --kind evaluate --since 2026-01-01"""
+    s = _settings(quiet, output=output)
+    from fada.runs import list_runs, prune, runs_text, size_text
+    t = list_runs(s.output, kind, model, category, state, since, run)
+    if not remove: return _show(t.astype(object).where(t.notna(), None).to_dict('records'), json, runs_text(t))
+    r = prune(t, s.output, yes, weights)
+    _show(r, json, '\n'.join([*r['removed'], *(f'in use, kept: {k}' for k in r['in_use']),
+                              f"{size_text(r['bytes'])} {'removed' if yes else 'would go; with --yes they do'}"]))
+
+# %% ../nbs/16_cli.ipynb #c8540693
+@app.command()
+def paper(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None,
+          title:Annotated[str, typer.Option(help='Title of the paper.')]='', json:Json=False, quiet:Quiet=False):
+    "Fill methods, data, results, citations and a checklist of a paper from a run.\n\nExample: fada paper outputs/demo"
+    s = _settings(quiet, data=data)
+    from fada.paper import write_paper
+    path = write_paper(run, s.data if data else None, title)
+    _show(dict(paper=str(path)), json, str(path))
 
 # %% ../nbs/16_cli.ipynb #17457f32
 @app.command()
@@ -242,11 +334,14 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
             title:str='FADA report', json:Json=False, quiet:Quiet=False):
     "Set the jobs of a run side by side and write its report.\n\nExample: fada compare outputs/demo"
     s = _settings(quiet, data=data)
-    from fada.compare import (collect, gains, headline, plane_table, quality_table, resource_table, systems,
-                              write_report)
+    from fada.compare import collect, gains, headline, plane_table, quality_table, resource_table, systems
+    from fada.pairs import rank_table, ready_table, which_to_use
+    from fada.report import write_report
     jobs = collect(run); report = write_report(run, s.data if data else None, title)
     _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'),
-               gains=gains(jobs).to_dict('records') if len(systems(jobs)) > 1 else [],
+               **(dict(gains=gains(jobs).to_dict('records'), ranks=rank_table(systems(jobs)).to_dict('records'),
+                       pairs=ready_table(jobs).to_dict('records')) if len(systems(jobs)) > 1 else dict(gains=[], ranks=[], pairs=[])),
+               which=which_to_use(jobs).to_dict('records'),
                planes=plane_table(run, jobs).to_dict('records'),
                resources=resource_table(jobs).to_dict('records')), json,
           '\n'.join([*headline(jobs), f'Report: {report}']))

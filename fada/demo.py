@@ -52,15 +52,17 @@ def demo_stages(
     evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False),
                    *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), True)
                      for c in DEMO_CATEGORIES)]
-    yield 'evaluation with controls', [
+    twins = job('twins', 'twins', dict(common, output=str(out/'twins'), categories=','.join(DEMO_CATEGORIES), pairs=1, images=5 if small else 20),
+                read, [out/'twins'/'twins.json'])
+    yield 'evaluation with controls, and twins', [
         job(name, 'evaluate',
             dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few),
             [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])],
-            [out/name/'metrics.json']) for name,c,p,a,k in evaluations]
+            [out/name/'metrics.json']) for name,c,p,a,k in evaluations] + [twins]
     yield 'report', [
         job('compare', 'compare', dict(run=str(out), title='FADA demonstration'),
-            [table, code_digest(('attention','compare')), out/'planes'/'metrics.json',
-             *sorted(out.glob('evaluate-*/metrics.json'))],
+            [table, code_digest(('attention','compare','pairs','report')), out/'planes'/'metrics.json',
+             out/'twins'/'twins.json', *sorted(out.glob('evaluate-*/metrics.json'))],
             [out/'report.html'])]
 
 # %% ../nbs/13a_demo.ipynb #0b735f56

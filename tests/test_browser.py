@@ -150,7 +150,7 @@ def test_explorer_in_jupyterlab(browser, lab, shots, root, tmp_path, small_data)
 
 def test_report_opens_offline(browser, shots, small_data, tmp_path):
     "The report asks nothing of any host, and its pictures are there"
-    from fada.compare import write_report
+    from fada.report import write_report
     from fada.evaluate import evaluate
     from fada.settings import write_json
     from fada.vlm import load

@@ -149,7 +149,7 @@ def test_corrections_are_applied_and_traceable(tmp_path):
     assert 'fair' in set(load_table(tmp_path).answer)
 
 def test_the_report_blanks_what_is_outside_the_sector(tmp_path):
-    from fada.compare import shown
+    from fada.report import shown
     y, x = np.mgrid[:240, :320]; fan = (np.hypot(y+20, x-160) < 230) & (abs(x-160) < .7*(y+20)) & (y > 30)
     a = (fan*np.random.default_rng(0).gamma(2, 40, fan.shape)).clip(0, 255).astype(np.uint8)
     im = Image.fromarray(a); ImageDraw.Draw(im).text((4, 4), 'MILLER ANNA', 255, font_size=14)

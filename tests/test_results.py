@@ -1,0 +1,142 @@
+"""What is made of results: twins through a local and a remote model, the preset of 45, examples in the prompt, answers from elsewhere
+side by side, people beside models, the list of runs, the paper."""
+import json, re, subprocess, sys
+from pathlib import Path
+import pandas as pd
+import pytest
+sys.path.insert(0, str(Path(__file__).parent))
+from services import Door, of_model
+from test_remote import service
+from tiny import tiny
+from fada.answers import AnswersLog
+from fada.compare import collect, systems
+from fada.data import load_table
+from fada.evaluate import choose_rows, evaluate, evaluate_answers
+from fada.pairs import compare_pair, people_table, rank_table, ready_pairs, subgroup_table
+from fada.paper import paper_text
+from fada.report import write_report
+from fada.settings import FadaError, write_json
+from fada.twins import ask_phrasings, ask_twins, phrasing_spread, seed45, twin_set, twin_summary
+from fada.vlm import load
+
+FADA = [sys.executable, '-m', 'fada.cli']
+
+@pytest.fixture(scope='module')
+def nano(): return load('blip2-nano')
+
+def test_twins_through_a_service_are_those_of_the_model(nano, tmp_path):
+    "API models take the same test: the same pairs, the same verdicts"
+    pairs = twin_set(('Abdomen', 'Femur'), 1, differ=('rotation', 'speckle')); here = ask_twins(nano, pairs)
+    d = Door(of_model(nano))
+    try: there = ask_twins(service(d, tmp_path), pairs)
+    finally: d.close()
+    assert there.error.eq('').all() and there.said_first.tolist() == here.said_first.tolist()
+    assert twin_summary(there)['keep'] == twin_summary(here)['keep'] and len(here) == sum(len(t.change)+len(t.keep) for t in pairs)
+
+def test_the_same_twins_for_the_same_seed():
+    a, b = (twin_set(('Femur',), 1, seed=3, differ=('gain', 'size')) for _ in range(2))
+    assert [(t.differ, t.first.image.tobytes(), t.second.image.tobytes())
+            for t in a] == [(t.differ, t.first.image.tobytes(), t.second.image.tobytes()) for t in b]
+    with pytest.raises(FadaError, match='no twins'): twin_set(('Cervix',), 1, differ=('rotation',))
+
+def test_phrasings(nano, small_data):
+    rows = load_table(small_data, split='test'); rows = rows[rows.image.isin(rows.image.unique()[:3])]
+    t = phrasing_spread(ask_phrasings(nano, small_data, rows))
+    assert len(t) == 8 and t['spread'].between(0, 1).all() and t['one answer'].between(0, 1).all()
+
+@pytest.mark.slow
+def test_twins_command(tmp_path, small_data):
+    r = subprocess.run([*FADA, 'twins', '--model', 'blip2-nano', '--categories', 'Femur,Abdomen', '--n', '2',
+                        '--images', '4', '--data', str(small_data),
+                        '--out', str(tmp_path/'twins'), '--json', '--quiet'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    out = json.loads(r.stdout); m = out['summary']
+    assert m['pairs'] >= 20 and m['failed'] == 0 and m['change']['low'] is not None and len(out['phrasings']) == 8
+    assert {t['differ'] for t in out['table']} == {'speckle', 'gain', 'rotation', 'structure', 'finding',
+                                                   'size', 'scale'}
+
+def frame(n, categories):
+    return pd.DataFrame([dict(image=f'{c}-{k}', category=c, patient=f'{c}{k}', question_id=q, question='?',
+                              answer='good', split='test')
+                         for c in categories for k in range(n) for q in range(1, 9)])
+
+def test_preset_is_five_by_three_by_three(nano, small_data, tmp_path):
+    five = seed45(frame(7, ('Aorta', 'Cervix', 'Femur', 'Thorax', 'Abdomen', 'Cervical')))
+    assert len(five) == 45 and five.groupby('category').image.nunique().tolist() == [3]*5 and set(five.question_id) == {1, 3, 6}
+    with pytest.raises(FadaError, match='preset seed45'): evaluate(nano, small_data, tmp_path, preset='seed45')
+    with pytest.raises(FadaError, match='unknown preset'): choose_rows(nano, five, five, 0, 0, 'seed46', 0)
+
+def test_examples_are_for_models_that_chat(nano, small_data, tmp_path):
+    with pytest.raises(FadaError, match='does not follow examples'):
+        evaluate(nano, small_data, tmp_path/'a', images=1, examples=2)
+    chat = load('llava-1.5-7b', weights=tiny('llava', tmp_path)[2], device='cpu', precision='fp32',
+                max_new_tokens=4)
+    m = evaluate(chat, small_data, tmp_path/'b', images=1, controls=False, examples=2)
+    asked = [r['question'] for r in AnswersLog(tmp_path/'b'/'answers.jsonl').read()[0]]
+    assert m['examples'] == 2 and len(asked) == 8 and all('Answer 1: ' in q and 'Now for this image: ' in q
+                                                          for q in asked)
+
+@pytest.fixture(scope='module')
+def run(small_data, tmp_path_factory):
+    "Two systems from elsewhere on one table: one mostly right, one that copies the commonest answer"
+    d = tmp_path_factory.mktemp('elsewhere'); rows = load_table(small_data, split='test')
+    common = rows.groupby('question_id').answer.agg(lambda a: a.value_counts().index[0])
+    for name, said in (('right', [a if k % 10 else 'nothing' for k, a in enumerate(rows.answer)]),
+                       ('common', rows.question_id.map(common))):
+        rows[['image', 'category', 'question_id']].assign(question=rows.question_id, prediction=said,
+                                                          model=name).to_csv(d/f'{name}.csv', index=False)
+        evaluate_answers(d/f'{name}.csv', d/'run'/f'{"ab"[name == "common"]}-{name}', small_data)
+    return d/'run'
+
+def test_systems_from_elsewhere_side_by_side(run, small_data):
+    jobs = collect(run); every = systems(jobs); assert [t for t, *_ in ready_pairs(jobs)] == ['against the first']
+    a, b = every.values(); c = compare_pair(b, a)
+    ranks = rank_table(every)
+    assert ranks.system[0].startswith('right') and c['endpoint']['mean'] > .2 and 0 < c['endpoint']['p'] <= 1
+    html = write_report(run, small_data).read_text()
+    assert html.index('What to know first') < html.index('In five lines') < html.index('Models side by side') and 'answers from elsewhere' in html
+    assert {'ranks.md', 'pairs.tex', 'quality.md'} <= {p.name for p in (run/'tables').iterdir()}
+    assert {'forest.svg', 'forest.png', 'category_by_question.svg'} <= {p.name for p in (run/'figures').iterdir()}
+    r = subprocess.run([*FADA, 'compare', str(run), '--json', '--quiet'], capture_output=True, text=True)
+    out = json.loads(r.stdout)
+    assert r.returncode == 0 and len(out['ranks']) == 2 and out['pairs'] and Path(out['report']).is_file()
+
+def test_people_beside_models(run, small_data, tmp_path):
+    "A second reader who always agrees has 1; the model's score by either reader stands beside"
+    scored = next(iter(systems(collect(run)).values()))
+    seen = scored[scored.condition == 'plain'][['image', 'question_id', 'answer']]
+    seen.assign(annotator='B').to_parquet(tmp_path/'second_readings.parquet'); t = people_table(tmp_path, scored)
+    assert len(t) == 8 and t['second reader by first'].str.startswith('1.00').all() and not t['model by first'].str.startswith('1.00').all()
+    assert len(people_table(small_data, scored)) == 0
+
+def test_subgroups_say_when_they_are_tied_to_the_category(run):
+    scored = next(iter(systems(collect(run)).values()))
+    t = subgroup_table(scored.assign(machine=scored.category.map({'Femur': 'A', 'Abdomen': 'B'}),
+                                     site=scored.image.str[-5].isin(list('01234567')).map({True: 'x', False: 'y'})))
+    assert t[t.by == 'machine'].remark.eq('tied to the category').all() and set(t.by) == {'machine', 'site'}
+
+def test_paper_has_every_part(run, small_data):
+    text = paper_text(run, small_data)
+    for part in ('## What the audit found', '## Methods', '## Data', '## Results', '## Citations', '## Checklist'):
+        assert part in text
+    assert text.count('the authors must') >= 8 and re.search(r'Seed 0\. FADA', text) and 'simulated by FADA' in text
+    r = subprocess.run([*FADA, 'paper', str(run), '--data', str(small_data), '--json', '--quiet'],
+                       capture_output=True, text=True)
+    assert Path(json.loads(r.stdout)['paper']).read_text().startswith('# ')
+
+def test_runs_are_listed_filtered_and_pruned(run, tmp_path):
+    out = tmp_path/'outputs'; (out/'run'/'x').mkdir(parents=True); (out/'mine').mkdir()
+    (out/'mine'/'notes.txt').write_text('kept')
+    write_json(out/'run'/'x'/'config.json',
+               dict(kind='train', model='blip2-nano', categories=['Femur'], seed=0, seconds=3.))
+    (out/'run'/'x'/'adapter').mkdir()
+    (out/'run'/'x'/'adapter'/'adapter_model.safetensors').write_bytes(b'1'*10_000)
+    (out/'run'/'y').mkdir(); (out/'run'/'y'/'run.log').write_text('begun')
+    ask = lambda *more: json.loads(subprocess.run([*FADA, 'runs', '--output', str(out), '--json', *more],
+                                                  check=True, capture_output=True, text=True).stdout)
+    assert {(r['job'], r['state']) for r in ask()} == {('x', 'finished'), ('y', 'unfinished')} and [r['job']
+                                                                                                    for r in ask('--kind', 'train', '--category', 'Femur')] == ['x']
+    plan = ask('--state', 'unfinished', '--prune'); assert not plan['done'] and (out/'run'/'y').exists()
+    assert ask('--state', 'unfinished', '--prune', '--yes')['done'] and not (out/'run'/'y').exists()
+    assert ask('--prune', '--weights',
+               '--yes')['bytes'] == 10_000 and (out/'run'/'x'/'config.json').exists() and (out/'mine'/'notes.txt').exists()
