@@ -86,26 +86,34 @@ class AskPanel:
                               w.HBox([self.picture, self.map]), self.answers])
         self.show()
 
-    def show(self):
-        "Show the picked image"
-        get,self.reference = self.images[self.pick.value]; self.image = get()
-        self._shown(f'{self.pick.value}: ready')
-    def _shown(self, state):
-        self.cancel(); self.wait()
-        self.picture.value = _png(self.image.resize((320, round(320*self.image.height/self.image.width))))
-        self.map.layout.display = 'none'
-        self.answers.value = ''; self.say(state)
-    def change(self):
-        "Answer with another model from now on"
-        self.cancel(); self.wait(); self.say('loading …'); self.answers.value = ''
-        try: self.vlm = self.base if self.which.value == 'base' else self.switch[self.which.value]()
-        except FadaError as e:  # the answers to come must not carry the name of a model that is not there
-            said = f'{self.which.value} cannot be used: {e}'; self.vlm,self.which.value = self.base,'base'
-            return self.say(said)
-        self.say(f'{self.which.value}: ready')
-    def say(self, text):
-        "Show the state in words"
-        self.state.value = f'<i>{html.escape(text)}</i>'
+# %% ../nbs/15_ask.ipynb #3b9c4c10
+@patch
+def show(self:AskPanel):
+    "Show the picked image"
+    get,self.reference = self.images[self.pick.value]; self.image = get()
+    self._shown(f'{self.pick.value}: ready')
+
+@patch
+def _shown(self:AskPanel, state):
+    self.cancel(); self.wait()
+    self.picture.value = _png(self.image.resize((320, round(320*self.image.height/self.image.width))))
+    self.map.layout.display = 'none'
+    self.answers.value = ''; self.say(state)
+
+@patch
+def change(self:AskPanel):
+    "Answer with another model from now on"
+    self.cancel(); self.wait(); self.say('loading …'); self.answers.value = ''
+    try: self.vlm = self.base if self.which.value == 'base' else self.switch[self.which.value]()
+    except FadaError as e:  # the answers to come must not carry the name of a model that is not there
+        said = f'{self.which.value} cannot be used: {e}'; self.vlm,self.which.value = self.base,'base'
+        return self.say(said)
+    self.say(f'{self.which.value}: ready')
+
+@patch
+def say(self:AskPanel, text):
+    "Show the state in words"
+    self.state.value = f'<i>{html.escape(text)}</i>'
 
 # %% ../nbs/15_ask.ipynb #5c6bbef8
 @patch

@@ -76,10 +76,6 @@ class DryRun(TorchDispatchMode):
 
     def _gone(self, key, source): self.now -= self.alive.pop(key)
 
-    def _moves(self, func, args, kwargs)->bool:
-        "Whether numbers are moved at no cost: to main memory, or from one name of it to another where there is no card"
-        if func is not _aten._to_copy.default or kwargs.get('device') is None or _whole(args[0].dtype): return False
-        return kwargs['device'].type == 'cpu' or (not self.on_card and kwargs.get('dtype') in (None, args[0].dtype))
 
 # %% ../nbs/06a_dry.ipynb #cf9ce846
 def _gives_whole(func, args, kwargs, tensors)->bool:
@@ -104,6 +100,12 @@ def _real_if_whole(t):
     return torch.zeros(t.shape, dtype=t.dtype) if real else t
 
 # %% ../nbs/06a_dry.ipynb #24cf0a34
+@patch
+def _moves(self:DryRun, func, args, kwargs)->bool:
+    "Whether numbers are moved at no cost: to main memory, or from one name of it to another where there is no card"
+    if func is not _aten._to_copy.default or kwargs.get('device') is None or _whole(args[0].dtype): return False
+    return kwargs['device'].type == 'cpu' or (not self.on_card and kwargs.get('dtype') in (None, args[0].dtype))
+
 @patch
 def __torch_dispatch__(self:DryRun, func, types, args=(), kwargs=None):
     "One operation: on shapes or on whole numbers, its results counted"

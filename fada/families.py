@@ -550,24 +550,27 @@ class Florence(Chat):
         return Words(lm.decoder, self.core.get_input_embeddings(), self.core.lm_head, end_ids(self.core.generation_config),
                      self.tokenizer.pad_token_id, settings=self.core.generation_config)
 
-    def begin_images(self, images, at, texts, most):
-        "Answers about images, before their first step: the encoder reads image and question together, padded on the right"
-        import torch
-        t = self.inputs([images[n] for n in at], texts); used = sorted(set(at)); words = self.words()
-        one = [{k: v[at.index(n)][None] for k,v in t.items()} for n in used]
-        seen = dict(zip(used, (f[0] for f in self.features([images[n] for n in used], one))))
-        ids,valid = right_padded([r[m.bool()].tolist() for r,m in zip(t['input_ids'], t['attention_mask'])], words.pad,
-                                 words.device)
-        x = words.embed(ids); pixels = (ids == self.core.config.image_token_id)[...,None].expand_as(x)
-        x = x.masked_scatter(pixels, torch.cat([seen[n] for n in at]).to(x.dtype))
-        hidden = self.core.model.language_model.encoder(inputs_embeds=x, attention_mask=valid).last_hidden_state
-        return Pairs(words, self.core, hidden, valid, most)
+# %% ../nbs/07a_families.ipynb #f09f7c2b
+@patch
+def begin_images(self:Florence, images, at, texts, most):
+    "Answers about images, before their first step: the encoder reads image and question together, padded on the right"
+    import torch
+    t = self.inputs([images[n] for n in at], texts); used = sorted(set(at)); words = self.words()
+    one = [{k: v[at.index(n)][None] for k,v in t.items()} for n in used]
+    seen = dict(zip(used, (f[0] for f in self.features([images[n] for n in used], one))))
+    ids,valid = right_padded([r[m.bool()].tolist() for r,m in zip(t['input_ids'], t['attention_mask'])], words.pad,
+                             words.device)
+    x = words.embed(ids); pixels = (ids == self.core.config.image_token_id)[...,None].expand_as(x)
+    x = x.masked_scatter(pixels, torch.cat([seen[n] for n in at]).to(x.dtype))
+    hidden = self.core.model.language_model.encoder(inputs_embeds=x, attention_mask=valid).last_hidden_state
+    return Pairs(words, self.core, hidden, valid, most)
 
-    def loss(self, inputs, rows):
-        "Mean cross-entropy over answer tokens"
-        at,prompts,answers = flatten(rows); seen = self.see(inputs)
-        t = self.inputs([seen[i] for i in at], list(prompts))
-        return self.model(**t, labels=answer_labels(self.tokenizer, answers).to(self.core.device)).loss
+@patch
+def loss(self:Florence, inputs, rows):
+    "Mean cross-entropy over answer tokens"
+    at,prompts,answers = flatten(rows); seen = self.see(inputs)
+    t = self.inputs([seen[i] for i in at], list(prompts))
+    return self.model(**t, labels=answer_labels(self.tokenizer, answers).to(self.core.device)).loss
 
 # %% ../nbs/07a_families.ipynb #a9f088d1
 def places_in_words(

@@ -96,20 +96,24 @@ class VLM:
         "The networks that this process holds for it"
         return [] if self.core is None else [self.core]
 
-    def identity(self)->dict:
-        "What decides an answer besides pixels and question"
-        return dict(self._identity(), processor=digest(self.processor.image_processor.to_dict()),
-                    processor_backend='pil')
+# %% ../nbs/07_vlm.ipynb #5d364551
+@patch
+def identity(self:VLM)->dict:
+    "What decides an answer besides pixels and question"
+    return dict(self._identity(), processor=digest(self.processor.image_processor.to_dict()),
+                processor_backend='pil')
 
-    def _identity(self)->dict:
-        "The part of an identity that every family has: weights, adapter, precision, prompt, generation"
-        return dict(model=self.spec.name, base=self.base, adapter=self.adapter, precision=self.precision,
-                    prompt_version=PROMPT_VERSION, prompt=self.spec.prompt,
-                    generation=dict(max_new_tokens=self.max_new_tokens, limits=self.limits, do_sample=False))
+@patch
+def _identity(self:VLM)->dict:
+    "The part of an identity that every family has: weights, adapter, precision, prompt, generation"
+    return dict(model=self.spec.name, base=self.base, adapter=self.adapter, precision=self.precision,
+                prompt_version=PROMPT_VERSION, prompt=self.spec.prompt,
+                generation=dict(max_new_tokens=self.max_new_tokens, limits=self.limits, do_sample=False))
 
-    def most(self, question_id)->int:
-        "Tokens that the answer to a question may have"
-        return min(self.max_new_tokens, self.limits.get(question_id, self.max_new_tokens))
+@patch
+def most(self:VLM, question_id)->int:
+    "Tokens that the answer to a question may have"
+    return min(self.max_new_tokens, self.limits.get(question_id, self.max_new_tokens))
 
 # %% ../nbs/07_vlm.ipynb #ad7d9ec5
 def engine(spec:ModelSpec):

@@ -175,3 +175,14 @@ def test_rules_of_a_checkpoint(folder):
         want = [reference_said(vlm, im, q) for q in QUESTIONS]; assert plain[0] != want[2][0]
         got = vlm.said(vlm.see([im]), [0]*4, [build_prompt(vlm.spec, q) for q in QUESTIONS])
         for g, w in zip(got, want): assert same(g, w), (architecture, g, w)
+
+def test_choices_on_the_command_line(tmp_path):
+    "`fada ask --choices`: the allowed answers of quality with probabilities that add up, none for an open question"
+    import json
+    from typer.testing import CliRunner
+    from fada.choices import CHOICES
+    from fada.cli import app
+    Image.fromarray(probe_picture()).resize((112, 112)).save(tmp_path/'a.png')
+    r = CliRunner().invoke(app, ['ask', str(tmp_path/'a.png'), 'quality', 'structures', '--model', 'blip2-nano', '--choices', '--json', '--quiet'])
+    quality, structures = json.loads(r.stdout)['answers']; assert r.exit_code == 0 and 'choices' not in structures
+    p = quality['choices']; assert set(p) == set(CHOICES[6]) and np.isclose(sum(p.values()), 1) and list(p.values()) == sorted(p.values(), reverse=True)
