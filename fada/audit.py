@@ -127,7 +127,8 @@ def check_coverage(r):
     "What was asked and not answered, and what was set aside"
     n,failed,left = len(r.plain)+len(r.missing),len(r.plain)-len(r.answered),len(r.missing)
     if failed:
-        why = _shares(r.plain[r.plain.error.fillna('').ne('')].error.str[:60], failed)
+        why = _shares(r.plain[r.plain.error.fillna('').ne('')].error.str.replace(r'\S*/', '…/', regex=True).str[:60],
+                      failed)
         yield Finding('failed', 'red' if failed > .05*n else 'amber', None, None,
                       f'{failed} of {n} questions failed and have no score: {why}')
     if left:
