@@ -382,8 +382,10 @@ def check_size(r):
 
 # %% ../nbs/10c_audit.ipynb #0116103c
 def check_references(r):
-    "Questions whose references are all alike, and categories that are confounded with who answered or where"
-    if not r.references: return
+    "Questions whose references are all alike, and categories whose folder tells the answer"
+    if not r.references:
+        yield Finding('references-missing', 'amber', None, None, 'no references: nothing is scored, the answers alone were looked at')
+        return
     quiet = True
     for q,g in r.plain.groupby('question_id'):
         text,n = _top(g.answer)
