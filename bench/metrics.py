@@ -4,7 +4,7 @@ drawn and their rows put together anew); both give the same interval.
 
     python bench/metrics.py --quick --json
 """
-import argparse, json, sys, time
+import argparse, json, time
 import numpy as np
 import pandas as pd
 from fada.clinical import CATEGORIES, QUESTIONS, RECOMMENDATIONS, STRUCTURES, phrase_answer

@@ -127,7 +127,8 @@ def check_coverage(r):
     "What was asked and not answered, and what was set aside"
     n,failed,left = len(r.plain)+len(r.missing),len(r.plain)-len(r.answered),len(r.missing)
     if failed:
-        why = _shares(r.plain[r.plain.error.fillna('').ne('')].error.str[:60], failed)
+        why = _shares(r.plain[r.plain.error.fillna('').ne('')].error.str.replace(r'\S*/', '…/', regex=True).str[:60],
+                      failed)
         yield Finding('failed', 'red' if failed > .05*n else 'amber', None, None,
                       f'{failed} of {n} questions failed and have no score: {why}')
     if left:
@@ -381,8 +382,10 @@ def check_size(r):
 
 # %% ../nbs/10c_audit.ipynb #0116103c
 def check_references(r):
-    "Questions whose references are all alike, and categories that are confounded with who answered or where"
-    if not r.references: return
+    "Questions whose references are all alike, and categories whose folder tells the answer"
+    if not r.references:
+        yield Finding('references-missing', 'amber', None, None, 'no references: nothing is scored, the answers alone were looked at')
+        return
     quiet = True
     for q,g in r.plain.groupby('question_id'):
         text,n = _top(g.answer)

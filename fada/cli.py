@@ -34,6 +34,10 @@ Categories = Annotated[Optional[str], typer.Option(help='Names separated by comm
 Precision = Annotated[Optional[str], typer.Option(help='fp32, bf16, fp16, int8 or nf4.')]
 Device = Annotated[Optional[str], typer.Option(help='auto, cpu, cuda or cuda:N.')]
 
+def _rows(frame)->list:
+    "Rows of a table as dicts that JSON can hold: what is missing is null"
+    return frame.astype(object).where(frame.notna(), None).to_dict('records')
+
 def _show(result, json:bool, text):
     "Print `result` as JSON, or `text` for people"
     print(_json.dumps(result, indent=1, default=str, ensure_ascii=False) if json else text)
@@ -281,7 +285,7 @@ def runs(
     s = _settings(quiet, output=output)
     from fada.runs import list_runs, prune, runs_text, size_text
     t = list_runs(s.output, kind, model, category, state, since, run)
-    if not remove: return _show(t.astype(object).where(t.notna(), None).to_dict('records'), json, runs_text(t))
+    if not remove: return _show(_rows(t), json, runs_text(t))
     r = prune(t, s.output, yes, weights)
     _show(r, json, '\n'.join([*r['removed'], *(f'in use, kept: {k}' for k in r['in_use']),
                               f"{size_text(r['bytes'])} {'removed' if yes else 'would go; with --yes they do'}"]))
@@ -338,12 +342,12 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
     from fada.pairs import rank_table, ready_table, which_to_use
     from fada.report import write_report
     jobs = collect(run); report = write_report(run, s.data if data else None, title)
-    _show(dict(report=str(report), lines=headline(jobs), quality=quality_table(jobs).to_dict('records'),
-               **(dict(gains=gains(jobs).to_dict('records'), ranks=rank_table(systems(jobs)).to_dict('records'),
-                       pairs=ready_table(jobs).to_dict('records')) if len(systems(jobs)) > 1 else dict(gains=[], ranks=[], pairs=[])),
-               which=which_to_use(jobs).to_dict('records'),
-               planes=plane_table(run, jobs).to_dict('records'),
-               resources=resource_table(jobs).to_dict('records')), json,
+    _show(dict(report=str(report), lines=headline(jobs), quality=_rows(quality_table(jobs)),
+               **(dict(gains=_rows(gains(jobs)), ranks=_rows(rank_table(systems(jobs))),
+                       pairs=_rows(ready_table(jobs))) if len(systems(jobs)) > 1 else dict(gains=[], ranks=[], pairs=[])),
+               which=_rows(which_to_use(jobs)),
+               planes=_rows(plane_table(run, jobs)),
+               resources=_rows(resource_table(jobs))), json,
           '\n'.join([*headline(jobs), f'Report: {report}']))
 
 # %% ../nbs/16_cli.ipynb #f4c8358c

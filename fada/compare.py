@@ -210,9 +210,10 @@ def plot_systems(jobs):
 
 # %% ../nbs/11_compare.ipynb #1404d8a6
 def plot_heat(scored, title=''):
-    "Heat map of mean score, category × question; returns the figure"
+    "Heat map of main scores, category × question; returns the figure, None without scores"
     import matplotlib.pyplot as plt
     plain = scored[(scored.condition == 'plain') & scored.score.notna()]
+    if not len(plain): return None
     t = pd.DataFrame({q: {c: main_score(part, draws=1)['mean'] for c,part in g.groupby('category')} for q,
                       g in plain.groupby('question_id')})
     fig,ax = plt.subplots(figsize=(8,.5*len(t)+1.3))
@@ -327,6 +328,7 @@ def headline(jobs)->list:
     m = summary(scored)
     beats = [f'{q} {v["key"]}' for q,v in m.items()
              if beats_controls(v, knows_folder(scored, scored.adapter.any()))]
+    if not plain.score.notna().any(): return [f'{name}: {plain.image.nunique()} images, no references: nothing is scored.']
     told = knows_folder(scored, scored.adapter.any())
     lines = [f"{name}: {plain.image.nunique()} test images of {plain.patient.nunique()} patients, "
              f"mean of the questions {interval_text(primary(plain))}. {_found(plain)}",

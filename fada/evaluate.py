@@ -288,6 +288,6 @@ def plot_summary(questions:dict, title:str=''):
                   rotation=20, ha='right')
     ax.set(ylim=(-.03,1.05), ylabel='score', title=title)
     ax.grid(axis='y', alpha=.3)
-    ax.legend(fontsize=7, ncol=4, loc='lower left')
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, ncol=4, loc='lower left')
     fig.tight_layout()
     return fig

@@ -394,7 +394,7 @@ HEADLINES = {  # finding: what it means, in a few words
              'few-abnormal': 'too few abnormal images',
     'sensitivity-zero': 'no abnormal image was found', 'specificity-zero': 'no normal image was cleared',
              'errors-as-answers': 'errors among the answers',
-    'controls-missing': 'no controls', 'set-aside': 'set aside', 'failed': 'failed questions',
+    'controls-missing': 'no controls', 'references-missing': 'no references', 'set-aside': 'set aside', 'failed': 'failed questions',
              'not-answered': 'unanswered questions'}
 
 def _grouped(found, where='')->list:

@@ -152,6 +152,10 @@ def what_45_can_show(n:int=45)->str:
             f'{detectable_share(n):.2f} or more would be found four times in five. Images of one category are alike, so that the truth is wider.')
 
 # %% ../nbs/10d_twins.ipynb #054ba5f8
+def _records(frame)->list:
+    "Rows as dicts that JSON can hold: what is missing is None"
+    return frame.astype(object).where(frame.notna(), None).to_dict('records')
+
 def twins_job(
     s,                   # Settings
     out,                 # job folder
@@ -167,11 +171,11 @@ def twins_job(
     vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
     rows = ask_twins(vlm, pairs); rows.to_parquet(out/'twins.parquet', index=False)
     about = dict(kind='twins', identity=vlm.identity(), seed=s.seed, summary=twin_summary(rows),
-                 table=twin_table(rows).to_dict('records'), made=now(),
+                 table=_records(twin_table(rows)), made=now(),
                  notice=f'{NOTICE} {SYNTHETIC}', trained_on_phantoms=vlm.spec.name == 'blip2-nano')
     if images and (s.data/'questions.parquet').is_file():
         spread = phrasing_spread(ask_phrasings(vlm, s.data,
                                                subset(load_table(s.data, split='test'), images, s.seed)))
-        about['phrasings'] = spread.to_dict('records')
+        about['phrasings'] = _records(spread)
     write_json(out/'twins.json', about)
     return about

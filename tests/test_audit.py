@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from fada.answers import read_answers
 from fada.audit import SEVERITIES, audit, open_results
-from fada.clinical import CATEGORIES, QUESTIONS, phrase_answer
+from fada.clinical import phrase_answer
 from fada.controls import donors
 from fada.data import load_table, read_phantoms, save_table, split_by_patient
 from fada.phantoms import write_phantoms

@@ -1,5 +1,5 @@
 "The answers log: two writers, a killed writer, an identity that changes, a control that is not its donor's answer, answers from elsewhere."
-import json, os, signal, subprocess, sys, time
+import json, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 import pytest

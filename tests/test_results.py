@@ -140,3 +140,13 @@ def test_runs_are_listed_filtered_and_pruned(run, tmp_path):
     assert ask('--state', 'unfinished', '--prune', '--yes')['done'] and not (out/'run'/'y').exists()
     assert ask('--prune', '--weights',
                '--yes')['bytes'] == 10_000 and (out/'run'/'x'/'config.json').exists() and (out/'mine'/'notes.txt').exists()
+
+def test_predictions_alone_are_compared_too(tmp_path):
+    "Without references and data: no score is made up, the report says so, and --json is plain JSON"
+    (tmp_path/'a.csv').write_text('image,category,question,prediction\n'+''.join(f'{k}.png,Femur,{q},good\n' for k in range(3) for q in (3, 6)))
+    m = evaluate_answers(tmp_path/'a.csv', tmp_path/'run'/'a'); assert m['endpoint']['mean'] is None and m['coverage']['no_reference'] == 6
+    assert 'references-missing' in {f['id'] for f in m['findings']}
+    r = subprocess.run([*FADA, 'compare', str(tmp_path/'run'), '--json', '--quiet'], capture_output=True, text=True, check=True)
+    def refuse(word): raise ValueError(word)
+    out = json.loads(r.stdout, parse_constant=refuse); assert 'nothing is scored' in out['lines'][0]
+    assert 'no references' in (tmp_path/'run'/'report.html').read_text()
