@@ -21,6 +21,7 @@ def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0.
              **kwargs):
     "Plain attention that keeps its weights (batch × heads × rows × columns) with their gradient"
     scaling = scaling or query.shape[-1]**-.5
+    if _keep is not None: return _part(module, query, key, value, attention_mask, scaling, position_bias, softcap)
     groups = query.shape[1]//key.shape[1]
     if groups > 1: key,value = key.repeat_interleave(groups, 1),value.repeat_interleave(groups, 1)
     scores = query@key.transpose(2,3)*scaling
@@ -29,15 +30,29 @@ def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0.
     if attention_mask is not None: scores = scores+attention_mask[..., :key.shape[-2]]
     weights = scores.softmax(-1)
     if weights.requires_grad: weights.retain_grad()
-    if _keep is None or (kept := _keep(module, weights)) is not None:
-        _caught.append((module, weights if _keep is None else kept))
+    _caught.append((module, weights))
     return (weights@value).transpose(1,2).contiguous(), weights
+
+def _part(module, query, key, value, mask, scaling, bias, softcap):
+    "Fused attention; weights are formed for the rows that `_keep` names alone: heads × rows × columns, half, on the CPU"
+    from torch.nn.functional import scaled_dot_product_attention as fused
+    from fada.decode import weights_of
+    groups = query.shape[1]//key.shape[1]
+    if groups > 1: key,value = key.repeat_interleave(groups, 1),value.repeat_interleave(groups, 1)
+    if mask is not None: mask = mask[..., :key.shape[-2]]
+    if bias is not None: mask = bias if mask is None else mask+bias
+    weights = lambda rows: weights_of(query[:,:,rows]@key.transpose(2,3)*scaling, mask if mask is None or mask.shape[-2] == 1 else mask[...,rows,:], softcap)
+    if (wanted := _keep(module, query.shape[2], key.shape[2])) is not None:
+        rows,columns = wanted
+        _caught.append((module, weights(rows)[0][...,columns.to(query.device)].half().cpu()))
+    out = weights(slice(None))@value if softcap else fused(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1,2).contiguous(), None
 
 # %% ../nbs/12_attention.ipynb #c0207316
 @contextmanager
 def captured(
     core,
-    keep=None,  # (module, weights) → the part of the weights that is kept, or None; all of them where not given
+    keep=None,  # (module, rows, columns) → (slice of rows, columns kept) or None; not given: everything, with gradients
 ):
     "Within this block the model's attention weights are caught; yields the list of (module, weights)"
     global _keep

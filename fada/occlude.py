@@ -32,9 +32,9 @@ def speckle_like(image, seed:int=0):
     from PIL import Image
     from scipy.ndimage import gaussian_filter
     grey = np.asarray(_as_rgb(image).convert('L'), float); inside = sector_mask(image)
-    noise = gaussian_filter(np.random.default_rng(seed).rayleigh(size=grey.shape), 1.2); noise = (noise-noise.mean())/noise.std()
+    noise = gaussian_filter(np.random.default_rng(seed).rayleigh(size=grey.shape), .7); noise = (noise-noise.mean())/noise.std()
     level = grey[inside].mean() if inside.any() else 0.
-    out = np.where(inside, np.clip(level*(1+.35*noise), 0, 255), 0).astype(np.uint8)
+    out = np.where(inside, np.clip(level*(1+.2*noise), 0, 255), 0).astype(np.uint8)
     return Image.fromarray(out).convert('RGB')
 
 def cover_with(image,
