@@ -117,8 +117,9 @@ def relevancy(
         logp = _answer_logp(vlm, bridge(core, q), prompt, ids)[0]
         weights = [w for _,w in caught]
         if not weights: raise FadaError(f'no attention of {vlm.spec.name} could be caught', '', 'attention in separate steps', 'use occlusion')
-        maps = [_compose([_weighted(w, g) for w,g in zip(weights, torch.autograd.grad(logp[t], weights, retain_graph=True))],
-                         q.shape[1], patches.shape[1], words+t) for t in range(len(ids))]
+        # one backward pass carries all tokens: a gradient of each, tokens × batch × heads × rows × columns
+        slopes = torch.autograd.grad(logp, weights, torch.eye(len(ids), device=logp.device), is_grads_batched=True)
+        maps = [_compose([_weighted(w, g[t]) for w,g in zip(weights, slopes)], q.shape[1], patches.shape[1], words+t) for t in range(len(ids))]
     side = int(round((patches.shape[1]-1)**.5))
     per = torch.stack(maps)[:,1:].reshape(-1, side, side).cpu().numpy()  # the class token, first, is no place
     return per.mean(0), per, [vlm.processor.tokenizer.decode([i]) for i in ids]

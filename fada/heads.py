@@ -37,7 +37,7 @@ def forced(vlm, image,
         labels = torch.tensor([ids], device=core.device)
         return lambda: core(**t, labels=labels), (t['input_ids'][0] == core.config.image_token_id).cpu(), slice(0, n)
     from fada.families import append_answers
-    t = append_answers(t, [ids], vlm.tokenizer.pad_token_id); t.pop('labels')
+    t = append_answers(t, [ids], vlm.tokenizer.pad_token_id, kind=vlm.said_kind); t.pop('labels')
     columns = (t['input_ids'][0] == core.config.image_token_id).cpu(); first = len(columns)-n-1
     return lambda: core(**t), columns, slice(first, first+n)
 
@@ -135,9 +135,9 @@ def find_sinks(
     maps,            # layers × heads × tokens × rows × columns
     times:float=SINK,
 )->np.ndarray:       # rows × columns, bool
-    "Places that draw much attention from every token"
-    a = np.asarray(maps, float).mean((0,1)); typical = np.median(a, axis=(1,2), keepdims=True)
-    return (a > times*np.maximum(typical, 1e-12)).all(0)
+    "Places that draw much attention from every token, in half of the heads or more"
+    a = np.asarray(maps, float); typical = np.median(a, axis=(-2,-1), keepdims=True)
+    return (a > times*np.maximum(typical, 1e-12)).all(2).mean((0,1)) >= .5
 
 def raw_map(heads:Heads,
     layer:int=None, head:int=None,   # None: averaged
