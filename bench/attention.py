@@ -19,13 +19,13 @@ from fada.settings import FadaError, environment
 from fada.vlm import load
 
 def times(vlm, runs=5)->dict:
-    "Seconds of an answer, and of maps of all its tokens; best of several, alternating"
+    "CPU seconds of an answer, and of maps of all its tokens; best of several, alternating"
     image = make_phantom('Abdomen', (3, 4, 0)).image; words = vlm.ask(image, 1).text; best = {}
     def ask(): vlm._features.clear(); vlm.ask(image, 1)
     todo = {'answer': ask, 'relevancy': lambda: relevancy_map(vlm, image, 1, words), 'raw attention': lambda: look(vlm, image, 1, words)}
     for _ in range(runs):
         for k, run in todo.items():
-            t = time.perf_counter(); run(); best[k] = min(best.get(k, 9e9), time.perf_counter()-t)
+            t = time.process_time(); run(); best[k] = min(best.get(k, 9e9), time.process_time()-t)
     return best
 
 def main():

@@ -621,6 +621,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'fada.maps.as_map': ('maps.html#as_map', 'fada/maps.py'),
                            'fada.maps.load_map': ('maps.html#load_map', 'fada/maps.py'),
                            'fada.maps.relevancy_map': ('maps.html#relevancy_map', 'fada/maps.py'),
+                           'fada.maps.room_for': ('maps.html#room_for', 'fada/maps.py'),
                            'fada.maps.said': ('maps.html#said', 'fada/maps.py'),
                            'fada.maps.save_map': ('maps.html#save_map', 'fada/maps.py'),
                            'fada.maps.shown_box': ('maps.html#shown_box', 'fada/maps.py'),

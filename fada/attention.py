@@ -83,14 +83,14 @@ def _answer_logp(vlm, features, prompt, ids):
 
 # %% ../nbs/12_attention.ipynb #533fc12d
 def _asked(vlm, question, answer):
-    i = question_id(question)
-    ids = vlm.processor.tokenizer(' '+answer.strip(), add_special_tokens=False)['input_ids']
-    if not ids or not answer.strip():
-        raise FadaError('an answer of zero tokens', '', 'at least one token to explain', 'ask again')
-    if 'attention' not in vlm.spec.capabilities:
-        raise FadaError(f'{vlm.spec.name} gives no attention', '', 'a model with weights at hand',
-                        'use occlusion')
-    return build_prompt(vlm.spec, QUESTIONS[i].text if i else question), ids
+    "(prompt, token ids of the answer); `FadaError` without weights, or without words"
+    from fada import choices   # what every engine can do besides
+    if vlm.core is None or 'attention' not in vlm.spec.capabilities:
+        raise FadaError(f'{vlm.spec.name} gives no attention', '', 'a model with weights at hand', 'use occlusion')
+    i = question_id(question); prompt = build_prompt(vlm.spec, QUESTIONS[i].text if i else question)
+    ids = vlm.answer_ids(prompt, answer.strip(), True) if answer.strip() else []
+    if not ids: raise FadaError('an answer of zero tokens', '', 'at least one token to explain', 'ask again')
+    return prompt, ids
 
 # %% ../nbs/12_attention.ipynb #bbd2a592
 def _weighted(weights, grad=None):

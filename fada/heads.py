@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from .settings import FadaError
 from .attention import captured
-from .maps import Map, as_map, said
+from .maps import Map, as_map, room_for, said
 from .occlude import answer_tokens, prompt_of
 from .vlm import _as_rgb, pixel_values, project
 
@@ -119,8 +119,8 @@ def look(vlm, image, question,
     if vlm.core is None: raise FadaError(f'{vlm.spec.name} has no weights at hand', '', 'a model that runs here', 'use `occlusion`')
     answer = said(vlm, image, question) if answer is None else answer; ids = answer_tokens(vlm, question, answer)
     run,columns,rows = forced(vlm, image, prompt_of(vlm, question), ids)
-    names = {id(m): n for n,m in vlm.core.named_modules()}
-    with captured(vlm.core, keeper(vlm.core, columns, rows, vlm.core.config.get_text_config().is_encoder_decoder)) as caught, torch.no_grad():
+    names = {id(m): n for n,m in vlm.core.named_modules()}; two = vlm.core.config.get_text_config().is_encoder_decoder
+    with room_for(vlm, image), captured(vlm.core, keeper(vlm.core, columns, rows, two)) as caught, torch.no_grad():
         run(); parts = [(names[id(m)], w.numpy()) for m,w in caught]
     language = [w for n,w in parts if 'qformer' not in n]; bridge = [w[...,1:] for n,w in parts if 'qformer' in n]
     if not language: raise FadaError(f'no attention of {vlm.spec.name} could be caught', '', 'attention in separate steps', 'use occlusion')
