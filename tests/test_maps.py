@@ -227,3 +227,19 @@ def test_a_crop_on_disk(tmp_path):
     m = Map(np.zeros((10, 20, 3), np.uint8), np.ones((2, 2)), (5, 0, 15, 10), 'x', 'u', 'q', 'a', 'm')
     again = load_map(save_map(m, tmp_path/'a'))
     assert np.isnan(again.pixels()[:, 0]).all() and (again.pixels()[:, 10] == 1).all()
+
+@pytest.mark.slow
+def test_the_check_tells_a_map_that_knows_from_one_that_does_not():
+    """With the mask itself as a method every control is beaten on energy and overlap, and all but the centre on pointing, for a
+    structure may lie in the middle; the sector earns no badge"""
+    from fada.checked import BLIND, KEPT, TESTED, check_maps, controls_of, map_table, verdict
+    from fada.occlude import sector_mask
+    vlm = load('blip2-nano', device='cpu', precision='fp32')
+    knows = {'truth': lambda v, s: s.mask*(1. if v is vlm else 0.), 'the sector': lambda v, s: sector_mask(s.image).astype(float)}
+    scores, counts = check_maps(vlm, ['Abdomen'], 7, seed=3, methods=knows)
+    assert 5 <= counts[KEPT] <= counts[TESTED] <= 7 and set(scores.what) == {*BLIND, *knows, *(f'{k} (random weights)' for k in knows)}
+    missed = verdict(scores, 'truth')
+    assert not [m for m in missed if m[1] in ('energy', 'iou') or m[1] == 'pointing' and m[0] != 'centre'], missed
+    assert {c for c, _ in verdict(scores, 'the sector')} >= {'sector', 'the sector (random weights)'}
+    assert f'{counts[KEPT]} of {counts[TESTED]} pairs kept' in map_table(scores, counts)
+    assert controls_of('x') == (*BLIND, 'x (random weights)')
