@@ -200,6 +200,7 @@ class Chat(VLM):
     "A chat model: LLaVA, Gemma 3 / MedGemma, Qwen-VL, InternVL, SmolVLM"
     trains_on = 'images'
     first_position = 0   # of a prompt
+    said_kind = 0        # token type of an answer
 
     @property
     def lists_features(self)->bool:
@@ -437,14 +438,14 @@ def blind(vlm):
 # %% ../nbs/07a_families.ipynb #a0631615
 _PER_TOKEN = ('attention_mask', 'token_type_ids', 'mm_token_type_ids')
 
-def append_answers(t, answers, pad:int, ignore=-100)->dict:
-    "Left-padded prompt inputs with answer ids appended, right-padded anew, and labels on the answers"
+def append_answers(t, answers, pad:int, ignore=-100, kind:int=0)->dict:
+    "Left-padded prompt inputs with answer ids of token type `kind` appended, right-padded anew, and labels on the answers"
     keep = [m.bool() for m in t['attention_mask']]; device = t['input_ids'].device
     rows = [ids[k].tolist()+a for ids,k,a in zip(t['input_ids'], keep, answers)]
-    out = dict(t, input_ids=_padded(rows, pad).to(device))
+    out = dict(t, input_ids=_padded(rows, pad).to(device)); fill = dict(attention_mask=1, token_type_ids=kind)
     for name in _PER_TOKEN:
         if name in t:
-            out[name] = _padded([v[k].tolist()+[int(name == 'attention_mask')]*len(a) for v,k,
+            out[name] = _padded([v[k].tolist()+[fill.get(name, 0)]*len(a) for v,k,
                                  a in zip(t[name], keep, answers)], 0).to(device)
     out['labels'] = _padded([[ignore]*int(k.sum())+a for k,a in zip(keep, answers)], ignore).to(device)
     return out
@@ -456,7 +457,7 @@ def loss(self:Chat, inputs, rows):
     turns = [self.render(p, has, a) for p,a in zip(prompts, answers)]
     said = [self.tokenizer(s, add_special_tokens=False)['input_ids'] for _,s in turns]
     t = append_answers(self.inputs([seen[i] for i in at], [r for r,_ in turns]), said,
-                       self.tokenizer.pad_token_id)
+                       self.tokenizer.pad_token_id, kind=self.said_kind)
     return self.model(**t).loss
 
 # %% ../nbs/07a_families.ipynb #5d04e0b9
@@ -487,7 +488,7 @@ def token_maps(self:Chat, image, prompt, ids):
     import torch
     from fada.attention import captured
     t = append_answers(self.inputs([_as_rgb(image)], [self.render(prompt, True)[0]]), [ids],
-                       self.tokenizer.pad_token_id); t.pop('labels')
+                       self.tokenizer.pad_token_id, kind=self.said_kind); t.pop('labels')
     at = (t['input_ids'][0] == self.core.config.image_token_id).cpu(); first = len(at)-len(ids); maps = []
     for k,token in enumerate(ids):
         with captured(self.core) as caught, graph_from(self.core.get_input_embeddings()), torch.enable_grad():
@@ -512,6 +513,7 @@ class PaliGemma(Chat):
     """PaliGemma 2: one task prompt, one answer. Its image tokens see the question (prefix-LM), so prompts are read whole, and
     only the vision tower's work is shared"""
     lists_features,first_position,shares_prefix = False,1,False
+    said_kind = 1   # type 0 sees in both directions: an answer must not see what it is yet to say
 
     def begin_images(self, images, at, texts, most):
         "Answers about images, before their first step"
