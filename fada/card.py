@@ -22,10 +22,12 @@ def _table(head, rows)->str:
 def _limits(about, spec)->list:
     "What the adapter is not"
     from fada.registry import dossier
-    notes = [f['said'] for f in about['preflight'] if f['level'] == 'note'] if isinstance(about['preflight'], list) else ['trained without preflight']
+    checked = isinstance(about['preflight'], list)
+    notes = [f['said'] for f in about['preflight'] if f['level'] == 'note'] if checked else ['trained without preflight']
     worst = about['checks'][-1]; rare = '' if worst['sensitivity'] is None else (
         f"Of {worst['abnormal']} abnormal validation images {worst['sensitivity']:.0%} were found.")
-    return [NOTICE, *(['Its base was trained on synthetic images only.'] if spec.embedded else []), *map(_plain, notes), *([rare] if rare else []),
+    return [NOTICE, *(['Its base was trained on synthetic images only.'] if spec.embedded else []),
+            *map(_plain, notes), *([rare] if rare else []),
             *([f"{len(about['lost_images'])} images vanished during training."] if about['lost_images'] else []),
             *([f"{len(about['skipped_steps'])} steps without finite numbers were left out."] if about['skipped_steps'] else []),
             f'May it be shared: {dossier(spec).share}.']
@@ -34,12 +36,14 @@ def _scores(metrics)->str:
     "Test scores with their controls"
     cell = lambda s: '' if s['mean'] is None else f"{s['mean']:.2f}"+('' if s['low'] is None else f" [{s['low']:.2f}, {s['high']:.2f}]")
     names = sorted({k for m in metrics['questions'].values() for k in m['controls']})
-    rows = [[QUESTIONS[int(q)].key, m['measure'], cell(m['score']), *(cell(m['controls'][n]) if n in m['controls'] else '' for n in names)]
+    rows = [[QUESTIONS[int(q)].key, m['measure'], cell(m['score']),
+             *(cell(m['controls'][n]) if n in m['controls'] else '' for n in names)]
             for q,m in sorted(metrics['questions'].items(), key=lambda kv: int(kv[0]))]
     n = metrics['normality']
     return (f"{metrics['images']} images of {metrics['patients']} patients, split {metrics['split']}; 95 % intervals over patients.\n\n"
             +_table(['question','measure','score',*names], rows)
-            +('' if n['sensitivity'] is None else f"\n\nAbnormal images found: {n['found']} of {n['abnormal']}; normal ones cleared: {n['cleared']} of {n['normal']}."))
+            +('' if n['sensitivity'] is None else f"\n\nAbnormal images found: {n['found']} of {n['abnormal']}; "
+                                                  f"normal ones cleared: {n['cleared']} of {n['normal']}."))
 
 # %% ../nbs/09m_card.ipynb #5b1c3618
 def model_card(
@@ -50,10 +54,12 @@ def model_card(
     from fada.registry import model_spec
     spec = model_spec(about['model']); r = about['recipe']
     settings = _table(['setting','value'], [[k, _plain(v)] for k,v in r.items()])
-    classes = _table(['question','class','images','share drawn'], [[q, _plain(c), v['images'], v['drawn']] for q,cs in about['classes'].items() for c,v in cs.items()])
+    classes = _table(['question','class','images','share drawn'],
+                     [[q, _plain(c), v['images'], v['drawn']] for q,cs in about['classes'].items() for c,v in cs.items()])
     kept = next(c for c in about['checks'] if c['step'] == about['kept_step'])
-    scores = _scores(metrics) if metrics else ('Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was kept, '
-             f"validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); no controls stand beside that.")
+    scores = _scores(metrics) if metrics else (
+        'Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was kept, '
+        f"validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); no controls stand beside that.")
     limits = '\n'.join(f'- {l}' for l in _limits(about, spec))
     return f"""---
 library_name: peft

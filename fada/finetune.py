@@ -10,7 +10,6 @@ __all__ = ['lora_recipe', 'training_tables', 'run_key', 'finetune', 'take_bundle
 import time
 import numpy as np
 from dataclasses import asdict, fields, replace as changed
-from functools import partial
 from pathlib import Path
 from .settings import (FadaError, digest, environment, nearest, now, read_json, seed_all, writable_folder, write_json)
 from .augment import augment
@@ -22,7 +21,7 @@ from .models import NanoRecipe, model_spec
 from .preflight import preflight
 from .registry import hyper
 from .route import fit_likeness, load_likeness, look, save_likeness
-from .resume import CHECKPOINT, clear_run, find_checkpoint
+from .resume import CHECKPOINT, find_checkpoint
 from .train import add_lora, loss_curve, rarity
 from .vlm import PROMPT_VERSION, adapter_digest, attach, load, summary
 from .watch import class_counts
@@ -47,7 +46,8 @@ def training_tables(data, categories, recipe:LoraRecipe)->tuple:
 
 def run_key(vlm, categories, recipe:LoraRecipe, train, val)->str:
     "What identifies a training: base, precision, prompt, recipe, data"
-    return digest([vlm.base, vlm.precision, PROMPT_VERSION, vlm.spec.prompt, sorted(categories), asdict(recipe), table_digest(train), table_digest(val)])
+    return digest([vlm.base, vlm.precision, PROMPT_VERSION, vlm.spec.prompt, sorted(categories), asdict(recipe),
+                   table_digest(train), table_digest(val)])
 
 # %% ../nbs/09k_finetune.ipynb #2a5664e8
 def finetune(
@@ -70,7 +70,8 @@ def finetune(
     if found is None and (out/'fada.json').is_file(): attach(vlm, out); return read_json(out/'fada.json')
     start = time.perf_counter(); seed_all(recipe.seed); parts = add_lora(vlm, recipe.rank)
     keep = lambda what: out/f'{what}-{team.number}.npy'
-    material,validation = Material(vlm, data, train, recipe, keep('train'), changes if recipe.augment else None),Material(vlm, data, val, changed(recipe, cache=True, augment=False), keep('val'))
+    material = Material(vlm, data, train, recipe, keep('train'), changes if recipe.augment else None)
+    validation = Material(vlm, data, val, changed(recipe, cache=True, augment=False), keep('val'))
     p = rarity(train, material.names, recipe.abnormal_weight)
     fit = Fit(vlm, recipe, material, validation, key, out, p, team)
     if found: fit.resume(found)
@@ -95,8 +96,8 @@ def describe(fit:Fit, categories, parts, train, start)->dict:
     "What fada.json says of an adapter"
     vlm,r,m = fit.vlm,fit.recipe,fit.material
     return dict(kind='fada adapter', run=fit.run, base=vlm.base, model=vlm.spec.name, precision=vlm.precision,
-                prompt_version=PROMPT_VERSION, categories=list(categories), rank=r.rank, lr=r.lr, steps=r.steps, batch=r.batch, seed=r.seed,
-                images=len(m), recipe=asdict(r), why=hyper(vlm.spec).why,
+                prompt_version=PROMPT_VERSION, categories=list(categories), rank=r.rank, lr=r.lr, steps=r.steps,
+                batch=r.batch, seed=r.seed, images=len(m), recipe=asdict(r), why=hyper(vlm.spec).why,
                 trained_on_sha256=table_digest(train), trainable=parts,
                 preflight=fit.preflight or 'skipped', kept_step=fit.best['step'], stopped_early=fit.stopped,
                 losses=loss_curve(fit.losses), gradient_norms=loss_curve(fit.norms), skipped_steps=fit.skips, lost_images=m.lost,
@@ -110,12 +111,13 @@ def describe(fit:Fit, categories, parts, train, start)->dict:
 def cache_note(fit:Fit)->dict:
     "Whether features were kept, and how much that gained: what the draws would have cost against what keeping did"
     m,drawn = fit.material,fit.recipe.batch*fit.step
-    if not m.kept: return dict(kept=False, why='pictures are changed' if fit.recipe.augment else 'switched off' if not fit.recipe.cache
+    if not m.kept:
+        return dict(kept=False, why='pictures are changed' if fit.recipe.augment else 'switched off' if not fit.recipe.cache
                                else 'its questions go through apart, with the picture')
     each = m.cache_seconds/len(m) if m.cache_seconds else None
     gain = None if not each else round((fit.seconds+drawn*each)/(fit.seconds+m.cache_seconds), 2)
-    return dict(kept=True, seconds=round(m.cache_seconds, 2), bytes=int(m.features.array.nbytes), seconds_an_image=each, images_drawn=drawn,
-                times_as_fast=gain, helps=None if gain is None else gain > 1.05)
+    return dict(kept=True, seconds=round(m.cache_seconds, 2), bytes=int(m.features.array.nbytes), seconds_an_image=each,
+                images_drawn=drawn, times_as_fast=gain, helps=None if gain is None else gain > 1.05)
 
 def likeness_of(m:Material, held:Material):
     "What the images of a training look like, for routing and for the flag of an image that is unlike them"
@@ -133,8 +135,8 @@ def write_bundle(fit:Fit, about:dict):
     fit.vlm.model.save_pretrained(out)
     if fit.vlm.trains_on != 'nothing': save_likeness(out, likeness_of(fit.material, fit.validation))
     write_json(out/'fada.json', about); write_card(out)
-    for p in [out/CHECKPOINT, *out.glob('train-*.npy'), *out.glob('val-*.npy'), *out.glob('train-*.json'), *out.glob('val-*.json')]:
-        p.unlink(missing_ok=True)
+    kept = [p for name in ('train-*','val-*') for p in out.glob(name) if p.suffix in ('.npy','.json')]
+    for p in [out/CHECKPOINT, *kept]: p.unlink(missing_ok=True)
 
 # %% ../nbs/09k_finetune.ipynb #9644b3fc
 def train_job(

@@ -9,7 +9,7 @@ __all__ = ['MOST_SKIPS', 'LOSS_IMAGES', 'LoraRecipe', 'KeptFeatures', 'keep_feat
 # %% ../nbs/09i_loop.ipynb #4baf8045
 import json, math, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from .packing import PACKS, packed_loss
 from .registry import part_of
 from .resume import (CHECKPOINT, chance_state, optimiser_state, save_checkpoint, set_chance, set_optimiser)
 from .train import LazyImages, NoImages, _project, decoder_loss, optimiser, question_rows
-from .vlm import _as_rgb, pixel_values
+from .vlm import pixel_values
 from .watch import Live, describe_check, pick_samples, validation_answers
 
 # %% ../nbs/09i_loop.ipynb #51a2b154
@@ -268,7 +268,8 @@ def take(self:Fit):
     m,r = self.material,self.recipe
     drawn = self.rng.choice(len(m), min(r.batch, len(m)), replace=False, p=self.p); at = m.present(drawn)
     if not at:
-        raise FadaError(f'none of the {len(drawn)} images of a step is there any more', str(m.folder), 'the images of the table',
+        raise FadaError(f'none of the {len(drawn)} images of a step is there any more', str(m.folder),
+                        'the images of the table',
                         'bring them back and run the same command again')
     self.opt.zero_grad(set_to_none=False); total = torch.zeros((), device=self.parameters[0].device); whole = m.count(at)
     for part in np.array_split(self.team.share(at), r.accumulate):
@@ -334,15 +335,17 @@ def save(self:Fit):
                for k,v in group.items()}
     schedule = {k: v for k,v in self.schedule.state_dict().items() if k != 'lr_lambdas'}
     save_checkpoint(self.folder/CHECKPOINT, tensors,
-                    dict({k: getattr(self, k) for k in _NOTES}, run=self.run, optimiser=numbers, chance=places, schedule=schedule,
-                         lost=self.material.lost, cache_seconds=self.material.cache_seconds, seconds=self.seconds+time.perf_counter()-self.start, made=now()))
+                    dict({k: getattr(self, k) for k in _NOTES}, run=self.run, optimiser=numbers, chance=places,
+                         schedule=schedule, lost=self.material.lost, cache_seconds=self.material.cache_seconds,
+                         seconds=self.seconds+time.perf_counter()-self.start, made=now()))
 
 @patch
 def resume(self:Fit, found):
     "Take over the notes of a checkpoint (see `resume.read_checkpoint`); tensors follow when their optimiser is there"
     self.found = found; state = found[1]
     for k in _NOTES: setattr(self, k, state[k])
-    self.seconds = state['seconds']; self.material.cache_seconds = state['cache_seconds']; self.material.lost.update(state['lost'])
+    self.seconds,self.material.cache_seconds = state['seconds'],state['cache_seconds']
+    self.material.lost.update(state['lost'])
 
 @patch
 def restore(self:Fit):
@@ -354,7 +357,8 @@ def restore(self:Fit):
         named = dict(self.vlm.model.named_parameters())
         for k,v in of('now').items(): named[k].copy_(v)
     device = self.parameters[0].device; self.kept = {k: v.to(device) for k,v in of('best').items()}
-    set_optimiser(self.opt, of('optimiser'), state['optimiser']); self.schedule.load_state_dict(dict(state['schedule'], lr_lambdas=[None]))
+    set_optimiser(self.opt, of('optimiser'), state['optimiser'])
+    self.schedule.load_state_dict(dict(state['schedule'], lr_lambdas=[None]))
     set_chance(self.rng, of('chance'), state['chance'])
 
 # %% ../nbs/09i_loop.ipynb #c6f101c2
@@ -365,7 +369,8 @@ def room(batch:int, desc:str):
     except (RuntimeError, MemoryError) as e:
         if not no_memory(e): raise
         raise FadaError(f'memory ran out with {batch} images a step', desc, 'a step that fits',
-                        'lower the batch, or raise --accumulate, or choose a lower precision or a smaller model of `fada models`') from None
+                        'lower the batch, or raise --accumulate, or choose a lower precision or a smaller model of '
+                        '`fada models`') from None
 
 @patch
 def go(self:Fit, desc:str='LoRA'):
@@ -376,7 +381,8 @@ def go(self:Fit, desc:str='LoRA'):
     for k,(title,parameters,steps) in enumerate(phases):
         if k < self.phase: continue
         self.begin(parameters, steps); last = k == len(phases)-1; every = max(1, steps//self.recipe.checks)
-        for s in progress(range(self.step, 0 if self.stopped else steps), f'{desc}, {title}' if len(phases) > 1 else desc, unit='step'):
+        left = range(self.step, 0 if self.stopped else steps)
+        for s in progress(left, f'{desc}, {title}' if len(phases) > 1 else desc, unit='step'):
             self.take(); self.step = s+1
             if last and self.step % every == 0: self.stopped = self.check(self.step)
             if self.stopped or self.step == steps or self.step % self.recipe.keep_every == 0: self.save()

@@ -10,7 +10,6 @@ __all__ = ['OVERFIT', 'FEW', 'Row', 'read_rows', 'show_batch', 'Finding', 'check
 # %% ../nbs/09e_preflight.ipynb #5f85e076
 import math
 from dataclasses import dataclass
-import numpy as np
 import pandas as pd
 from .settings import FadaError
 from .clinical import QUESTIONS
@@ -130,10 +129,13 @@ def check_image(m:Material, images:int=4)->Finding:
     for i in range(min(images, len(m))):
         for r in read_rows(m, i):
             if r.image_tokens != r.expected or not r.image_tokens:
-                return Finding('image tokens', 'stop', f'{m.names[i]}: {r.image_tokens} image tokens where {r.expected} are expected')
+                return Finding('image tokens', 'stop',
+                               f'{m.names[i]}: {r.image_tokens} image tokens where {r.expected} are expected')
             longest = max(longest, len(r.prompt)+len(r.answer)+(0 if m.chat else r.image_tokens))
-    if room and longest > room: return Finding('image tokens', 'stop', f'a row of {longest} tokens, the model has {room} positions')
-    return Finding('image tokens', 'ok', f'{r.image_tokens} an image, longest row {longest} tokens'+(f' of {room}' if room else ''))
+    if room and longest > room:
+        return Finding('image tokens', 'stop', f'a row of {longest} tokens, the model has {room} positions')
+    said = f'{r.image_tokens} an image, longest row {longest} tokens'+(f' of {room}' if room else '')
+    return Finding('image tokens', 'ok', said)
 
 def check_parts(vlm)->Finding:
     "What is trained, by part, and that nothing frozen is"
@@ -143,10 +145,12 @@ def check_parts(vlm)->Finding:
     wrong = set(found)-{'qformer','language_model', *map(part_of, vlm.spec.trained_parts)}
     if not found: return Finding('what is trained', 'stop', 'nothing')
     if wrong: return Finding('what is trained', 'stop', f'a frozen part is trained: {", ".join(sorted(wrong))}')
-    return Finding('what is trained', 'ok', ', '.join(f'{k} {v:,}' for k,v in found.items())+f' of {sum(p.numel() for p in vlm.model.parameters()):,}')
+    whole = sum(p.numel() for p in vlm.model.parameters())
+    return Finding('what is trained', 'ok', ', '.join(f'{k} {v:,}' for k,v in found.items())+f' of {whole:,}')
 
 # %% ../nbs/09e_preflight.ipynb #0b6176db
-OVERFIT = dict(steps=40, faster=5., most=2e-2, fall=.8, known=.1)   # steps, times the rate, highest rate; loss against the first, or known already
+# steps, times the rate, highest rate; loss against the first, or so low that it is known already
+OVERFIT = dict(steps=40, faster=5., most=2e-2, fall=.8, known=.1)
 
 def check_overfit(m:Material, lr:float)->Finding:
     "Loss on two answers before and after a few quick steps"
@@ -166,14 +170,15 @@ def check_overfit(m:Material, lr:float)->Finding:
         with torch.no_grad():
             for n,p in named.items(): p.copy_(before[n]); p.grad = None
     said = f'{losses[0]:.2f} to {min(losses):.2f} in {len(losses)} steps on two answers'
-    if not all(map(math.isfinite, losses)): return Finding('two answers by heart', 'stop', f'the loss is no number: {losses[-1]}')
+    if not math.isfinite(losses[-1]):
+        return Finding('two answers by heart', 'stop', f'the loss is no number: {losses[-1]}')
     if losses[0] < OVERFIT['known']: said = f'{losses[0]:.2f}: known already'
     good = losses[-1] < max(OVERFIT['fall']*losses[0], OVERFIT['known'])
     return Finding('two answers by heart', 'ok' if good else 'stop', said if good else f'the loss does not fall: {said}')
 
 # %% ../nbs/09e_preflight.ipynb #68bb2a3a
 def packed_step(spec, config, layers:int, half:str, batch:int, questions:int, rank:int, device:str)->tuple:
-    "(peak, bytes of what is trained, bytes of a layer's input) of a packed step on shapes alone, with `layers` layers of the language model"
+    "(peak, bytes of what is trained, of a layer's input) of a packed step on shapes, with `layers` layers of the language model"
     import torch, warnings
     from fada.dry import DryRun
     from fada.packing import packed_loss
@@ -181,7 +186,8 @@ def packed_step(spec, config, layers:int, half:str, batch:int, questions:int, ra
     from fada.train import _project, add_lora
     vlm = shell(spec, _shallow(config, layers), 'bf16' if half == 'bf16' and not spec.fp32_parts else 'int8', half)
     with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, rank)
-    vlm.core.train(); words = vlm.words(); chat = hasattr(vlm, 'render'); trained = [p for p in vlm.model.parameters() if p.requires_grad]
+    vlm.core.train(); words = vlm.words(); chat = hasattr(vlm, 'render')
+    trained = [p for p in vlm.model.parameters() if p.requires_grad]
     rows = [[([3]*PROMPT, [3]*ANSWER)]*questions]*batch; v = config.vision_config
     seen = image_tokens(config, image_side(config)) if chat else (v.image_size//v.patch_size)**2+1
     width = words.embed.weight.shape[1] if chat else v.hidden_size
@@ -204,11 +210,13 @@ def training_bytes(
     if not packed or spec.architecture not in PACKS:
         parts,_,_ = _parts(spec, config, 'train', precision, batch, questions, 48, rank, None, PROMPT, device)
         return sum(parts[k] for k in PARTS[2:-1])
-    half = precision if precision in ('fp32','bf16','fp16') else 'fp32' if device == 'cpu' else 'bf16'; depth = text_depth(config)
+    half = precision if precision in ('fp32','bf16','fp16') else 'fp32' if device == 'cpu' else 'bf16'
+    depth = text_depth(config)
     few = (2, 3) if depth > 3 else (depth, depth)
     (p,t,each),(q,u,_) = (packed_step(spec, config, n, half, batch, questions, rank, device) for n in few)
     peak,trained = p+(depth-few[0])*(q-p),t+(depth-few[0])*(u-t)   # gradients are in the peak
-    if checkpointing: peak = p-(few[0]-1)*(q-p)+depth*each+(depth-few[0])*(u-t)   # each layer keeps its input, one at a time its all
+    if checkpointing:   # each layer keeps its input, one at a time its all
+        peak = p-(few[0]-1)*(q-p)+depth*each+(depth-few[0])*(u-t)
     return int(peak+trained+2*trained*(.25 if eight_bit else 1)+unpacked_bytes(spec, config, precision, half))
 
 def unpacked_bytes(spec, config, precision:str, half:str)->int:
@@ -225,8 +233,8 @@ def check_memory(m:Material, recipe)->Finding:
     from fada.checkpoints import free_bytes
     from fada.memory import in_mib
     vlm = m.vlm; each = max(1, math.ceil(min(recipe.batch, len(m))/recipe.accumulate)); asked = max(map(len, m.rows))
-    need = training_bytes(vlm.spec, vlm.core.config, vlm.precision, each, asked, recipe.rank, vlm.device, m.packs, recipe.checkpointing,
-                          recipe.optimiser != 'adamw')
+    need = training_bytes(vlm.spec, vlm.core.config, vlm.precision, each, asked, recipe.rank, vlm.device, m.packs,
+                          recipe.checkpointing, recipe.optimiser != 'adamw')
     free = free_bytes(vlm.device)
     said = f'about {in_mib(need)} for {each} images at a time, {in_mib(free)} free'
     return Finding('memory', 'ok', said) if need < free else Finding('memory', 'stop',
@@ -247,13 +255,16 @@ def check_coverage(table:pd.DataFrame)->list:
     out.append(Finding('coverage', 'ok', ', '.join(f'{c} {n} images' for c,n in counts.items())))
     different = {QUESTIONS[q].key: g.answer.nunique() for q,g in table.groupby('question_id')}
     one = [k for k,n in different.items() if n == 1]
-    if len(one) == len(different): return [*out, Finding('coverage', 'stop', 'every question has one answer: there is nothing to learn')]
+    if len(one) == len(different):
+        return [*out, Finding('coverage', 'stop', 'every question has one answer: there is nothing to learn')]
     if one: out.append(Finding('coverage', 'note', f'one answer only, nothing to learn there: {", ".join(one)}'))
     for q,classes in answer_classes(table).items():
-        if len(set(classes)) == 1 and QUESTIONS[q].key not in one: out.append(Finding('coverage', 'note', f'{QUESTIONS[q].key}: one class only ({classes[0]})'))
+        if len(set(classes)) == 1 and QUESTIONS[q].key not in one:
+            out.append(Finding('coverage', 'note', f'{QUESTIONS[q].key}: one class only ({classes[0]})'))
     few = [c for c,n in counts.items() if n < FEW]
     if few: out.append(Finding('coverage', 'note', f'fewer than {FEW} images: {", ".join(few)}'))
-    holes = coverage_table(table); empty = [f'{c}: {", ".join(holes.columns[holes.loc[c] == 0])}' for c in holes.index if (holes.loc[c] == 0).any()]
+    t = coverage_table(table)
+    empty = [f'{c}: {", ".join(t.columns[t.loc[c] == 0])}' for c in t.index if (t.loc[c] == 0).any()]
     if empty: out.append(Finding('coverage', 'note', 'no rows for '+'; '.join(empty)))
     return out
 

@@ -91,7 +91,8 @@ def load_likeness(folder):
 def adapters_below(folder)->list:
     "Folders of adapter bundles in and below `folder`; `FadaError` where there are none"
     found = sorted(p.parent for p in Path(folder).rglob('fada.json') if (p.parent/'adapter_model.safetensors').is_file())
-    if not found: raise FadaError('no adapters', str(folder), 'folders with adapter_model.safetensors', 'train one with `fada train`')
+    if not found:
+        raise FadaError('no adapters', str(folder), 'folders with adapter_model.safetensors', 'train one with `fada train`')
     return found
 
 @dataclass
@@ -120,7 +121,6 @@ class Router:
 
     def use(self, name:str):
         "Answer with adapter `name`, or the base, from now on; nothing is loaded"
-        from fada.registry import ASSETS
         if name == self.on: return
         if name != 'base' and name not in self.adapters:
             raise FadaError(f'no adapter {name!r}', '', ', '.join(['base', *self.adapters]), '')
@@ -128,7 +128,8 @@ class Router:
         if name == 'base': v.model.base_model.disable_adapter_layers()
         else: v.model.base_model.enable_adapter_layers(); v.model.set_adapter(name)
         for p in v.model.parameters(): p.requires_grad_(False)
-        v.adapter = self.adapters.get(name, self.base_digest); v.likeness = self.likeness.get(name); v._features = self.kept[name]; self.on = name
+        v.adapter,v.likeness = self.adapters.get(name, self.base_digest),self.likeness.get(name)
+        v._features,self.on = self.kept[name],name
 
 # %% ../nbs/09j_route.ipynb #2a2b6ef5
 from fastcore.basics import patch

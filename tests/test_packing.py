@@ -36,6 +36,7 @@ def test_loss_and_gradients_of_separate_rows(architecture, folder, small_data):
     assert float((g-h).abs().max()) < 1e-5*scale and float((k-h).abs().max()) < 1e-5*scale
     assert m.count([0, 3, 5]) == n.count([0, 3, 5]) > 0
 
+@pytest.mark.slow
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_memory_of_a_packed_step_is_foretold(checkpointing, root):
     "576 image tokens, 8 layers, 8 questions: predicted from shapes against torch's allocator"

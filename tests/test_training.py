@@ -1,12 +1,12 @@
 "Fine-tuning: cut off and gone on with to the same bytes, stopped by what cannot succeed, shared between processes."
-import json, math, os, signal, subprocess, sys, time
-from dataclasses import replace
+import json, os, signal, subprocess, sys, time
+
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
 from fada.data import load_table
-from fada.finetune import finetune, lora_recipe
+from fada.finetune import finetune
 from fada.resume import CHECKPOINT, read_checkpoint
 from fada.settings import FadaError
 from fada.vlm import load
@@ -75,6 +75,7 @@ def test_two_equal_runs_and_parts_of_a_step(tmp_path, small_data):
     for other in (parts, apart, anew):
         for key in ('losses', 'gradient_norms'): assert np.allclose([v for _, v in a[key]], [v for _, v in other[key]], atol=2e-4), key
 
+@pytest.mark.fault
 def test_an_image_that_vanishes(tmp_path, small_data, monkeypatch):
     "Left out with a record; none left is an error, and so is a damaged one"
     import shutil
@@ -93,6 +94,7 @@ def test_an_image_that_vanishes(tmp_path, small_data, monkeypatch):
     shutil.copytree(small_data, data, dirs_exist_ok=True); name = load_table(data, ['Femur'], 'train').image[0]; (data/name).unlink()
     with pytest.raises(FadaError, match=Path(name).name): finetune(nano(), data, ['Femur'], tmp_path/'c', skip_preflight=True, **{**QUICK, 'images': 0})
 
+@pytest.mark.fault
 def test_numbers_that_are_none(tmp_path, small_data, monkeypatch):
     "One bad step is left out and noted; five stop the training, say which part, and keep the checkpoint"
     import torch
@@ -130,7 +132,7 @@ def test_data_that_cannot_teach(tmp_path, small_data, change, said):
 
 def test_preflight_of_a_broken_model(tmp_path, small_data, monkeypatch):
     "A frozen part that is trained, an image that is not there, a rate that teaches nothing: each is a finding that stops"
-    from fada import finetune as ft, train
+    from fada import finetune as ft
     go = lambda n, **kw: finetune(nano(), small_data, ['Femur'], tmp_path/n, **{**QUICK, **kw})
     real = ft.add_lora
     def thaw(vlm, rank): out = real(vlm, rank); next(p for n, p in vlm.model.named_parameters() if 'vision' in n).requires_grad_(); return out
@@ -158,3 +160,15 @@ def test_two_processes_have_the_losses_of_one(tmp_path, small_data):
     from safetensors.torch import load_file
     a, b = (load_file(tmp_path/n/'adapter_model.safetensors') for n in ('one', 'two/adapter'))
     assert max(float((a[k]-b[k]).abs().max()) for k in a) < 1e-3
+
+@pytest.mark.slow
+@pytest.mark.parametrize('precision', ['int8', 'nf4'])
+def test_qlora(precision, tmp_path, small_data):
+    "Quantised weights, gradient checkpointing, parts of a step: the loss falls, the adapter comes back; 8-bit optimisers say where they work"
+    vlm = load('blip2-nano', device='cpu', precision=precision, max_new_tokens=8)
+    about = finetune(vlm, small_data, ['Femur'], tmp_path, steps=10, batch=8, accumulate=2, checkpointing=True, checks=1, validation_images=2, lr=5e-3)
+    losses = [v for _, v in about['losses']]; assert np.mean(losses[-3:]) < np.mean(losses[:3]) and about['precision'] == precision
+    again = load('blip2-nano', tmp_path, device='cpu', precision=precision, max_new_tokens=8); assert again.adapter == vlm.adapter
+    with pytest.raises(FadaError, match='paged8bit works on a card only'):
+        finetune(nano(), small_data, ['Femur'], tmp_path/'b', optimiser='paged8bit', skip_preflight=True, **QUICK)
+    with pytest.raises(FadaError, match='unknown optimiser'): finetune(nano(), small_data, ['Femur'], tmp_path/'c', optimiser='sgd', skip_preflight=True, **QUICK)
