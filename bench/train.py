@@ -46,13 +46,13 @@ def collator(vlm):
     "Batches as the processor makes them, labels on the answer and its end"
     import torch
     from fada.data import read_image
-    tok = getattr(vlm.processor, 'tokenizer', vlm.processor); chat = hasattr(vlm, 'render')
+    tok = getattr(vlm.processor, 'tokenizer', vlm.processor); chat = hasattr(vlm, 'render'); tok.padding_side = 'right'   # on the left it would come between image and words
     def collate(batch):
         images = [read_image(r['row'][0]) for r in batch]; words = [r['row'][1:] for r in batch]
         turns = [vlm.render(p, True, a) if chat else (p, ' '+a+tok.eos_token) for p,a in words]
         t = vlm.processor(images=images, text=[p+s for p,s in turns], return_tensors='pt', padding=True)
         said = [len(tok(s, add_special_tokens=False)['input_ids']) for _,s in turns]; labels = torch.full_like(t['input_ids'], -100)
-        for i,n in enumerate(said): labels[i,-n:] = t['input_ids'][i,-n:]   # padded on the left
+        for i,(n,end) in enumerate(zip(said, t['attention_mask'].sum(1).tolist())): labels[i,end-n:end] = t['input_ids'][i,end-n:end]
         return dict(t, labels=labels)
     return collate
 
