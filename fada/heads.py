@@ -129,14 +129,14 @@ def look(vlm, image, question,
                  [tok.decode([i]) for i in ids], dict(vlm=vlm, image=image, question=question, answer=answer))
 
 # %% ../nbs/12c_heads.ipynb #1d791e37
-SINK = 5.   # times the median share of a place from which it counts as a sink
+SINK = 5.   # times the mean share of a place from which it counts as a sink
 
 def find_sinks(
     maps,            # layers × heads × tokens × rows × columns
     times:float=SINK,
 )->np.ndarray:       # rows × columns, bool
     "Places that draw much attention from every token, in half of the heads or more"
-    a = np.asarray(maps, float); typical = np.median(a, axis=(-2,-1), keepdims=True)
+    a = np.asarray(maps, float); typical = a.mean((-2,-1), keepdims=True)
     return (a > times*np.maximum(typical, 1e-12)).all(2).mean((0,1)) >= .5
 
 def raw_map(heads:Heads,
