@@ -11,7 +11,7 @@ import fnmatch, itertools, sys, time, tomllib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from .settings import FadaError, code_digest, load_settings, nearest, now, write_json, writable_folder
+from .settings import FadaError, code_digest, find_settings, load_settings, nearest, now, write_json, writable_folder
 from .clinical import category
 from .batch import DECIDING, Job, heartbeat, notebook_parameters, run_jobs, run_notebooks
 
@@ -37,6 +37,11 @@ def _known(given, known, where):
     for k in given:
         if k not in known: raise FadaError(f'unknown key {k!r}', where, nearest(k, known), 'correct the key')
 
+def _a(kind, value, key, where):
+    "`value`, proved to be of a kind"
+    if not isinstance(value, kind): raise FadaError(f'{key} = {value!r}', where, {dict: 'a table', list: 'a list', str: 'a text'}[kind], '')
+    return value
+
 def _listed(raw, key, default, where):
     "A list of the grid, with its type proved"
     v = raw.get(key, default); kind = int if key == 'seeds' else str
@@ -50,11 +55,13 @@ def read_grid(path)->Grid:
     if not path.is_file(): raise FadaError('the grid is missing', where, 'a TOML file', '')
     try: raw = tomllib.loads(path.read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise FadaError('not valid TOML', where, 'a grid', str(e)) from None
-    _known(raw, KEYS, where); _known(raw.get('limits', {}), LIMITS, f'{where}, limits')
+    _known(raw, KEYS, where); _known(_a(dict, raw.get('limits', {}), 'limits', where), LIMITS, f'{where}, limits')
+    for k in ('name', 'data', 'weights'): _a(str, raw.get(k, ''), k, where)
     for k,v in raw.get('limits', {}).items():
         if not isinstance(v, (LIMITS[k], int)) or isinstance(v, bool): raise FadaError(f'{k} = {v!r}', f'{where}, limits', LIMITS[k].__name__, '')
     for k in ('include', 'exclude'):
-        for row in raw.get(k, []): _known(row, (*AXES.values(), 'task'), f'{where}, {k}')
+        for row in _a(list, raw.get(k, []), k, where): _known(_a(dict, row, k, where), (*AXES.values(), *(['task'] if k == 'exclude' else [])), f'{where}, {k}')
+    for k,v in _a(dict, raw.get('parameters', {}), 'parameters', where).items(): _a(dict, v, f'parameters.{k}', where)
     _known(raw.get('parameters', {}), ('train', 'evaluate'), f'{where}, parameters')
     s = load_settings(data=raw.get('data'))
     defaults = dict(models=[s.model], categories=list(s.categories), precisions=[s.precision], seeds=[s.seed], tasks=list(TASKS[1:]))
@@ -81,22 +88,39 @@ def combinations(g:Grid)->list:     # [{model, category, precision, seed}]
                             'exclude the combination')
     return rows
 
-def _excluded(g, row, task):
-    "Whether one of the grid's `exclude` rows says that `task` of a combination is left out"
-    seen = dict(row, task=task)
-    return any(all(seen[k] == v for k,v in x.items()) for x in g.exclude)
+def _plain(row):
+    "A row of `exclude` with its category as the grid writes it"
+    return dict(row, category=category(row['category']).name) if row.get('category', 'all') != 'all' else row
+
+def _excludes(x, row, task):
+    "Whether an `exclude` row says that `task` of a combination is left out"
+    seen = dict(row, task=task); return all(seen[k] == v for k,v in x.items())
+
+def _models_files()->list:
+    "The group's own rows of the registry, where there are some"
+    ini = find_settings()
+    return [p for p in (ini.parent/'models.toml', ini.parent/'models.ini') if p.is_file()] if ini else []
 
 def _job(g, folder, row, task, code):
     "One job of a combination"
     what = 'train' if task == 'train' else 'evaluate'; name = '-'.join([task, *map(str, row.values())])
     p = dict(data=g.data, output=str(folder/name), model=row['model'], categories=row['category'], weights=g.weights,
              precision=row['precision'], seed=row['seed'], **g.parameters.get(what, {}))
-    after,inputs,outputs = (),[code, Path(g.data)/'questions.parquet'],['metrics.json']
+    own = [Path(g.weights)/f for f in ('model.safetensors', 'config.json')] if g.weights else []
+    after,inputs,outputs = (),[code, Path(g.data)/'questions.parquet', *own, *_models_files()],['metrics.json']
     if task == 'train': outputs = ['adapter/adapter_model.safetensors']
     if task == 'evaluate':
         trained = '-'.join(['train', *map(str, row.values())]); after = (trained,)
-        p['adapter'] = str(folder/trained/'adapter'); inputs.append(folder/trained/'adapter'/'adapter_model.safetensors')
+        p['adapter'] = str(folder/trained/'adapter'); inputs += [folder/trained/'adapter'/f for f in ('adapter_model.safetensors', 'adapter_config.json')]
     return Job(name, run_notebooks(g.path.parent)/f'{what}.ipynb', p, folder/name, inputs, [folder/name/o for o in outputs], after)
+
+def _after_what_is_there(jobs:dict, folder):
+    "An evaluation whose training is no job of this grid needs one that was done; `FadaError` where there is none"
+    for j in jobs.values():
+        for a in j.after:
+            if a not in jobs and not (folder/a/'done.json').is_file():
+                raise FadaError(f'{j.name} needs {a}', str(folder), 'a training in the grid, or one that is done', 'put "train" into tasks, or "baseline" for the model as it is')
+        j.after = tuple(a for a in j.after if a in jobs)
 
 def grid_jobs(
     g:Grid,
@@ -104,9 +128,11 @@ def grid_jobs(
 )->list:             # of Job
     "The jobs of a grid, a training before the evaluation that needs it; `FadaError` for none and for too many"
     folder,code = Path(folder).resolve(),code_digest(DECIDING)
-    jobs = [_job(g, folder, row, t, code) for row in combinations(g) for t in TASKS if t in g.tasks and not _excluded(g, row, t)]
-    names = {j.name for j in jobs}
-    for j in jobs: j.after = tuple(a for a in j.after if a in names)
+    wanted = [(row, t) for row in combinations(g) for t in TASKS if t in g.tasks]; out = [_plain(x) for x in g.exclude]
+    for x in out:
+        if not any(_excludes(x, *w) for w in wanted): raise FadaError(f'exclude {x} fits no job', str(g.path), 'a combination of the grid', 'correct it')
+    jobs = [_job(g, folder, row, t, code) for row,t in wanted if not any(_excludes(x, row, t) for x in out)]
+    _after_what_is_there({j.name: j for j in jobs}, folder)
     limit = g.limits.get('jobs', 1000)
     if not jobs: raise FadaError('the grid expands to no job', str(g.path), 'at least one', 'look at exclude')
     if len(jobs) > limit:
@@ -132,7 +158,7 @@ def plan_jobs(jobs, device:str='cpu')->list:
         p = {**notebook_parameters(j.notebook), **j.parameters}
         task = 'train' if p.get('task') == 'lora' else 'answer'
         try: q = plan(p['model'], task, p['precision'], device=device.split(':')[0], find=False, **(
-                 dict(batch=p['batch'], steps=p['steps'], rank=p['rank']) if task == 'train' else dict(batch=16)))
+                 dict(batch=p['batch'] or None, steps=p['steps'], rank=p['rank'] or None) if task == 'train' else dict(batch=16)))
         except FadaError: j.memory = 0; hours.append(None); continue   # a service, an ensemble: nothing to load here
         j.memory = q.peak_bytes + (0 if device.startswith('cuda') else BESIDE); hours.append(q.hours)
     return hours
@@ -161,10 +187,6 @@ def dry_run(
     g = read_grid(path); s = load_settings(data=g.data); jobs = chosen(grid_jobs(g, folder or s.output/g.name), only)
     return grid_table(jobs, plan_jobs(jobs, resolve_device(s.device)))
 
-def _forget(jobs):
-    "Take the mark of being done from finished jobs"
-    for j in jobs: (j.folder/'done.json').unlink(missing_ok=True)
-
 def run_grid(
     path,                    # of the grid file
     folder=None,             # of the batch; None: its name below [output] folder
@@ -176,7 +198,7 @@ def run_grid(
     from fada.memory import parse_size
     g = read_grid(path); s = load_settings(data=g.data); out = writable_folder(folder or s.output/g.name)
     jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter()
-    if force: _forget(jobs)
+    for j in jobs: j.fresh = force
     memory = _plan_missing(g, jobs, s.device)
     stop = out.resolve()/'.stop'; stop.unlink(missing_ok=True)
     for j in jobs:

@@ -401,6 +401,7 @@ def plan(
     "Predict the memory of a model from its shape alone"
     spec = model_spec(model); batch,steps,rank = training_defaults(spec, task, batch, steps, rank)
     _check(spec, task, precision, batch, questions, new_tokens, steps)
+    if rank < 1: raise FadaError(f'rank = {rank}', '', 'a whole number of at least 1', '')
     size = lambda v, what: v if isinstance(v, int) else parse_size(v, what)
     gpu,reserve = size(this_card() if gpu is None else gpu, '--gpu'),size(reserve, '--reserve')
     parts,n,flops = _parts(spec, shape_of(spec, config), task, precision, batch, questions, new_tokens, rank, side,

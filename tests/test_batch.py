@@ -1,5 +1,5 @@
 "Batches: order, limits, retries, faults, other machines. The jobs are stubs that import nothing heavy, in real kernels."
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, signal, subprocess, sys, threading, time
 from pathlib import Path
 import psutil
 import pytest
@@ -33,6 +33,11 @@ def job(tmp_path, name, after=(), notebook=None, **parameters):
     folder = tmp_path/'out'/name; limits = {k: parameters.pop(k) for k in ('seconds', 'limit', 'memory') if k in parameters}
     return Job(name, notebook or stub(tmp_path), dict(output=str(folder), name=name, **parameters), folder,
                outputs=[folder/'metrics.json'], after=tuple(after), **limits)
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path, monkeypatch):
+    "Kernels name their connection file on the command line: below the test's own folder they can be found"
+    monkeypatch.setenv('JUPYTER_RUNTIME_DIR', str(tmp_path/'runtime'))
 
 def by_state(results): return {r.job.name: r.state for r in results}
 
@@ -71,6 +76,24 @@ def test_limits_of_time_and_memory(tmp_path):
     assert 'longer than 6 s' in r['slow'].reason and 'GiB of main memory' in r['hungry'].reason and r['good'].state == 'done'
     time.sleep(1.5); assert not kernels(tmp_path)
 
+def test_what_hangs_and_what_changes_meanwhile(tmp_path, monkeypatch):
+    "A stopped process that does not hear the order to end is killed; a table that changes during a run fails it; force begins anew"
+    monkeypatch.setattr(batch, 'PATIENCE', 1.); j = job(tmp_path, 'deaf', pause=60., seconds=8); told = threading.Event()
+    def deafen():
+        while not told.wait(.2):
+            for c in psutil.Process().children():
+                if 'fada.batch' in c.cmdline() and (j.part/'answers.jsonl').exists(): c.suspend(); return
+    t = threading.Thread(target=deafen); t.start(); r = run_jobs([j])[0]; told.set(); t.join()
+    assert r.state == 'failed' and 'longer than 8 s' in r.reason and not kernels(tmp_path)
+    table = tmp_path/'table'; table.write_text('1'); j = job(tmp_path, 'a', n=20, pause=.1); j.inputs = [table]
+    change = threading.Timer(4, lambda: table.write_text('2')); change.start(); r = run_jobs([j])[0]; change.join()
+    if r.state == 'failed': assert 'changed while it ran' in r.reason; r = run_jobs([j])[0]   # else it was done before the change
+    assert r.state in ('done', 'reused')
+    log = tmp_path/'out'/'a'/'answers.jsonl'; log.write_text('["old", 0, 0]\n'); j.parameters['n'] = 2; run_jobs([j])
+    assert 'old' in log.read_text()                                       # other settings: the answers are kept, and what they depend on is in them
+    j.fresh = True; assert run_jobs([j])[0].state == 'done' and 'old' not in log.read_text()
+    assert [p.name for p in (tmp_path/'out').iterdir() if p.name.endswith(('.old', '.part'))] == ['deaf.part']
+
 def test_a_killed_kernel_gets_half_the_batch(tmp_path):
     "Exit 138 is what a machine out of memory looks like: once more at half, and the record says so"
     r = run_jobs([job(tmp_path, 'a', kill=True)])[0]
@@ -103,11 +126,15 @@ def drive(tmp_path, **kw):
 def test_killed_anywhere_and_run_again(tmp_path, seed):
     "SIGKILL the whole batch, the process of a notebook or its kernel, at a random moment: the next run ends as an unbroken one"
     rng = random.Random(seed); stub(tmp_path); p = drive(tmp_path); time.sleep(rng.uniform(1, 7))
-    victim = rng.choice(['batch', 'notebook', 'kernel']); children = psutil.Process(p.pid).children(recursive=True)
-    of = dict(batch=[p], notebook=[c for c in children if 'fada.batch' in c.cmdline()], kernel=[c for c in children if 'ipykernel_launcher' in c.cmdline()])
-    for v in of[victim][:1]:
-        try: v.kill()
-        except psutil.NoSuchProcess: pass   # it had just ended
+    victim = ['batch', 'notebook', 'kernel'][seed % 3]; killed = False
+    while not killed and p.poll() is None:   # the one that was there may just have ended
+        children = psutil.Process(p.pid).children(recursive=True)
+        try:
+            of = dict(batch=[psutil.Process(p.pid)], notebook=[c for c in children if 'fada.batch' in c.cmdline()],
+                      kernel=[c for c in children if 'ipykernel_launcher' in c.cmdline()])
+            if of[victim]: of[victim][0].kill(); killed = True
+        except psutil.NoSuchProcess: pass
+    assert killed
     out, err = p.communicate(timeout=120)
     if victim == 'batch':   # its children notice
         gone, alive = psutil.wait_procs(children, timeout=10); assert not alive
@@ -192,3 +219,16 @@ def test_grid_by_command(tmp_path, root, small_data):
     start = time.perf_counter(); again = json.loads(fada('--json').stdout); assert again['states'] == dict(reused=3) and time.perf_counter()-start < 30
     assert json.loads((out/'evaluate-blip2-nano-Femur-fp32-0'/'metrics.json').read_text())['images'] == 3
     grid.write_text('modles = ["x"]'); r = fada(); assert r.returncode == 1 and 'did you mean models' in r.stderr and 'Traceback' not in r.stderr
+
+@pytest.mark.parametrize('more,said', [('[[exclude]]\ncategory = "Abdomen"', 'fits no job'), ('[[include]]\ntask = "train"', 'unknown key .task.'),
+    ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano')])
+def test_a_grid_that_cannot_be_meant(tmp_path, root, more, said):
+    from fada.grid import grid_jobs, read_grid
+    (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'; g.write_text('models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\n'+more)
+    with pytest.raises(FadaError, match=said): grid_jobs(read_grid(g), tmp_path/'o')
+
+def test_a_category_is_excluded_however_it_is_spelt(tmp_path, root):
+    from fada.grid import grid_jobs, read_grid
+    (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'
+    g.write_text('models = ["blip2-nano"]\ncategories = ["Femur", "Thorax"]\nprecisions = ["fp32"]\nseeds = [0]\n[[exclude]]\ncategory = "femur"\n')
+    assert {j.parameters['categories'] for j in grid_jobs(read_grid(g), tmp_path/'o')} == {'Thorax'}
