@@ -319,6 +319,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'fada.cli._report': ('cli.html#_report', 'fada/cli.py'),
                           'fada.cli._root': ('cli.html#_root', 'fada/cli.py'),
                           'fada.cli._rows': ('cli.html#_rows', 'fada/cli.py'),
+                          'fada.cli._set_aside': ('cli.html#_set_aside', 'fada/cli.py'),
                           'fada.cli._settings': ('cli.html#_settings', 'fada/cli.py'),
                           'fada.cli._show': ('cli.html#_show', 'fada/cli.py'),
                           'fada.cli.access': ('cli.html#access', 'fada/cli.py'),

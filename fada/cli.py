@@ -130,7 +130,19 @@ def prepare(
              s.seed, s.jobs, source, **{k: v for k,v in dict(frames=frames, dataset=dataset).items() if v})
     who = f"of {m['patients']} patients" if m['patients_known'] else 'of unknown patients'
     _show(m, json, f"{m['images']} images {who}, {m['rows']} questions, "
-          f"{m['quarantined']} set aside in {s.data}")
+          f"{m['quarantined']} set aside in {s.data}"+_set_aside(s.data, m))
+
+def _set_aside(folder, m)->str:
+    "What was set aside, the commonest reasons first, and which questions have no answer at all"
+    from collections import Counter
+    from fada.clinical import QUESTIONS
+    from fada.readers import QUARANTINE
+    import csv
+    none = [q.key for q in QUESTIONS.values() if not m['rows_by_question'].get(q.id)]; lines = []
+    if m['quarantined']:
+        with open(folder/QUARANTINE, encoding='utf-8', newline='') as f: why = Counter(r['reason'] for r in csv.DictReader(f))
+        lines = [f'  {n:6}  {reason}' for reason,n in why.most_common(6)]+[f'  all of them, with file and row: {folder/QUARANTINE}']
+    return '\n'.join(['', *lines, *([f"  no answer at all to: {', '.join(none)}"] if none else [])]).rstrip()
 
 # %% ../nbs/16_cli.ipynb #ad968b77
 @app.command()
@@ -317,7 +329,8 @@ def batch(
     _settings(quiet)
     from fada.grid import batch_text, dry_run as rehearse, run_grid
     if dry_run:
-        t = rehearse(grid, out, only); return _show(t.to_dict('records'), json, t.to_string(index=False))
+        t = rehearse(grid, out, only)
+        return _show(t.to_dict('records'), json, t.to_string(index=False)+f'\n{len(t)} jobs, {(t.state != "done").sum()} to do')
     about = run_grid(grid, out, only, force, scheduler, **({'say': lambda line: None} if quiet else {}))
     _show(about, json, batch_text(about))
     if set(about['states']) - {'done', 'reused'}: raise typer.Exit(1)

@@ -53,7 +53,7 @@ def collect(
         else: found.append(Collected(d.name, config))
     if not any(j.metrics for j in found):
         raise FadaError('no evaluation', str(run), 'job folders with config.json and metrics.json',
-                        'run evaluate.ipynb first')
+                        'run `fada evaluate`, or evaluate.ipynb, first')
     return found
 
 # %% ../nbs/11_compare.ipynb #99ffcee9
@@ -100,15 +100,16 @@ def control_table(scored)->pd.DataFrame:
     """Per question: the score, what each control scores, the smallest paired gain over a control, and whether all are beaten
     (95 % interval above zero). The folder's majority answer is set apart: it counts only where the system knows the folder too."""
     rows = []; known = knows_folder(scored, scored.adapter.any())
+    mean = lambda c: '–' if c['mean'] is None else f"{c['mean']:.2f}"   # no reference could be read: nothing to score
     for q,m in summary(scored).items():
         d = {k: v for k,v in m['differences'].items() if k != KNOWS_FOLDER}
-        b = beats_controls(m, known)
+        told = [v for v in d.values() if v['mean'] is not None]; b = beats_controls(m, known)
         folder = m['differences'].get(KNOWS_FOLDER)
         rows.append({'question': f"{q} {m['key']}", 'measure': m['measure'],
-                     'model': interval_text(m['score']), **{k: f"{m['controls'][k]['mean']:.2f}" for k in d},
-                     'smallest gain': interval_text(min(d.values(), key=lambda v: v['mean'])) if d else '–',
+                     'model': interval_text(m['score']), **{k: mean(m['controls'][k]) for k in d},
+                     'smallest gain': interval_text(min(told, key=lambda v: v['mean'])) if told else '–',
                      'beats all' if known else 'beats all but the next': '–' if b is None else 'yes' if b else 'no',
-                     'majority in category': f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}" if folder else '–',
+                     'majority in category': mean(m['controls'][KNOWS_FOLDER]) if folder else '–',
                      'gain over it': interval_text(folder) if folder else '–'})
     return pd.DataFrame(rows)
 

@@ -287,6 +287,7 @@ def verify(
 )->pd.DataFrame:            # file, finding; empty where nothing changed
     "Every change to any file since the table was made; `FadaError` where there is no manifest"
     folder = Path(folder)
+    if not folder.is_dir(): raise FadaError('the folder is missing', str(folder), 'a data folder', '')
     if not (folder/'manifest.json').is_file():
         raise FadaError('there is no question table yet', str(folder), 'manifest.json',
                         f'make it first: fada prepare --data {folder}')
@@ -313,7 +314,7 @@ def load_table(
     path = Path(folder)/'questions.parquet'
     if not path.is_file():
         raise FadaError('no question table', str(folder), 'questions.parquet',
-                        'run `fada phantom`, or prepare.ipynb on your own folder')
+                        'run `fada phantom`, or `fada prepare --data FOLDER` on your own folder')
     table = check_table(pd.read_parquet(path), str(path))
     if tuple(categories) != ('all',):
         names = [category(c).name for c in categories]

@@ -35,7 +35,7 @@ class Grid:
 def _known(given, known, where):
     "Raise for a key that is not known"
     for k in given:
-        if k not in known: raise FadaError(f'unknown key {k!r}', where, nearest(k, known), 'correct the key')
+        if k not in known: raise FadaError(f'unknown key {k!r}', where, f'one of {", ".join(known)}', 'correct the key')
 
 def _a(kind, value, key, where):
     "`value`, proved to be of a kind"
@@ -160,14 +160,16 @@ def plan_jobs(jobs, device:str='cpu')->list:
         try: q = plan(p['model'], task, p['precision'], device=device.split(':')[0], find=False, **(
                  dict(batch=p['batch'] or None, steps=p['steps'], rank=p['rank'] or None) if task == 'train' else dict(batch=16)))
         except FadaError: j.memory = 0; hours.append(None); continue   # a service, an ensemble: nothing to load here
-        j.memory = q.peak_bytes + (0 if device.startswith('cuda') else BESIDE); hours.append(q.hours)
+        j.memory = q.peak_bytes + (0 if device.startswith('cuda') else BESIDE)
+        hours.append(q.hours if q.speed.startswith('measured here') else None)   # a card's published speed says nothing of this machine
     return hours
 
 def grid_table(jobs, hours=None):
     "The jobs with memory, hours, and whether they are done: a data frame"
     import pandas as pd
     state = lambda j: 'done' if j.done() else 'changed' if j.folder.exists() else 'begun' if j.part.exists() else 'to do'
-    return pd.DataFrame([dict(job=j.name, memory_gib=round(j.memory/2**30, 2), hours=h, after=', '.join(j.after), state=state(j))
+    time = lambda h: 'not measured here' if h is None else f'{60*h:.0f} min' if h > .1 else f'{3600*h:.0f} s'
+    return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=round(j.memory/2**30, 2), training_time=time(h), after=', '.join(j.after))
                          for j,h in zip(jobs, hours or [None]*len(jobs))])
 
 # %% ../nbs/13c_grid.ipynb #20d4c968

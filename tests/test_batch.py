@@ -218,7 +218,7 @@ def test_grid_by_command(tmp_path, root, small_data):
     assert about['states'] == dict(done=3) and (out/'batch.png').stat().st_size > 5000 and json.loads((out/'batch.json').read_text())['jobs'] == 3
     start = time.perf_counter(); again = json.loads(fada('--json').stdout); assert again['states'] == dict(reused=3) and time.perf_counter()-start < 30
     assert json.loads((out/'evaluate-blip2-nano-Femur-fp32-0'/'metrics.json').read_text())['images'] == 3
-    grid.write_text('modles = ["x"]'); r = fada(); assert r.returncode == 1 and 'did you mean models' in r.stderr and 'Traceback' not in r.stderr
+    grid.write_text('modles = ["x"]'); r = fada(); assert r.returncode == 1 and 'one of models' in r.stderr and 'Traceback' not in r.stderr
 
 @pytest.mark.parametrize('more,said', [('[[exclude]]\ncategory = "Abdomen"', 'fits no job'), ('[[include]]\ntask = "train"', 'unknown key .task.'),
     ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano')])

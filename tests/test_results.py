@@ -1,6 +1,6 @@
 """What is made of results: twins through a local and a remote model, the preset of 45, examples in the prompt, answers from elsewhere
 side by side, people beside models, the list of runs, the paper."""
-import json, re, subprocess, sys
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -9,7 +9,7 @@ from services import Door, of_model
 from test_remote import service
 from tiny import tiny
 from fada.answers import AnswersLog
-from fada.compare import collect, systems
+from fada.compare import collect, control_table, systems
 from fada.data import load_table
 from fada.evaluate import choose_rows, evaluate, evaluate_answers
 from fada.pairs import compare_pair, people_table, rank_table, ready_pairs, subgroup_table
@@ -150,3 +150,13 @@ def test_predictions_alone_are_compared_too(tmp_path):
     def refuse(word): raise ValueError(word)
     out = json.loads(r.stdout, parse_constant=refuse); assert 'nothing is scored' in out['lines'][0]
     assert 'no references' in (tmp_path/'run'/'report.html').read_text()
+
+def test_a_question_whose_references_cannot_be_read(nano, small_data, tmp_path):
+    "Nothing to score there: a dash in every table, and a report all the same"
+    d = tmp_path/'data'; shutil.copytree(small_data, d); t = pd.read_parquet(d/'questions.parquet')
+    t.loc[t.question_id == 4, 'answer'] = 'hm'; t.loc[t.question_id == 4, 'structured'] = '{}'; t.to_parquet(d/'questions.parquet', index=False)
+    job = tmp_path/'run'/'evaluate'; evaluate(nano, d, job, images=8, control_images=4)
+    write_json(job/'config.json', dict(kind='evaluate', model='blip2-nano', weights='', adapter='', precision='fp32', categories=['all'], seed=0,
+                                       data=str(d), load_seconds=.1, weights_bytes=1))
+    (scored,) = systems(collect(tmp_path/'run')).values(); row = control_table(scored).set_index('question').loc['4 biometry']
+    assert row['model'] == row['blank'] == row['smallest gain'] == '–' and write_report(tmp_path/'run', d).stat().st_size > 10_000
