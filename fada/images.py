@@ -250,7 +250,7 @@ def public_name(
     m = re.fullmatch(rf"(?is)(.*)((?:{'|'.join(map(re.escape, IMAGES))})(?:#\d+)?)", last)
     stem,ext = m.groups() if m else (last, '')
     folders = [f if f in ('/', '..') or _is_category(f) else _public_text(f) for f in folders]
-    return '/'.join([*folders, _public_text(stem)+ext.lower()])
+    return '/'.join([*folders, _public_text(stem)+ext.lower()]).replace('//', '/')
 
 # %% ../nbs/04a_images.ipynb #d86f1dc6
 def _undrawn(rgb):

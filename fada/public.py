@@ -151,7 +151,7 @@ def _read_nt(r, path, workers):
 # %% ../nbs/04d_public.ipynb #60576229
 def _set_of(name):
     "test, train or '': the set that the nearest folder of an image names"
-    return next((s for p in reversed(Path(name).parts[:-1]) for s in ('test', 'train') if s in fold(p)), '')
+    return next((m[1] for p in reversed(Path(name).parts[:-1]) if (m := re.search(r'\b(test|train)', fold(p)))), '')
 
 def _read_hc18(r, workers):
     images = [n for n in list_files(r)[0] if not Path(n).stem.lower().endswith('_annotation')]

@@ -50,11 +50,13 @@ def test_hc18_sets_that_share_file_names(tmp_path):
     "Both sets count from 1: each row gets the picture of its own set, and a name that fits two is set aside"
     for k, s in enumerate(('training_set', 'test_set')): picture(tmp_path/s/'001_HC.png', k)
     for k, d in enumerate(('a', 'b')): picture(tmp_path/'training_set'/d/'002_HC.png', 5+k)
-    pd.DataFrame({'filename': ['001_HC.png', '002_HC.png'], 'pixel size(mm)': .1, 'head circumference (mm)': [44.3, 50]}
+    picture(tmp_path/'latest'/'004_HC.png', 9)                                          # a folder that names neither set
+    pd.DataFrame({'filename': ['001_HC.png', '002_HC.png', '004_HC.png'], 'pixel size(mm)': .1, 'head circumference (mm)': [44.3, 50, 60]}
                  ).to_csv(tmp_path/'training_set_pixel_size_and_HC.csv', index=False)
     pd.DataFrame({'filename': ['001_HC.png', '003_HC.png'], 'pixel size(mm)': .2}).to_csv(
         tmp_path/'test_set_pixel_size.csv', index=False)
-    r = read_any(tmp_path); assert [(x['image'], x['mm_per_px']) for x in r.rows] == [('training_set/001_HC.png', .1)]
+    r = read_any(tmp_path); assert [(x['image'], x['mm_per_px']) for x in r.rows] == [
+        ('training_set/001_HC.png', .1), ('latest/004_HC.png', .1)]
     said = ' | '.join(r.quarantine.reason); assert '2 images of one name' in said and "no image '003_HC.png'" in said
 
 def test_two_pictures_of_one_stem_get_no_label_of_each_other(tmp_path):
