@@ -164,9 +164,10 @@ def agreement(
     if not len(seconds):
         return pd.DataFrame(columns=['question_id', 'annotators', 'n', 'agreement', 'kappa', 'jaccard'])
     from sklearn.metrics import cohen_kappa_score
+    table,seconds = (t if 'annotator' in t else t.assign(annotator=None) for t in (table, seconds))
     both = table.merge(seconds, on=['image','question_id'], suffixes=('_1','_2')); out = []
-    if 'annotator_1' not in both: both['annotator_1'] = ''
-    for (q,a,b),g in both.groupby(['question_id', both.annotator_1.fillna('first'), 'annotator_2']):
+    for (q,a,b),g in both.groupby(['question_id', both.annotator_1.fillna('first'),
+        both.annotator_2.fillna('second')]):
         x,y = g.answer_norm_1,g.answer_norm_2; sets = []
         if q == 1:
             for s,t in zip(g.answer_1, g.answer_2):

@@ -167,7 +167,9 @@ def split_table(
     cats = {u: g.category.value_counts().to_dict() for u,g in images.groupby(images.image.map(unit))}
     rng = np.random.default_rng(seed); where = {u: s for u,s in given.items() if s != 'train'}
     if 'val' in given.values():where.update(given); rest_shares = shares
-    else: rest_shares = (shares[0]/(shares[0]+shares[1]), shares[1]/(shares[0]+shares[1]), 0)
+    else:
+        rest = shares[0]+shares[1]  # none: a published training part stays one
+        rest_shares = (shares[0]/rest, shares[1]/rest, 0) if rest else (1, 0, 0)
     train = {u: cats[u] for u,s in given.items() if u not in where}
     where.update({u: SPLITS[s] for u,s in _deal(train, rest_shares, rng).items()})
     free = {u: c for u,c in cats.items() if u not in where}
@@ -175,7 +177,8 @@ def split_table(
     out = table.assign(split=table.image.map(unit).map(where))
     wanted = {s for s,x in zip(SPLITS, shares) if x > 0}
     for c,g in out.groupby('category'):
-        if not given and (lost := wanted-set(g.split)):
+        if set(table.image[g.index].map(unit)) <= set(given): continue  # as it was published
+        if (lost := wanted-set(g.split)):
             who = sorted(g.patient.unique())
             some = ', '.join(who[:6])+(' …' if len(who) > 6 else '')
             raise FadaError('no split without a leak',
@@ -219,18 +222,29 @@ def table_digest(table)->str:
 # %% ../nbs/04_data.ipynb #3073bf79
 FILES = 'files.json'  # {path: [bytes, sha256]} of every file that the table stands on
 
-def _file_hashes(table, folder, seen=None):
-    "Size and sha256 of images, sidecars, workbooks and the table's own files; hashes of the reading are reused"
+def _on_disk(folder, name):
+    "The file that a finding or a source names: `answers.xlsx [sheet]` and `cine.dcm#3` are parts of one"
+    while name and not (folder/name).is_file():
+        cut = max(name.rfind(' ['), name.rfind('#'))
+        if cut < 1: return ''
+        name = name[:cut]
+    return name if name and (folder/name).resolve().is_relative_to(folder.resolve()) else ''
+
+def _file_hashes(table, folder, seen=None, quarantine=None):
+    """Size and sha256 of every file that was read: images, sidecars, workbooks, what was set aside, and the table's
+    own; hashes of the reading are reused"""
     names = {n.split('#')[0] if not (folder/n).is_file() else n for n in table.image}
     names |= set(table.truth.dropna()) if 'truth' in table else set()
     if 'source' in table:
-        names |= {s.rsplit(':', 1)[0].split(' [')[0] for s in table.source.dropna().unique()}
+        names |= {_on_disk(folder, s.rsplit(':', 1)[0]) for s in table.source.dropna().unique()}
+    if quarantine is not None: names |= {_on_disk(folder, n) for n in quarantine.file.astype(str).unique()}
     names |= {'questions.parquet', QUARANTINE, 'second_readings.parquet', 'annotations.jsonl'}
     out = {}
-    for n in sorted(names):
+    for n in sorted(names-{''}):
         p = folder/n
         if p.is_file():
-            out[n] = [p.stat().st_size, (seen or {}).get(n, {}).get('file_sha256') or sha256_file(p)]
+            sha = (seen or {}).get(n, {}).get('file_sha256')  # missing where it does not open
+            out[n] = [p.stat().st_size, sha if isinstance(sha, str) else sha256_file(p)]
     return out
 
 # %% ../nbs/04_data.ipynb #45fea2e5
@@ -250,7 +264,7 @@ def save_table(table, folder, reader, seed, quarantine=None, seconds=None, notes
         if frame is not None and len(frame): frame.to_csv(folder/name, index=False)
     (folder/'second_readings.parquet').unlink(missing_ok=True)
     if seconds is not None and len(seconds): _write_parquet(seconds, folder/'second_readings.parquet')
-    files = _file_hashes(table, folder, seen); write_json(folder/FILES, files)
+    files = _file_hashes(table, folder, seen, quarantine); write_json(folder/FILES, files)
     manifest = make_manifest(table, reader, seed, quarantine, files=len(files), files_digest=digest(files),
                              **more)
     write_json(folder/'manifest.json', dict(manifest, manifest_digest=digest(_plain(manifest))))

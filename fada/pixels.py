@@ -6,7 +6,7 @@
 __all__ = ['processor_settings', 'model_pixels', 'PixelCache', 'pixel_cache']
 
 # %% ../nbs/04i_pixels.ipynb #128883df
-import os
+import os, shutil
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -80,17 +80,24 @@ def _cache_files(
     path,           # folder of one cache
     settings, hashes,
 ):                  # (pixels, done): memory-mapped pixels, and which rows of them hold
-    "Open the files of a cache, made where they are missing"
+    "Open the files of a cache; where they are missing they are made aside and renamed, so none sees half of them"
     if not (path/'index.json').is_file():
+        part = writable_folder(path.with_name(f'.{path.name}.{os.getpid()}.part'))
         shape = (len(hashes), settings['size'], settings['size'], 3)
-        np.lib.format.open_memmap(path/'pixels.npy', 'w+', settings['dtype'], shape)
-        np.save(path/'done.npy', np.zeros(len(hashes), bool))
-        write_json(path/'index.json', dict(settings=settings, hashes=hashes))
+        np.lib.format.open_memmap(part/'pixels.npy', 'w+', settings['dtype'], shape)
+        np.save(part/'done.npy', np.zeros(len(hashes), bool))
+        write_json(part/'index.json', dict(settings=settings, hashes=hashes))
+        try: part.rename(path)
+        except OSError:  # another was first, and its files are whole: go on with them
+            shutil.rmtree(part)
+            if not (path/'index.json').is_file():
+                raise FadaError('a pixel cache that is not whole', str(path), '', 'delete it') from None
     return np.load(path/'pixels.npy', mmap_mode='r+'), np.load(path/'done.npy')
 
 def _settle(path, pixels, done):
     "Pixels first, then the word that they are there"
-    pixels.flush(); np.save(path/'.done.npy', done); os.replace(path/'.done.npy', path/'done.npy')
+    tmp = path/f'.done.{os.getpid()}.npy'
+    pixels.flush(); np.save(tmp, done); os.replace(tmp, path/'done.npy')
 
 # %% ../nbs/04i_pixels.ipynb #41d72b64
 def pixel_cache(
@@ -105,7 +112,7 @@ def pixel_cache(
     from multiprocessing import get_context
     settings = settings or processor_settings()
     images = table.drop_duplicates('pixels_sha256').sort_values('image'); hashes = images.pixels_sha256.tolist()
-    path = writable_folder(Path(where)/digest([settings, hashes])[:16])
+    path = writable_folder(where)/digest([settings, hashes])[:16]
     pixels,done = _cache_files(path, settings, hashes); todo = [i for i in range(len(hashes)) if not done[i]]
     jobs = [(str(Path(folder)/images.image.iloc[i]), hashes[i], settings) for i in todo]
     workers = min(workers or os.cpu_count() or 1, max(1, len(todo)//60))

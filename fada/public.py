@@ -7,10 +7,12 @@ gets one."""
 __all__ = ['PUBLIC', 'PLANES', 'BOXES', 'public_layout', 'read_public']
 
 # %% ../nbs/04d_public.ipynb #69db9ef5
+import re
 from pathlib import Path
 from .settings import FadaError
 from .clinical import CATEGORIES
-from .readers import Reading, add_answer, list_files, look_at, name_key, split_name
+from .images import IMAGES
+from .readers import Reading, add_answer, known_split, list_files, look_at, name_key
 from .sheets import fold, read_sheets
 
 # %% ../nbs/04d_public.ipynb #94303d4b
@@ -64,7 +66,20 @@ def _table(r, path):
             if (i, None) in s.bad: r.set_aside(s.name, i, '', s.bad[i,None])
             else: yield s.name, i, {fold(h): cells.get(k, '') for k,h in enumerate(s.headers)}
 
-def _by_name(names): return {name_key(Path(n).stem): n for n in names}
+def _by_name(names):
+    "{folded name, with and without its ending: images of that name}"
+    index = {}
+    for n in names:
+        for key in {name_key(Path(n).name), name_key(Path(n).stem)}: index.setdefault(key, []).append(n)
+    return index
+
+def _one(index, name, fits=None):
+    "(image, '') of the one that a label names, or (None, why not); `fits` says which may be meant"
+    stem = Path(name).stem if Path(name).suffix.lower() in IMAGES else name
+    hits = index.get(name_key(name)) or index.get(name_key(stem)) or []
+    hits = [n for n in hits if fits is None or fits(n)]
+    if len(hits) == 1: return hits[0], ''
+    return None, f'{len(hits)} images of one name: {", ".join(hits)}' if hits else f'no image {name!r}'
 
 def _finish(r, found, images, workers, dataset):
     "Look at the images once, then add the answers that labels give"
@@ -91,34 +106,38 @@ def _read_planes(r, path, dataset, workers):
     images,_ = list_files(r); index = _by_name(images); found = []; labelled = set()
     for file,i,row in _table(r, path):
         name = row.get('image name') or row.get('filename') or ''
-        image = index.get(name_key(Path(name).stem if name.lower().endswith('.png') else name))
+        image,lost = _one(index, name)
         cat,why = _plane(row); site = row.get('center', '')
         if image: labelled.add(image)
         if image is None or cat is None:
-            r.set_aside(file, i, 'image' if cat else 'plane', why or f'no image {name!r}'); continue
+            r.set_aside(file, i, 'image' if cat else 'plane', why or lost); continue
         known = dict(patient=f"{dataset}:{site+':' if site else ''}{row.get('patient num', '') or '?'+name}",
             site=site,
                      operator=row.get('operator', ''), machine=row.get('us machine', ''),
-                     published_split=split_name(row.get('train', '')))
+                     published_split=known_split(r, (file, i), row.get('train', '')))
         found.append(((file, i), image, cat, {3: CATEGORIES[cat].plane}, known))
     filed = {f[1]
         for f in found}  # a picture whose label has no category is set aside with its row, not looked at
     return _finish(r, found, [n for n in images if n in filed or n not in labelled], workers, dataset)
 
 # %% ../nbs/04d_public.ipynb #fc4a6607
+def _is_standard(name):
+    "Whether the nearest folder that speaks of standard planes says so; None where none does"
+    said = next((f for p in reversed(Path(name).parts[:-1]) if 'standard' in (f := fold(p))), None)
+    return None if said is None else not re.search(r'\bnon[ -]?standard', said)
+
 def _read_nt(r, path, workers):
     images,_ = list_files(r); index = _by_name(images); boxes = {}; rows = {}
     for file,i,row in _table(r, path):
-        image = index.get(name_key(Path(row.get('fname', '')).stem))
+        image,lost = _one(index, row.get('fname', ''))
         what = BOXES.get(fold(row.get('structure', '')))
-        if image is None: r.set_aside(file, i, 'fname', f"no image {row.get('fname', '')!r}")
+        if image is None: r.set_aside(file, i, 'fname', lost)
         elif what is None:
             r.set_aside(file, i, 'structure', f"unknown structure {row.get('structure', '')!r}")
         else: boxes.setdefault(image, []).append(what); rows.setdefault(image, (file, i))
     found = []
     for n in images:
-        folders = ' '.join(fold(f) for f in Path(n).parts[:-1])
-        standard = 'non' not in folders if 'standard' in folders else None
+        standard = _is_standard(n)
         answers = {}
         if n in boxes: answers[1] = ', '.join(dict.fromkeys(boxes[n]))
         if standard is not None:
@@ -130,19 +149,25 @@ def _read_nt(r, path, workers):
     return _finish(r, found, images, workers, 'fetal-nt')
 
 # %% ../nbs/04d_public.ipynb #60576229
+def _set_of(name):
+    "test, train or '': the set that the nearest folder of an image names"
+    return next((m[1] for p in reversed(Path(name).parts[:-1]) if (m := re.search(r'\b(test|train)', fold(p)))), '')
+
 def _read_hc18(r, workers):
     images = [n for n in list_files(r)[0] if not Path(n).stem.lower().endswith('_annotation')]
-    index = {Path(n).name.lower(): n for n in images}; found = []
+    index = _by_name(images); found = []
     for path in sorted(r.folder.rglob('*pixel_size*.csv')):
         split = 'test' if path.name.lower().startswith('test') else 'train'
         for file,i,row in _table(r, path):
-            image = index.get(row.get('filename', '').lower()); hc = row.get('head circumference (mm)', '')
+            hc = row.get('head circumference (mm)', '')
+            # both sets count from 1: a name is looked for among the images of its own set
+            image,lost = _one(index, row.get('filename', ''), lambda n: _set_of(n) in (split, ''))
             try:
                 scale = float(row.get('pixel size(mm)') or row.get('pixel size (mm)') or 'nan')
                 mm = float(hc) if hc else None
             except ValueError: scale,mm = float('nan'),None
             if image is None:
-                r.set_aside(file, i, 'filename', f"no image {row.get('filename', '')!r}"); continue
+                r.set_aside(file, i, 'filename', lost); continue
             if not .005 < scale < 2:
                 r.set_aside(file, i, 'pixel size(mm)', 'no pixel size from 0.005 to 2 mm'); continue
             known = dict(patient=f'hc18:{split}:{Path(image).stem.split("_")[0]}', mm_per_px=scale,

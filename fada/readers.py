@@ -6,8 +6,9 @@ reason. Nothing is in neither."""
 # %% auto #0
 __all__ = ['QUARANTINE', 'OURS', 'PLACEHOLDERS', 'NOT_DONE', 'KNOWN', 'CENTRES', 'RESERVED', 'RANGES', 'Reading',
            'structured_json', 'name_facts', 'add_answer', 'name_key', 'list_files', 'find_category', 'index_images',
-           'find_image', 'check_known', 'split_name', 'look_at', 'expand_frames', 'read_group_folder', 'which_question',
-           'chat_turns', 'record_facts', 'read_chat', 'read_hf', 'guess_reader', 'read_any', 'read_folder']
+           'find_image', 'check_known', 'split_name', 'known_split', 'look_at', 'expand_frames', 'read_group_folder',
+           'which_question', 'chat_turns', 'record_facts', 'read_chat', 'read_hf', 'guess_reader', 'read_any',
+           'read_folder']
 
 # %% ../nbs/04c_readers.ipynb #87e69beb
 import functools, json, os, re
@@ -55,7 +56,7 @@ class Reading:
         self.notes.append(dict(file=str(file), row=row, field=str(field), finding=finding, action=action))
 
 # %% ../nbs/04c_readers.ipynb #2f7fe3e5
-KNOWN = ('patient', 'annotator', 'site', 'machine', 'operator', 'visit', 'twin', 'ga_days', 'mm_per_px',
+KNOWN = ('patient', 'annotator', 'site', 'machine', 'operator', 'visit', 'twin', 'ga_days', 'ga_source', 'mm_per_px',
     'published_split')
 
 @functools.lru_cache(200_000)
@@ -124,7 +125,11 @@ def list_files(
     r:Reading,
 ):              # (images, sheets): paths relative to the folder
     "All images and sheets below the folder; links out of it and files of no use are named"
-    root = r.folder.resolve(); images,sheets = [],[]
+    return _walk(r)[:2]
+
+def _walk(r):
+    "(images, sheets, JSON files) below the folder"
+    root = r.folder.resolve(); images,sheets,chats = [],[],[]
     for base,dirs,files in os.walk(r.folder):
         for d in [d for d in dirs if (Path(base)/d).is_symlink()]:
             dirs.remove(d)
@@ -142,7 +147,8 @@ def list_files(
                 r.note(name, 0, '', 'a name that Windows refuses; exported under another one')
             if suffix in IMAGES: images.append(name)
             elif suffix in SHEETS + tuple(OLD): sheets.append(name)
-    return images, sheets
+            elif f not in OURS: chats.append(name)
+    return images, sheets, chats
 
 # %% ../nbs/04c_readers.ipynb #1fd40347
 def find_category(name):
@@ -197,6 +203,8 @@ def _load_sheets(r, names):
             r.mapping[s.name] = {s.headers[k]: m for k,m in columns.items()}
             for k,h in enumerate(s.headers):
                 if k not in columns and h: r.note(s.name, 1, h, 'a column that means nothing here: not read')
+            if 'ga_days' in columns.values() and 'ga_source' not in columns.values():
+                r.note(s.name, 1, 'ga_source', 'no column "GA source": how the pregnancies were dated is not known')
             for i,k,text in s.mended:
                 r.note(s.name, i, s.headers[k] if k is not None else '', text, 'repaired')
             out.append((n, s, columns))
@@ -252,14 +260,14 @@ def check_known(
             v = number
         elif not isinstance(v, (str, int, float)) or isinstance(v, bool):
             r.set_aside(*where, k, f'{v!r} is no text'); continue
-        out[k] = hashed(v) if k == 'patient' else split_name(v) if k == 'published_split' else v
+        out[k] = hashed(v) if k == 'patient' else known_split(r, where, v) if k == 'published_split' else v
+    if 'ga_days' not in out: out.pop('ga_source', None)  # the source of nothing
     return {k: v for k,v in out.items() if v != ''}
 
 # %% ../nbs/04c_readers.ipynb #26e64e61
 def _known(r, s, i, get):
     "Optional columns of a row"
-    out = check_known(r, (s.name, i), {k: get(k) for k in KNOWN})
-    return dict(out, ga_source='dates') if 'ga_days' in out else out
+    return check_known(r, (s.name, i), {k: get(k) for k in KNOWN})
 
 def split_name(text):
     "train, val or test from what data sets call them, or ''"
@@ -268,6 +276,13 @@ def split_name(text):
             '0': 'test', '0.0': 'test', 'no': 'test', 'false': 'test', 'test': 'test', 'testing': 'test',
             'val': 'val',
             'valid': 'val', 'validation': 'val', 'dev': 'val'}.get(fold(text), '')
+
+def known_split(r, where, text):
+    "The published split that `text` means, or '' after saying that it means none"
+    out = split_name(text)
+    if not out and str(text).strip():
+        r.note(*where, 'published_split', f'{text!r} is no known split (train, val, test): split anew')
+    return out
 
 # %% ../nbs/04c_readers.ipynb #ed7a7ee1
 def look_at(r, images, workers=None):
@@ -280,6 +295,7 @@ def look_at(r, images, workers=None):
     r.seen.update(look_all(r.folder, here, workers))
     for n in here:
         if r.seen[n]['error']: r.set_aside(n, 0, 'image', r.seen[n]['error'])
+        elif (pages := r.seen[n].get('pages') or 1) > 1: r.note(n, 0, 'image', f'the first of {pages:.0f} pages is read')
     return {n for n in here if not r.seen[n]['error']}
 
 # %% ../nbs/04c_readers.ipynb #feb08224
@@ -421,7 +437,7 @@ def record_facts(rec, image):
     "(category or None, known columns) of a chat record: its own fields, else the image's folders"
     cat = find_category(rec.get('category', '')) if rec.get('category') else next((c
         for f in reversed(Path(image).parts[:-1]) if (c := find_category(f))), None)
-    return cat, {k: rec[k] for k in (*KNOWN, 'ga_source') if k in rec}
+    return cat, {k: rec[k] for k in KNOWN if k in rec}
 
 # %% ../nbs/04c_readers.ipynb #e39403ad
 def read_chat(
@@ -430,10 +446,7 @@ def read_chat(
     workers:int=None,
 )->Reading:
     "Read chat messages, ShareGPT and LLaVA conversations"
-    r = Reading(Path(folder), 'chat', dict(dataset=dataset)); images,_ = list_files(r); found = []
-    files = [p.relative_to(r.folder).as_posix() for p in sorted(r.folder.rglob('*.json*'))
-        if p.suffix in ('.json', '.jsonl')
-             and p.name not in OURS and not p.name.startswith('.') and p.is_file()]
+    r = Reading(Path(folder), 'chat', dict(dataset=dataset)); images,_,files = _walk(r); found = []
     for n in files:
         for i,rec in _json_records(r, n):
             try: refs,pairs,kind = chat_turns(rec if isinstance(rec, dict) else {})
@@ -464,16 +477,30 @@ def _chat_rows(r, n, i, rec, image, pairs, good, dataset):
         else: add_answer(r, image, cat, q, answer, (n, i), known, dataset or rec.get('dataset', ''))
 
 # %% ../nbs/04c_readers.ipynb #187ac94f
-def _arrow_files(folder):
+def _saved_splits(r):
+    "Splits that `dataset_dict.json` lists and that lie in the folder; the others are set aside"
+    n = 'dataset_dict.json'
+    try: about = json.loads((r.folder/n).read_text(encoding='utf-8'))
+    except ValueError as e: r.set_aside(n, 0, '', f'not valid JSON: {e}'); return
+    splits = about.get('splits') if isinstance(about, dict) else None
+    if not isinstance(splits, list): r.set_aside(n, 0, 'splits', 'no list of splits'); return
+    for s in splits:
+        if isinstance(s, str) and s and (r.folder/s).resolve().parent == r.folder.resolve(): yield s
+        else: r.set_aside(n, 0, 'splits', f'{s!r} is no folder beside it')
+
+def _arrow_files(r):
     "[(split, file)] of a saved dataset or of Parquet shards named after splits"
-    folder = Path(folder); out = []
+    folder = r.folder; out = []
     if (folder/'dataset_dict.json').is_file():
-        for s in json.loads((folder/'dataset_dict.json').read_text())['splits']:
-            out += [(s, p) for p in sorted((folder/s).glob('*.arrow'))]
+        for s in _saved_splits(r): out += [(s, p) for p in sorted((folder/s).glob('*.arrow'))]
     elif (folder/'state.json').is_file(): out = [('', p) for p in sorted(folder.glob('*.arrow'))]
     for p in sorted([*folder.glob('*.parquet'), *folder.glob('data/*.parquet')]):
         if p.name not in OURS: out.append((re.split(r'-\d{5}', p.stem)[0], p))
-    return out
+    root = folder.resolve(); inside = [x for x in out if x[1].resolve().is_relative_to(root)]
+    for x in out:
+        if x not in inside:
+            r.set_aside(x[1].relative_to(folder).as_posix(), 0, '', 'a symbolic link out of the folder')
+    return inside
 
 def _batches(path):
     "Record batches of an Arrow stream or file, or of Parquet"
@@ -503,6 +530,14 @@ def _extract(r, value):
     return out.relative_to(r.folder).as_posix(), ''
 
 # %% ../nbs/04c_readers.ipynb #edd8adb3
+def _unpack_facts(rec):
+    "`rec` with its JSON column `facts`, as `export` writes it, laid out; `FadaError` where that is no JSON object"
+    if not isinstance(rec.get('facts'), str): return rec
+    try: facts = json.loads(rec.pop('facts'))
+    except ValueError as e: raise FadaError(f'column facts is not valid JSON: {e}') from None
+    if not isinstance(facts, dict): raise FadaError(f'column facts is no JSON object: {facts!r}')
+    rec.update(facts); return rec
+
 def read_hf(
     folder,                # as `Dataset.save_to_disk` writes it, or Parquet shards
     dataset:str='',
@@ -511,18 +546,16 @@ def read_hf(
     "Read a Hugging Face `datasets` folder"
     import pyarrow as pa
     r = Reading(Path(folder), 'datasets', dict(dataset=dataset)); found = []
-    for split,p in _arrow_files(folder):
-        n = p.relative_to(r.folder).as_posix(); i = 0
+    for split,p in _arrow_files(r):
+        n = p.relative_to(r.folder).as_posix(); i = 0; split = known_split(r, (n, 0), split)
         try:
             for batch in _batches(p):
                 r.mapping[n] = {c: c for c in batch.schema.names}
                 for rec in batch.to_pylist():
                     i += 1; image,why = _extract(r, rec.get('image', rec.get('images')))
-                    rec = dict({'published_split': split_name(split)}, **{k: v for k,v in rec.items()
+                    rec = dict({'published_split': split}, **{k: v for k,v in rec.items()
                         if k not in ('image','images')})
-                    if isinstance(rec.get('facts'), str):
-                        rec.update(json.loads(rec.pop('facts')))  # as `export` writes it
-                    try: pairs = chat_turns(rec)[1]
+                    try: pairs = chat_turns(_unpack_facts(rec))[1]
                     except (FadaError, ValueError) as e: pairs,why = [],str(e)
                     if image is None or not pairs: r.set_aside(n, i, '', why or 'no question and answer')
                     else: found.append((n, i, rec, image, pairs))
@@ -547,7 +580,7 @@ def guess_reader(
     if name := public_layout(folder): return name
     sheets = [p for p in [*folder.glob('*'), *folder.glob('*/*')] if p.suffix.lower() in SHEETS
         and p.name not in OURS]
-    if not sheets and _arrow_files(folder): return 'datasets'
+    if not sheets and ((folder/'dataset_dict.json').is_file() or _arrow_files(Reading(folder, ''))): return 'datasets'
     chats = [p for p in [*folder.glob('*.json*'), *folder.glob('*/*.json*')] if p.name not in OURS
         and p.suffix in ('.json', '.jsonl')]
     return 'chat' if chats and not sheets else 'folder'

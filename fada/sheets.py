@@ -54,12 +54,30 @@ def _separator(text):
     count = {s: len(next(csv.reader([head], delimiter=s), [])) for s in SEPARATORS}
     return max(SEPARATORS, key=lambda s: count[s])
 
+# %% ../nbs/04b_sheets.ipynb #1a20d871
+_PICTURE = re.compile(r'(?i)\.(png|jpe?g|tiff?|bmp|webp|dcm|dicom)$')
+
+def _swallowed(source, sep, head):
+    "Whether quotes of a record over several lines do not add up, or one of its lines is a row of its own"
+    try: next(csv.reader(source, delimiter=sep, strict=True))
+    except csv.Error: return True
+    column = next((k for k,h in enumerate(head) if header_meaning(h) == 'image'), None)
+    if column is None: return False
+    rows = (next(csv.reader([l], delimiter=sep), []) for l in source[1:])
+    return any(len(c) == len(head) and _PICTURE.search(c[column].strip()) for c in rows)
+
 def _records(text, sep):
-    "(first line number, cells, raw text) of each record; a quoted cell may span lines"
-    lines = text.splitlines(keepends=True)
-    reader = csv.reader(lines, delimiter=sep); start = 0
-    for cells in reader:
-        yield start+1, cells, ''.join(lines[start:reader.line_num]); start = reader.line_num
+    "(first line number, cells, raw text, what is wrong) of each record; a quoted cell may span lines"
+    lines = list(io.StringIO(text, newline='')); start,head = 0,[]  # no form feed or Unicode break ends a row
+    while start < len(lines):
+        reader = csv.reader((lines[k] for k in range(start, len(lines))), delimiter=sep); why = ''
+        try: cells = next(reader); n = reader.line_num
+        except csv.Error: n = len(lines)-start+1  # more in one cell than a table may hold
+        if n > 1 and _swallowed(lines[start:start+n], sep, head):
+            cells = next(csv.reader(lines[start:start+1], delimiter=sep)); n = 1
+            why = 'a quote that is opened and not closed: the rows after it are read on their own'
+        yield start+1, cells, ''.join(lines[start:start+n]), why
+        start += n; head = head or [c.strip() for c in cells if any(c.strip() for c in cells)]
 
 # %% ../nbs/04b_sheets.ipynb #988263a0
 def read_delimited(
@@ -78,9 +96,10 @@ def read_delimited(
     try: records = [r for r in _records(text, sep) if any(c.strip() for c in r[1])]
     except csv.Error as e: raise FadaError('not a readable table', name, 'CSV or TSV', str(e)) from None
     out.headers = [h.strip() for h in records[0][1]]; n = len(out.headers)
-    for i,cells,source in records[1:]:
+    for i,cells,source,why in records[1:]:
         while len(cells) > n and not cells[-1].strip(): cells = cells[:-1]
-        if len(cells) != n: cells = _other_separator(out, i, cells, source, sep, n)
+        if why: out.bad[i, None] = why
+        elif len(cells) != n: cells = _other_separator(out, i, cells, source, sep, n)
         # an apostrophe before = + - @ keeps spreadsheets from computing the cell; it is not part of the text
         out.rows.append((i, {k: re.sub(r"^'(?=[=+\-@])", '', c.strip()) for k,c in enumerate(cells[:n])}))
     return [out]
@@ -211,6 +230,7 @@ SPELLINGS = {
     'machine': ('machine', 'us machine', 'scanner', 'device'),
     'visit': ('visit', 'scan number'),
     'ga_days': ('ga days', 'gestational age days', 'ga in days'),
+    'ga_source': ('ga source', 'source of ga', 'gestational age source', 'dated by'),
     'twin': ('twin', 'fetus'),
     'mm_per_px': ('mm per px', 'mm per pixel', 'pixel size', 'pixel size (mm)', 'pixel size(mm)'),
     'published_split': ('split', 'train', 'subset')}

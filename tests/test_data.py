@@ -10,7 +10,7 @@ from fada.annotate import LOG, annotate, annotations
 from fada.checks import check
 from fada.clinical import QUESTIONS
 from fada.data import load_table, prepare, split_table, verify
-from fada.images import hashed, read_image
+from fada.images import hashed, public_name, read_image
 from fada.readers import read_any, read_group_folder
 from fada.settings import FadaError
 
@@ -357,3 +357,136 @@ def test_a_folder_that_cannot_be_written_is_said_before_it_is_read(tmp_path, mon
     monkeypatch.setattr(os, 'access', lambda p, mode: mode != os.W_OK and may(p, mode))
     with pytest.raises(FadaError, match='the image folder cannot be written.*copy the folder'):
         prepare(tmp_path, 0, [], source='folder')
+
+# ---- what a strict reading of these rooms found
+
+@pytest.mark.parametrize('lines,taken', [
+    (['a.png,Femur,"good', 'b.png,Femur,fair', 'c.png,Femur,poor'], 'bc'),              # open to the end of the file
+    (['a.png,Femur,"good', 'b.png,Femur,"fair"', 'c.png,Femur,poor'], 'bc'),            # closed by the next answer's quote
+    (['a.png,Femur,"good', 'b.png,Femur,fair"', 'c.png,Femur,poor'], 'bc'),             # closed where a row ends
+    (['a.png,Femur,"good', 'or fair"', 'c.png,Femur,poor'], 'ac')])                     # a cell of two lines is none
+def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path, lines, taken):
+    for k, n in enumerate('abc'): picture(tmp_path/'Femur'/f'{n}.png', k)
+    (tmp_path/'w.csv').write_text('\n'.join(['Image Name,Folder Name,Q6', *lines, ''])); r = read_group_folder(tmp_path)
+    assert ''.join(sorted(x['image'][6] for x in r.rows)) == taken
+    lost = r.quarantine[r.quarantine.reason.str.contains('opened and not closed')]
+    assert lost.row.tolist() == ([2] if taken == 'bc' else []) and not any('b.png' in x['answer'] for x in r.rows)
+
+@pytest.mark.parametrize('source', [None, 'ultrasound'])
+def test_how_a_pregnancy_was_dated_is_not_made_up(tmp_path, source):
+    from fada.export import export
+    d = tmp_path/'d'; rows = [[*r, 150, *([source] if source else [])] for r in group_folder(d, 6)]
+    write_rows(d, rows, headers=[*HEADERS, 'GA days', *(['GA source'] if source else [])]); prepare(d, 0, [], source='folder')
+    c = check(d).findings; assert c.finding.str.contains('no column "GA source"').sum() == (source is None)
+    for f in ('csv', 'workbook', 'chat', 'datasets'):
+        export(d, tmp_path/f, f, keep_text=True); prepare(tmp_path/f, 0, [], source='folder'); t = load_table(tmp_path/f)
+        assert set(t.ga_days) == {150} and (set(t.ga_source) if 'ga_source' in t else {None}) == {source}, f
+
+@pytest.mark.parametrize('name', ['a.tif', 'a.webp', 'a.png'])
+def test_more_pages_than_one_are_said(tmp_path, name):
+    p = tmp_path/'Femur'/name; p.parent.mkdir(); rng = np.random.default_rng(0)
+    first, *rest = [Image.fromarray(rng.integers(0, 120, (40, 48, 3), np.uint8)) for _ in range(3)]
+    first.save(p, save_all=True, append_images=rest); write_rows(tmp_path, [['Femur', name, '', *'abcdefgh']])
+    for _ in range(2):                                                                  # remembered, too
+        r = read_group_folder(tmp_path); assert len(r.rows) == 8
+        assert [n['finding'] for n in r.notes if n['file'] == f'Femur/{name}'] == ['the first of 3 pages is read']
+
+def test_an_unknown_published_split_is_said(tmp_path):
+    write_rows(tmp_path, [[*r, 'holdout'] for r in group_folder(tmp_path, 2, ('Femur',))], headers=[*HEADERS, 'Split'])
+    r = read_group_folder(tmp_path); said = [n for n in r.notes if n['field'] == 'published_split']
+    assert 'published_split' not in r.table and [n['row'] for n in said] == [2, 3] and "'holdout'" in said[0]['finding']
+
+@pytest.mark.parametrize('text', ['m-198001011234', 'p-19800101123456789012', 'image:198001011234'])
+def test_what_only_looks_like_a_hash_is_hashed(text, monkeypatch):
+    h = hashed(text); assert text not in h and hashed(h) == h and hashed(h[:-1]+'x') != h[:-1]+'x'
+    monkeypatch.setenv('FADA_SALT', 'another'); assert hashed(h) != h                   # made elsewhere: no proof here
+
+@pytest.mark.parametrize('name,gone', [('Abdomen/Jane Doe/img_1.png', 'jane'), ('Abdomen/1980010112345678.png', '19800101'),
+    ('Femur/DOB_1980_01_02.png', '1980 _01_02'), ('Femur/img_12.3.1980.png', '12.3 1980'), ('img_19800102.png', '1980'),
+    ('Femur/x.Miller', 'miller'), ('Femur/Patient123.png', '123'), ('n-19800101123456789012.png', '19800101123456789012')])
+def test_a_public_name_names_nobody(name, gone):
+    out = public_name(name); assert not any(g in out.lower() for g in gone.split()), out
+    assert public_name(out) == out and out.split('/')[0] == name.split('/')[0] or '/' not in name
+
+def test_a_public_name_keeps_what_tells_pictures_apart():
+    for n in ('Femur/img_0012.png', 'plane_3_of_12.png', 'frame_123.dcm#4', 'Abodomen/slice 99.tif', 'scan_f101.png'):
+        assert public_name(n) == n
+    assert len(public_name(' '.join(f'Miller{chr(97+k)}' for k in range(20))+'.png')) < 140
+
+def test_json_files_linked_from_elsewhere_are_not_read(tmp_path):
+    d = tmp_path/'d'; picture(d/'Femur'/'a.png')
+    (tmp_path/'secret.json').write_text(json.dumps([dict(image='Femur/a.png', question='image quality', answer='secret')]))
+    (d/'x.json').symlink_to(tmp_path/'secret.json'); r = read_any(d, 'chat')
+    assert not r.rows and [(a['file'], a['reason']) for a in r.aside if a['file'] == 'x.json'] == [
+        ('x.json', 'a symbolic link out of the folder')]
+
+@pytest.mark.parametrize('text,said', [('{"splits": ["../out"]}', 'no folder beside it'), ('{"splits"', 'not valid JSON'),
+    ('[]', 'no list of splits'), ('{"splits": [3, "/etc", "."]}', 'no folder beside it')])
+def test_a_saved_dataset_stays_in_its_folder(tmp_path, text, said):
+    import pyarrow as pa
+    d = tmp_path/'d'; picture(d/'Femur'/'a.png'); (tmp_path/'out').mkdir(); (d/'dataset_dict.json').write_text(text)
+    t = pa.table(dict(image=['Femur/a.png'], category=['Femur'], question=['image quality'], answer=['secret']))
+    with pa.OSFile(str(tmp_path/'out'/'x.arrow'), 'wb') as f, pa.ipc.new_stream(f, t.schema) as w: w.write_table(t)
+    r = read_any(d); assert r.reader == 'datasets' and not r.rows and said in reasons(r)
+
+@pytest.mark.parametrize('facts', ['{"ga_days":', '[1]'])
+def test_facts_that_are_no_json_cost_their_row_only(tmp_path, facts):
+    for k, n in enumerate('ab'): picture(tmp_path/'Femur'/f'{n}.png', k)
+    pd.DataFrame(dict(image=['Femur/a.png', 'Femur/b.png'], category='Femur', question='image quality', answer='good',
+                      facts=[facts, '{"site": "x"}'])).to_parquet(tmp_path/'train-00000-of-00001.parquet')
+    r = read_any(tmp_path, 'datasets'); assert [(x['image'], x['site']) for x in r.rows] == [('Femur/b.png', 'x')]
+    assert [a['row'] for a in r.aside] == [1] and 'column facts' in reasons(r)
+
+def test_agreement_with_first_readings_that_nobody_signed(tmp_path):
+    rows = [[*r, ''] for r in group_folder(tmp_path, 2)]; rows += [[*r[:-1], 'Ben'] for r in rows]
+    write_rows(tmp_path, rows, headers=[*HEADERS, 'Annotator']); a = check(tmp_path).agreement
+    assert set(a.annotators) == {'first / Ben'} and (a.agreement == 1).all() and len(a) == 8
+
+def test_control_characters_do_not_stop_an_export(tmp_path):
+    from fada.export import export
+    d = tmp_path/'d'; write_rows(d, [[*r[:-1], 'see\x0bagain\x01'] for r in group_folder(d, 6)])
+    prepare(d, 0, [], source='folder')
+    for f in ('workbook', 'csv'):
+        m = export(d, tmp_path/f, f, keep_text=True); assert 'control characters left out of 12 cells' in m['text']
+        assert 'see again' in {x['answer'] for x in read_any(tmp_path/f).rows}
+
+def test_shares_and_published_splits_that_leave_one_empty(tmp_path):
+    t = pd.DataFrame([dict(image=f'{c}{k}', pixels_sha256=f'{c}{k}', category=c, patient=f'{c}{k}', published_split=s)
+                      for c in ('Femur', 'Thorax') for k, s in enumerate(['train']*3+['test'] if c == 'Femur' else [None]*2)])
+    with pytest.raises(FadaError, match='Thorax: 2 patients'): split_table(t)
+    only = split_table(t, shares=(0, 0, 1)); assert (only[only.published_split == 'train'].split == 'train').all()
+    assert (only[only.category == 'Thorax'].split == 'test').all()
+
+def test_a_cine_that_was_changed_is_not_exported(tmp_path):
+    from fada.export import export
+    from test_dicom import RAMP, write
+    frames = lambda k: np.stack([np.roll(RAMP, 6*k, 1), np.roll(RAMP, 6*k+3, 1)])
+    for k in range(6): write(tmp_path/'d'/'Femur'/f'c{k}.dcm', frames(k), frames=2, PatientID=f'P{k}')
+    write_rows(tmp_path/'d', [['Femur', f'c{k}.dcm', '', *'abcdefgh'] for k in range(6)]); prepare(tmp_path/'d', 0, [], source='folder')
+    write(tmp_path/'d'/'Femur'/'c0.dcm', frames(9), frames=2, PatientID='P0')
+    r = export(tmp_path/'d', tmp_path/'out', 'csv', keep_text=True)
+    assert [x['file'] for x in r['left_behind']] == ['Femur/c0.dcm#0'] and r['images'] == 5
+
+def test_every_file_that_was_read_is_watched(tmp_path):
+    from openpyxl import Workbook
+    b = Workbook(); b.active.append(HEADERS)
+    for x in group_folder(tmp_path, 6): b.active.append(x)
+    b.create_sheet('more').append(['nothing']); b.save(tmp_path/'answers [v2].xlsx')
+    write_rows(tmp_path, [['x', 'y']], 'other.csv', ['a', 'b']); (tmp_path/'Femur'/'broken.png').write_bytes(b'no picture')
+    prepare(tmp_path, 0, [], source='folder'); assert not len(verify(tmp_path))
+    for n in ('answers [v2].xlsx', 'other.csv', 'Femur/broken.png'):
+        with open(tmp_path/n, 'ab') as f: f.write(b'x')
+        assert n in set(verify(tmp_path).file), n
+
+def test_two_builders_of_one_pixel_cache(tmp_path, monkeypatch):
+    "The second begins where the first has made no file yet: neither wipes what the other says is done"
+    import fada.pixels as px
+    here, make, first = tmp_path/'c', np.lib.format.open_memmap, []; here.mkdir(); s = px.processor_settings(8)
+    def late(*args, **more):
+        if not first:
+            first.append(None); first[0] = px._cache_files(here, s, ['h1', 'h2']); first[0][0][0] = 7; first[0][1][0] = True
+        return make(*args, **more)
+    monkeypatch.setattr(np.lib.format, 'open_memmap', late); pids = iter(range(9))
+    monkeypatch.setattr(px.os, 'getpid', lambda: next(pids))
+    px._cache_files(here, s, ['h1', 'h2']); px._settle(here, *first[0]); pixels, done = px._cache_files(here, s, ['h1', 'h2'])
+    assert done.tolist() == [True, False] and (pixels[0] == 7).all() and sorted(p.name for p in tmp_path.iterdir()) == ['c']

@@ -110,3 +110,21 @@ def test_text_of_real_frames_is_blanked(name, text, sector):
     for y0, y1, x0, x1 in text:
         assert a[y0:y1, x0:x1].max() > 100 and not b[y0:y1, x0:x1].any(), (y0, y1, x0, x1)
     y0, y1, x0, x1 = sector; assert (a[y0:y1, x0:x1] == b[y0:y1, x0:x1]).all()
+
+def test_frames_of_one_cine_keep_their_brightness(tmp_path):
+    "Depth comes from the file, not from the brightest pixel of a frame"
+    a = np.stack([RAMP*4, RAMP*16]); p = write(tmp_path/'c.dcm', a, bits=12, frames=2)
+    assert abs(row(p, 0)[:, 0]-RAMP[0]/4).max() <= 1 and abs(row(p, 1)[:, 0]-RAMP[0]).max() <= 1
+    assert abs(row(write(p, RAMP*16-2048+2048, bits=12, RescaleSlope=2, RescaleIntercept=-100))[:, 0]-RAMP[0]).max() <= 1
+    c = np.repeat((RAMP*4)[..., None], 3, 2); q = write(tmp_path/'rgb.dcm', c, 'RGB', bits=10)
+    assert abs(row(q)[:, 0]-RAMP[0]).max() <= 1
+
+def test_depth_of_a_still_picture(tmp_path):
+    from PIL import Image
+    for k, top in enumerate((200, 4000, 60000)):
+        Image.fromarray(np.full((8, 8), top, np.uint16)).save(tmp_path/f'{k}.png')
+        assert abs(int(np.asarray(read_image(tmp_path/f'{k}.png'))[0, 0, 0])-top/257) <= 1
+    Image.fromarray(np.full((8, 8), 2048, np.uint16)).save(tmp_path/'12.tif', tiffinfo={281: 4095})
+    assert np.asarray(read_image(tmp_path/'12.tif'))[0, 0, 0] == 127
+    Image.fromarray(np.full((8, 8), 900, np.float32)).save(tmp_path/'f.tif')
+    with pytest.raises(FadaError, match='floats up to 900'): read_image(tmp_path/'f.tif')
