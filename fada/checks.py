@@ -9,8 +9,9 @@ __all__ = ['COLUMNS', 'KINDS', 'SOURCES', 'Check', 'check_images', 'check_answer
 import difflib, html, re
 from dataclasses import dataclass, field
 import pandas as pd
-from .clinical import QUESTIONS, parse_answer
+from .clinical import QUESTIONS
 from .images import near_pairs, unlike_ultrasound
+from .parse import read_answer
 from .readers import Reading, read_any
 from .vocabulary import load_rules, normalise
 
@@ -94,7 +95,7 @@ def _check_question(out, q, g):
         rules = ', '.join(sorted({x for r in same.rule for x in r.split(', ') if x})) or 'case'
         spelt = ' · '.join(f'{s!r} {n}×' for s,n in same.answer.value_counts().head(5).items())
         _add(out, source(same), 0, f'Q{q}', 'label drift', f'{spelt} → {norm!r} (rules: {rules})', 'repaired')
-    unread = g[g.structured == '{}'] if 'structured' in g else g[[not parse_answer(q, a) for a in g.answer]]
+    unread = g[g.structured == '{}'] if 'structured' in g else g[[not read_answer(q, a) for a in g.answer]]
     for a,same in unread.groupby('answer_norm'):
         f,_,i = source(same).rpartition(':')
         _add(out, f, int(i or 0), f'Q{q}', 'not understood', f'{len(same)} answers such as '
@@ -171,7 +172,7 @@ def agreement(
         x,y = g.answer_norm_1,g.answer_norm_2; sets = []
         if q == 1:
             for s,t in zip(g.answer_1, g.answer_2):
-                s,t = [set(parse_answer(1, v).get('structures') or v.lower().split(', ')) for v in (s,t)]
+                s,t = [set(read_answer(1, v).get('structures') or v.lower().split(', ')) for v in (s,t)]
                 sets.append(len(s&t)/max(len(s|t), 1))
         kappa = cohen_kappa_score(x, y) if len(set(x)|set(y)) > 1 else None
         out.append(dict(question_id=q, annotators=f'{a} / {b}', n=len(g), agreement=float((x == y).mean()),

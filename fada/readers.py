@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
 from .settings import FadaError
-from .clinical import CATEGORIES, QUESTIONS, category, parse_answer
+from .clinical import CATEGORIES, QUESTIONS, category
+from .parse import read_answer
 from .images import DICOM, FRAME, IMAGES, SEEN, dicom_frames, hashed, look_all, pick_frames
 from .sheets import OLD, SHEETS, fold, map_headers, read_sheets
 
@@ -65,7 +66,7 @@ def structured_json(
     answer:str,
 )->str:             # JSON
     "The structured form of an answer; a thousand images share a few hundred answers"
-    return json.dumps(parse_answer(q, answer), sort_keys=True)
+    return json.dumps(read_answer(q, answer), sort_keys=True)
 
 # %% ../nbs/04c_readers.ipynb #d04462bd
 CENTRES = dict(DZA='Algeria', EGY='Egypt', GHA='Ghana', MWI='Malawi', UGA='Uganda')
