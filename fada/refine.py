@@ -92,6 +92,7 @@ def _term_tokens(ms)->list:
     if not (names := {c for k,c in ms if k in _STATED}): return []
     c = min(names); return [('denial', {'no'}), ('word', {c[3:]})] if c.startswith('no ') else [('word', {c})]
 
+# %% ../nbs/07d_refine.ipynb #599d5741
 def _tokens(clause, left)->list:
     "(kind, names) in the order of the clause; `left` is the clause with its terms blotted out"
     out = [(m.start(), t) for m in _TERM.finditer(clause) for t in _term_tokens(LEXICON[m[0]])]
@@ -137,6 +138,7 @@ def _clause_claims(clause)->tuple:
     loose = [min(n) for k,n in tokens if k in ('side', 'number') or n == {ND} or (k == 'denial' and not terms)]
     return out, '', ' '.join(loose)
 
+# %% ../nbs/07d_refine.ipynb #09f3f5a7
 def _clauses(text)->list:
     "The clauses of `text`; what follows a colon and names no subject belongs to the one before it (spine: left)"
     subject = lambda c: any(k == 'subject' for k,_ in _tokens(c, _TERM.sub(_hide, c))); out,end = [],''
