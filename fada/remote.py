@@ -24,7 +24,6 @@ from fastcore.basics import patch
 from .settings import FadaError, Settings, digest, fit_text, nearest, now, writable_folder
 from .images import blank_outside
 from .registry import ModelSpec
-from .answers import _lock
 from .vlm import VLM, Answer, PROMPT_VERSION, _as_rgb, _prepare, image_hash
 
 # %% ../nbs/07c_remote.ipynb #937f2baf
@@ -346,7 +345,10 @@ class Journal:
 @contextmanager
 def locked(self:Journal):
     "The journal for oneself, over threads and processes"
-    with self._lock, open(self.path.with_suffix('.lock'), 'a') as f: _lock(f); yield
+    with self._lock, open(self.path.with_suffix('.lock'), 'a') as f:
+        try: import fcntl; fcntl.flock(f, fcntl.LOCK_EX)
+        except ImportError: pass   # Windows: threads alone are kept apart
+        yield
 
 @patch
 def held(self:Journal, but:str='')->np.ndarray:

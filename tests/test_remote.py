@@ -175,13 +175,18 @@ a = list(v.answer([Request(None, [f'Question {k}?' for k in range(24)])]))
 print(sum(not x.error for x in a), sum(x.stage == 'budget' for x in a), sum(sum((x.more['tokens_in'], x.more['tokens_out'])) for x in a if not x.error))
 """
 
+def asker(d, out, budget):
+    "A process that is ready to ask 24 questions"
+    import subprocess
+    return subprocess.Popen([sys.executable, '-c', ASKS, str(Path(__file__).parent), d.url, str(out), budget], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
 def two_processes(d, out, budget):
     "What two processes say that ask the same at once"
-    import subprocess
-    ps = [subprocess.Popen([sys.executable, '-c', ASKS, str(Path(__file__).parent), d.url, str(out), budget], text=True,
-                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    ps = [asker(d, out, budget) for _ in range(2)]
     for p in ps: assert p.stdout.readline() == 'ready\n'
-    return [tuple(map(int, p.communicate('\n', timeout=60)[0].split())) for p in ps]
+    for p in ps: p.stdin.write('\n'); p.stdin.flush()
+    return [tuple(map(int, p.communicate(timeout=60)[0].split())) for p in ps]
 
 def test_two_processes_ask_nothing_twice(door, tmp_path):
     "The same 24 questions at once, each answered slowly: 24 are asked, both have all answers, one of them paid for each"
@@ -197,6 +202,13 @@ def test_two_processes_keep_one_budget(door, tmp_path):
     assert 4*65 <= took <= 700 and len(d.log) == len(set(d.answered)) and sum(b for _, b, _ in said) > 0
     j = next(Journal(p) for p in tmp_path.rglob('our-openai.jsonl'))
     assert j.took.sum() == took and j.held().tolist() == [0, 0]
+
+def test_the_lock_holds_over_processes(door, tmp_path):
+    "While one looks and sets aside, another process sends nothing"
+    d = door(lambda body: reply('femur', 60, 5)); vlm = service(d, tmp_path); p = asker(d, tmp_path, '100000 tokens')
+    assert p.stdout.readline() == 'ready\n'
+    with vlm.journal.locked(): p.stdin.write('\n'); p.stdin.flush(); time.sleep(1); assert d.log == []
+    assert p.communicate(timeout=60)[0].startswith('24 ') and len(d.log) == 24
 
 def test_who_was_killed_while_asking(door, tmp_path):
     "Its reservation holds no question back, and stays counted: it may have been paid for"
