@@ -7,6 +7,7 @@ __all__ = ['NEEDED', 'reading', 'most', 'majority_terms', 'lower_median', 'vote'
            'load_ensemble']
 
 # %% ../nbs/07e_ensemble.ipynb #a83394ec
+import sys
 from dataclasses import asdict
 from fastcore.basics import patch
 from .settings import FadaError, Settings, digest, nearest
@@ -66,6 +67,7 @@ def vote(
     if q == 4: return _vote_biometry(readings)
     if q == 6: return _agreed(readings, 'grade', 'reasons')
     if q == 7: return _agreed(readings, 'normal', 'findings')
+    if q == 3: return dict(zip(NEEDED[q], most([((s['plane'], s['standard']), w) for s,w in readings])))
     return {k: most(_slot(readings, k)) for k in NEEDED[q]}
 
 def _vote_biometry(readings)->dict:
@@ -86,7 +88,7 @@ def combine(
     readings = [(r, w) for t,w in said if q and (r := reading(q, t))]
     if not readings: return own, '', []
     s = vote(q, readings)
-    text = write_answer(q, s); more = [c for c in added(text, '\n'.join(t for t,_ in said)) if c != ND]
+    text = write_answer(q, s); more = [c for c in added(text, '\n'.join(t for t,_ in said)) if not c.startswith(ND)]   # a size may be missing
     return (own, text, more) if more else (text, '', [])
 
 # %% ../nbs/07e_ensemble.ipynb #e282a684
@@ -225,12 +227,14 @@ def read_parts(spec:ModelSpec)->tuple:
             raise FadaError(f'{n} as a part', where, 'a model that answers questions itself', 'see `fada models`')
     return votes, route, writer
 
-def load_ensemble(spec:ModelSpec, s:Settings)->Ensemble:
-    "Load the parts of a row, each once, in the precision asked for where it has that"
+def load_ensemble(spec:ModelSpec, s:Settings,
+    say=lambda line: print(line, file=sys.stderr, flush=True),   # told of a part in another precision than asked for
+)->Ensemble:
+    "Load the parts of a row, each once, in the precision asked for where it has that, else in fp32"
     votes,route,writer = read_parts(spec)
     def part(name):
-        known = model_spec(name).precisions
-        return load(name, precision=s.precision if s.precision in known else 'fp32', device=s.device,
-                    max_new_tokens=s.max_new_tokens)
+        row = model_spec(name); has = row.family == 'api' or s.precision in row.precisions
+        if not has: say(f'{name} of {spec.name} has no {s.precision} and is loaded in fp32')
+        return load(name, precision=s.precision if has else 'fp32', device=s.device, max_new_tokens=s.max_new_tokens)
     names = list(dict.fromkeys([*votes, *route.values()])); loaded = {n: part(n) for n in names}
     return Ensemble(spec, loaded, votes, route, (loaded.get(writer) or part(writer)) if writer else None)

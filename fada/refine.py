@@ -59,7 +59,7 @@ def _any_of(words):
     return re.compile(rf'(?<![\w-])(?:{longest_first})(?![\w-])')
 
 LEXICON = _lexicon()
-_TERM,_SIDE,_PART = _any_of(LEXICON),_any_of(_SIDES),_any_of(_PARTS)
+_TERM = _any_of(LEXICON)
 
 # %% ../nbs/07d_refine.ipynb #09c621be
 _CLAUSE = re.compile(r'[;:\n()]|[.,](?!\d)|\b(?:and|but|while|whereas|although|though)\b')
@@ -76,53 +76,97 @@ def _plain(text)->str:
     return re.sub(r'(\d)\s+and\s+(\d)', r'\1 to \2', re.sub(r'[ \t\r]+', ' ', t))
 
 # %% ../nbs/07d_refine.ipynb #7a632dff
-def _numbers(clause, parameters)->set:
-    "Numbers with unit (lengths in mm) and the parameter named before them"
-    out = set()
-    for m in _NUMBER.finditer(clause):
-        unit = _UNIT.get(m[3], m[3]); scale = 10 if unit == 'cm' else 1
-        low,high = (round(float(v)*scale, 6) for v in (m[1], m[2] or m[1]))
-        of = max((p for p in parameters if p[0] < m.start()), default=(0, ''))[1]
-        words = (of, f'{low:g}'+(f'-{high:g}' if m[2] else ''), 'mm' if unit == 'cm' else unit)
-        out.add((frozenset({('number', ' '.join(w for w in words if w))}), True))
-    return out
+_SUBJECTS = ('structure', 'parameter', 'finding')   # what a side, a number, a denial or a state is said of
+_STATED = ('state', 'grade', 'reason')
 
-def _sides(clause)->set:
-    "Sides with the part named before them (spine left), and a head or face without a side"
-    parts = [(m.start(), _PARTS[m[0]]) for m in _PART.finditer(clause)]; out,used = set(),set()
-    for m in _SIDE.finditer(clause):
-        at,part = max((p for p in parts if p[0] < m.start()), default=(0, 'nothing'))
-        used.add(part); out.add(f'{part} {_SIDES[m[0]]}')
-    out |= {part for _,part in parts if part not in used and part != 'spine'}   # the spine is a structure too
-    return {(frozenset({('side', s)}), True) for s in out}
+def _number(m)->tuple:
+    "A number with its unit (lengths in mm) as a token; an age speaks of the fetus, not of what stands beside it"
+    unit = _UNIT.get(m[3], m[3]); scale = 10 if unit == 'cm' else 1
+    low,high = (round(float(v)*scale, 6) for v in (m[1], m[2] or m[1]))
+    words = (f'{low:g}'+(f'-{high:g}' if m[2] else ''), 'mm' if unit == 'cm' else unit)
+    return 'age' if unit in ('weeks', 'days') else 'number', {' '.join(w for w in words if w)}
+
+def _term_tokens(ms)->list:
+    "A term's meanings as tokens: a subject, or what is stated of one; an affirmed word that denies is two"
+    if names := {c for k,c in ms if k in _SUBJECTS}: return [('subject', names)]
+    if not (names := {c for k,c in ms if k in _STATED}): return []
+    c = min(names); return [('denial', {'no'}), ('word', {c[3:]})] if c.startswith('no ') else [('word', {c})]
+
+# %% ../nbs/07d_refine.ipynb #599d5741
+def _tokens(clause, left)->list:
+    "(kind, names) in the order of the clause; `left` is the clause with its terms blotted out"
+    out = [(m.start(), t) for m in _TERM.finditer(clause) for t in _term_tokens(LEXICON[m[0]])]
+    out += [(m.start(), _number(m)) for m in _NUMBER.finditer(left)]
+    for m in _WORD.finditer(_NUMBER.sub(lambda m: ' '*len(m[0]), left)):
+        w = m[0]
+        if w in _PARTS: out.append((m.start(), ('subject', {_PARTS[w]})))
+        elif w in _SIDES: out.append((m.start(), ('side', {_SIDES[w]})))
+        elif w in NEGATIONS: out.append((m.start(), ('denial', {'no'})))
+        elif w not in HARMLESS: out.append((m.start(), ('word', {w})))
+    return [t for _,t in sorted(out, key=lambda x: x[0])]
+
+def _bound(tokens)->tuple:
+    "What a clause says of its subject, as (names, affirmed); of several subjects, word for word in its order"
+    kinds = [k for k,_ in tokens]; names = lambda *ks: [min(n) for k,n in tokens if k in ks]
+    if kinds.count('subject') == 1 and max(map(kinds.count, ('side', 'number', 'age', 'denial'))) < 2:
+        said = [*names('side'), *names('number'), *names('age'), *sorted(names('word'))]
+        return {' '.join((s, *said)) for k,n in tokens if k == 'subject' for s in n}, 'denial' not in kinds
+    return {' '.join('/'.join(sorted(n)) for _,n in tokens)}, True
 
 # %% ../nbs/07d_refine.ipynb #bca61864
 _OF_NOTHING = (frozenset({('negation', 'of nothing')}), True)   # no term, no number, no side in its clause
+_hide = lambda m: '#'*(m.end()-m.start())
 
-def _clause_claims(clause)->set:
-    "Claims of one clause"
-    hide = lambda m: '#'*(m.end()-m.start()); found = list(_TERM.finditer(clause))
-    terms = [LEXICON[m[0]] for m in found]
-    parameters = [(m.start(), t) for m in found for k,t in LEXICON[m[0]] if k == 'parameter']
-    left = _TERM.sub(hide, clause)
-    sides = _sides(_TERM.sub(lambda m: m[0] if m[0] in _PARTS else hide(m), clause))
-    numbers = _numbers(left, parameters); left = _NUMBER.sub(' ', left)
-    words = [w for w in _WORD.findall(left) if w not in _SIDES and w not in _PARTS]
-    denials = sum(w in NEGATIONS for w in words); denied = denials > 0
-    terms += [frozenset({('word', w)}) for w in words if w not in NEGATIONS and w not in HARMLESS]
-    marks = set(re.sub(r'''[\w\s#.,'"/-]''', '', left))
-    out = {(t, not denied) for t in terms}|numbers|sides|{(frozenset({('mark', c)}), True) for c in marks}
-    if denied and (sides or numbers or not terms): out.add(_OF_NOTHING)
+def _clause_claims(clause)->tuple:
+    "(claims of one clause, what it says of its subjects, what it says of none)"
+    terms = [LEXICON[m[0]] for m in _TERM.finditer(clause)]; left = _TERM.sub(_hide, clause)
+    tokens = _tokens(clause, left); kinds = [k for k,_ in tokens]
+    words = [w for w in _WORD.findall(_NUMBER.sub(' ', left)) if w not in _SIDES]
+    terms += [frozenset({('word', w)}) for w in words if w not in {*NEGATIONS, *HARMLESS, *_PARTS}]
+    denials = sum(w in NEGATIONS for w in words); placed = {'side', 'number', 'age'} & set(kinds)
+    marks = set(re.sub(r'''[\w\s#.,'"/-]''', '', _NUMBER.sub(' ', left)))
+    out = {(t, not denials) for t in terms} | {(frozenset({('mark', c)}), True) for c in marks}
+    out |= {(frozenset({('part', _PARTS[w])}), True) for w in words if w in _PARTS}
+    if denials and (placed or not terms): out.add(_OF_NOTHING)
     if denials > 1: out.add((frozenset({('negation', 'twice')}), True))
+    if 'subject' in kinds:
+        names,yes = _bound(tokens)
+        if placed or 'word' in kinds or (denials and kinds.count('subject') > 1):
+            out.add((frozenset(('bound', n) for n in names), yes))
+        return out, ('' if yes else 'no ')+min(names), ''
+    out |= {(frozenset({('number', min(n))}), True) for k,n in tokens if k == 'age'}
+    loose = [min(n) for k,n in tokens if k in ('side', 'number') or n == {ND} or (k == 'denial' and not terms)]
+    return out, '', ' '.join(loose)
+
+# %% ../nbs/07d_refine.ipynb #09f3f5a7
+def _clauses(text)->list:
+    "The clauses of `text`; what follows a colon and names no subject belongs to the one before it (spine: left)"
+    subject = lambda c: any(k == 'subject' for k,_ in _tokens(c, _TERM.sub(_hide, c))); out,end = [],''
+    pieces = re.split(f'({_CLAUSE.pattern})', text)
+    for piece,mark in zip(pieces[::2], [*pieces[1::2], '']):
+        if end == ':' and subject(out[-1]) and not subject(piece): out[-1] += ' '+piece
+        else: out.append(piece)
+        end = mark
+    return [c for c in out if c.strip()]
+
+def _loose_claims(clauses)->set:
+    "What clauses without a subject say, with what stands before and after them: nobody else may be meant"
+    out,before,fresh = set(),[],True
+    for k,(_,said,loose) in enumerate(clauses):
+        if said: before = [*([] if fresh else before), said]; fresh = False
+        if not loose: continue
+        after = next((s for _,s,_ in clauses[k+1:] if s), '')
+        name = loose+(f' after {", ".join(before)}' if before else '')+(f' before {after}' if after else '')
+        out.add((frozenset({('loose', name)}), True)); before,fresh = [*before, loose],True
     return out
 
 @lru_cache(4096)
 def claims(
     text:str,
 )->frozenset:  # of (meanings, affirmed): a claim holds if one of its meanings does
-    "All that `text` claims: terms affirmed or denied, numbers, sides, and words outside the vocabulary"
-    clauses = [_clause_claims(c) for c in _CLAUSE.split(_plain(text)) if c.strip()]; out = set().union(*clauses)
-    if (n := sum(_OF_NOTHING in c for c in clauses)) > 1:
+    "All that `text` claims: terms affirmed or denied, numbers and sides of what, and words outside the vocabulary"
+    clauses = [_clause_claims(c) for c in _clauses(_plain(text))]; out = set().union(*(c for c,_,_ in clauses))|_loose_claims(clauses)
+    if (n := sum(_OF_NOTHING in c for c,_,_ in clauses)) > 1:
         out.add((frozenset({('negation', f'of nothing, {n} times')}), True))
     flip = lambda m: (m[0], m[1][3:]) if m[0] == 'state' and m[1].startswith('no ') else None
     return frozenset((frozenset(map(flip, ms)), not yes) if all(map(flip, ms)) else (ms, yes) for ms,yes in out)

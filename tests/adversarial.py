@@ -61,10 +61,29 @@ def swapped(rng, q, text):
     if not here: return None
     a, b = rng.choice(here); return text.replace(a, b, 1)
 
+EXCHANGES = [   # {a} and {b} two structures, {x} and {y} two sides or two sizes: either pair changes places
+    ('{x} {a}, {y} {b}', 'side'), ('{a} {x}, {b} {y}', 'side'), ('{a} to the {x} and {b} to the {y}', 'side'),
+    ('{x} {a} absent, {y} {a} seen', 'side'), ('{x} {a}, not seen; {y} {a}', 'side'), ('{a}: {x}; {b}: {y}', 'side'),
+    ('Absent: {x} {a}. Seen: {y} {a}.', 'side'), ('{x} {a} not determinable, {y} {a} seen', 'side'),
+    ('{x} {a} 5 mm, {y} {a} 9 mm', 'side'), ('{a} {x} {b} {y}', 'side'), ('{a} {x} 5 mm {y} 9 mm', 'side'),
+    ('{a} {x}, {b} {y}', 'size'), ('{a} measures {x}, {b} measures {y}', 'size'), ('{x} {a}; {y} {b}', 'size'),
+    ('{a} and {b}, {x} and {y}', 'size'), ('{x}: {a}; {y}: {b}', 'size'), ('left {a} {x}, right {a} {y}', 'size'),
+    ('{a} absent, {b} seen', ''), ('{a} seen without {b}', ''), ('{a}. Not seen. {b}.', ''), ('Absent: {a}; {b}', ''),
+    ('{a}: normal; {b}: abnormal', ''), ('small {a}, {b}', '')]
+
+def exchange(rng)->tuple:
+    "(answer, the same words with two sides, two sizes or two structures in each other's place)"
+    form, kind = rng.choice(EXCHANGES); a, b = rng.sample(list(STRUCTURES), 2)
+    x, y = rng.sample(['left', 'right', 'up', 'down'] if kind == 'side' else [f'{n}.5 mm' for n in range(2, 30)], 2)
+    turned = (a, b, y, x) if kind and (form.count('{b}') == 0 or rng.random() < .5) else (b, a, x, y)
+    fill = lambda a, b, x, y: form.format(a=a, b=b, x=x, y=y)
+    return fill(a, b, x, y), fill(*turned)
+
 def attacks(n=500, seed=0)->list:
-    "`n` (question, true answer, rewrite that adds to it)"
+    "`n` (question, true answer, rewrite that adds to it); every fifth exchanges what belongs to two things"
     rng, true = random.Random(seed), originals(); rng.shuffle(true)
-    return [(q, t, smuggle(rng, q, t)) for q, t in (true[k%len(true)] for k in range(n))]
+    return [(1, *exchange(rng)) if k%5 == 4 else (q, t, smuggle(rng, q, t))
+            for k, (q, t) in enumerate(true[k%len(true)] for k in range(n))]
 
 FAIR = ['The image shows {}', '{} are identified in this view', 'In this scan: {}', '{}.', 'Report: {}',
         'This fetal ultrasound demonstrates {}']

@@ -29,6 +29,7 @@ class Handler(BaseHTTPRequestHandler):
         if kind == 'norange':
             status, start, send, length = 200, 0, body if n > 1 else body[:50_000], len(body)
         if kind == 'truncates': send = send[:30_000]
+        if kind == 'drips': send = send[:1]
         if kind == 'short-length':
             length = 1000
             send = send[:1000]  # claims to be complete after 1000 bytes
@@ -123,3 +124,9 @@ def test_records_and_archives_that_cannot_be_trusted(server, tmp_path):
     with zipfile.ZipFile(tmp_path/'evil.zip', 'w') as z: z.writestr('../out.txt', 'x')
     with pytest.raises(FadaError, match='reaches out'): unpack(tmp_path/'evil.zip', tmp_path/'in')
     assert not (tmp_path/'out.txt').exists()
+
+def test_a_server_that_gives_one_byte_a_connection_is_left(server, tmp_path):
+    "It never stalls and never ends: not a byte each, but what they bring together is progress"
+    r = remote(server, 'drips')
+    with pytest.raises(FadaError, match='ended early|not downloaded'): download(r, tmp_path, timeout=.4, tries=4, pause=.001)
+    assert len(server.asked) == 4 and (tmp_path/'.drips.bin.part').stat().st_size == 4

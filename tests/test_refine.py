@@ -1,10 +1,10 @@
 """A text model may rephrase and not invent: a malicious one, over the real protocol, never gets a word in; fair
 paraphrases pass; a real tiny language model through the loader of the real one."""
-import re, sys
+import random, re, sys
 from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
-from adversarial import attacks, originals, paraphrases
+from adversarial import attacks, exchange, originals, paraphrases
 from services import reply, words
 from test_remote import door, service  # noqa: F401, a fixture
 from tiny import tiny
@@ -39,9 +39,9 @@ def test_other_rewrites(seed):
     assert slipped == []
 
 def test_fair_paraphrases_pass():
-    "Other wordings, spellings and orders of the same: at least nine in ten stand, and each is read as the original"
-    cases = paraphrases(150); said = [judge(t, a, q) for q, t, a in cases]
-    assert sum(r.accepted for r in said) >= .9*len(said), [r for r in said if not r.accepted][:20]
+    "Other wordings, spellings and orders of the same: all stand, and each is read as the original"
+    cases = paraphrases(300); said = [judge(t, a, q) for q, t, a in cases]
+    assert [r for r in said if not r.accepted] == []
     assert all(parse_answer(q, r.text) == parse_answer(q, t) for (q, t, _), r in zip(cases, said))
 
 def test_an_answer_claims_what_it_claims():
@@ -60,6 +60,25 @@ def test_an_answer_claims_what_it_claims():
 def test_one_by_one(source, text, said):
     r = judge(source, text)
     assert r.text == source and (r.added if said == 'added' else r.lost) and not r.accepted
+
+@pytest.mark.parametrize('source,text', [
+    ('left kidney, right lung', 'right kidney, left lung'),
+    ('left kidney absent, right kidney seen', 'right kidney absent, left kidney seen'),
+    ('cisterna magna 5 mm, lateral ventricle 9 mm', 'cisterna magna 9 mm, lateral ventricle 5 mm'),
+    ('AC and HC, 250.0 mm and 300.0 mm', 'AC and HC, 300.0 mm and 250.0 mm'),
+    ('kidneys. Not seen. Spine.', 'spine. Not seen. Kidneys.')])
+def test_sides_numbers_and_denials_stay_where_they_belong(source, text):
+    assert not judge(source, text).accepted and judge(source, source).accepted
+
+def test_exchanges_are_refused():
+    "Two sides, two sizes or two structures in each other's place: no words are new, and none may pass"
+    rng = random.Random(0); cases = [exchange(rng) for _ in range(1000)]
+    assert [c for c in cases if judge(*c).accepted] == [] and all(judge(a, a).accepted for a, _ in cases)
+
+@pytest.mark.parametrize('source,text', [
+    ('left kidney 5 mm', 'The left kidney measures 0.5 cm'), ('spine left, head down', 'The head is down and the spine to the left'),
+    ('AC 250 mm, HC 300 mm', 'HC 30 cm and AC 25 cm'), ('spine left', 'Spine: to the left')])
+def test_what_keeps_its_place_may_move_as_a_whole(source, text): assert judge(source, text).accepted
 
 @pytest.fixture(scope='module')
 def writer(tmp_path_factory):

@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from services import FAULTS, Door, of_model, picture, reply, words
 from fada.phantoms import make_phantom
 from fada.registry import model_spec
-from fada.remote import PROBE, Remote
+from fada import remote
+from fada.remote import NEAR, PROBE, Journal, Remote, host_kind, house
 from fada.settings import FadaError, load_settings
 from fada.vlm import Request, load
 
@@ -65,8 +66,7 @@ def test_answer(name, nano, femur, door, tmp_path):
         # one question asked twice is sent once; two for the proof of vision
         assert len(d.answered) == len(set(d.answered)) == 7+2
         identity = vlm.identity()
-        assert identity['service'] == dict(sdk=sdk, model='served', host='this machine')
-        assert str(d.server.server_port) not in json.dumps(identity)   # another port is the same server
+        assert identity['service'] == dict(sdk=sdk, model='served', host=f'this machine:{d.server.server_port}{URL[sdk]}')
     assert vlm.identity() == vlm.identity() and vlm.paid and vlm.identity()['model']
 
 def test_what_is_asked_once_is_counted_once(door, tmp_path):
@@ -131,16 +131,115 @@ def test_why_there_is_no_connection(door, tmp_path):
     with pytest.raises(FadaError, match='nothing listens there.*start the server'):
         service(Front, tmp_path, **quick).ask(None, 'plane')
     Front.url = 'http://no-such-host-of-ours'
-    with pytest.raises(FadaError, match=r'no connection \(.*(resolution|known|Name)') as e:
+    with pytest.raises(FadaError, match=r'no connection \(.*(resolution|known|Name)'):
         service(Front, tmp_path/'b', **quick).ask(None, 'plane')
     Front.url = door(lambda body: reply('x')).url.replace('http:', 'https:')
     with pytest.raises(FadaError, match=r'no connection \(.*SSL'): service(Front, tmp_path/'c', **quick).ask(None, 'plane')
 
-def test_two_hosts_of_a_private_network_are_two(tmp_path):
-    "The host by name, without its port; all of this machine is one"
-    at = lambda url: service(type('Front', (), dict(url=url)), tmp_path).identity()['service']['host']
-    urls = ('http://gpu-box:1', 'http://gpu-box:2', 'http://192.168.1.7:1', 'http://localhost:1', 'http://127.0.0.1:2')
-    assert [at(u) for u in urls] == ['gpu-box', 'gpu-box', '192.168.1.7', 'this machine', 'this machine']
+def test_two_servers_are_two(door, tmp_path):
+    "Two local servers with one model name: the second is asked, not answered from the first one's journal"
+    assert [house(u) for u in ('http://gpu-box:1/v1', 'http://gpu-box:2/v1/', 'https://a.org/v1', 'http://localhost:1', 'http://127.0.0.1:1')
+            ] == ['gpu-box:1/v1', 'gpu-box:2/v1', 'a.org:443/v1', 'this machine:1', 'this machine:1']
+    one, two = door(lambda body: reply('femur')), door(lambda body: reply('thorax'))
+    assert [service(d, tmp_path).ask(None, 'plane').text for d in (one, two, one)] == ['femur', 'thorax', 'femur']
+    assert len(one.log) == len(two.log) == 1
+
+@pytest.mark.parametrize('host', ['134744072', '0x8080808', '0x8.8.8.8', '010.8.8.8', '8.8.2056', '8.8.8.8.', '\uff11\uff13\uff14', '127.1', '0x7f.1'])
+def test_an_address_in_disguise_is_refused(host, monkeypatch):
+    "Decimal, hexadecimal, octal, shortened: what a resolver would make of it is not asked"
+    monkeypatch.setattr(remote, 'addresses', lambda host: ['10.0.0.1'])
+    for scheme in ('http', 'https'):
+        with pytest.raises(FadaError, match='an address in disguise|no address'): host_kind(f'{scheme}://{host}/v1')
+
+def test_a_name_is_private_only_where_all_its_addresses_are(door, tmp_path, monkeypatch):
+    "At the time of use: a name that moves out of the house after the model was opened gets nothing more"
+    at = {'gpu-box': ['10.0.0.7'], 'gpu.lan': ['192.168.1.2', 'fe80::1%eth0'], 'both': ['10.0.0.7', '8.8.8.8'], 'out': ['8.8.8.8'],
+          'mapped': ['::ffff:8.8.8.8']}
+    monkeypatch.setattr(remote, 'addresses', lambda host: at[host])
+    assert [host_kind(f'http://{h}/v1') for h in ('gpu-box', 'gpu.lan', '[::1]', '10.1.2.3')] == [NEAR[1], NEAR[1], NEAR[0], NEAR[1]]
+    for h in ('both', 'out', 'mapped', '8.8.8.8', '[::ffff:8.8.8.8]'):
+        with pytest.raises(FadaError, match='unencrypted'): host_kind(f'http://{h}/v1')
+    d = door(lambda body: reply('femur')); at['here'] = ['127.0.0.1']
+    front = type('Front', (), dict(url=f'http://here:{d.server.server_port}')); vlm = service(front, tmp_path)
+    at['here'] = ['8.8.8.8']
+    with pytest.raises(FadaError, match='unencrypted'): vlm.ask(None, 'plane')
+    assert d.log == []
+
+ASKS = """import sys; sys.path.insert(0, sys.argv[1])
+from test_remote import service
+from fada.vlm import Request
+from pathlib import Path
+front = type('Front', (), dict(url=sys.argv[2])); v = service(front, Path(sys.argv[3]), remote_budget=sys.argv[4], remote_timeout=20)
+print('ready', flush=True); sys.stdin.readline()
+a = list(v.answer([Request(None, [f'Question {k}?' for k in range(24)])]))
+print(sum(not x.error for x in a), sum(x.stage == 'budget' for x in a), sum(sum((x.more['tokens_in'], x.more['tokens_out'])) for x in a if not x.error))
+"""
+
+def asker(d, out, budget):
+    "A process that is ready to ask 24 questions"
+    import subprocess
+    return subprocess.Popen([sys.executable, '-c', ASKS, str(Path(__file__).parent), d.url, str(out), budget], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+def two_processes(d, out, budget):
+    "What two processes say that ask the same at once"
+    ps = [asker(d, out, budget) for _ in range(2)]
+    for p in ps: assert p.stdout.readline() == 'ready\n'
+    for p in ps: p.stdin.write('\n'); p.stdin.flush()
+    return [tuple(map(int, p.communicate(timeout=60)[0].split())) for p in ps]
+
+def test_two_processes_ask_nothing_twice(door, tmp_path):
+    "The same 24 questions at once, each answered slowly: 24 are asked, both have all answers, one of them paid for each"
+    def slow(body): time.sleep(.05); return reply('femur', 60, 5)
+    d = door(slow); said = two_processes(d, tmp_path, '100000 tokens')
+    assert [n for n, *_ in said] == [24, 24] and len(d.log) == len(set(d.answered)) == 24
+    assert sum(t for *_, t in said) == 24*65
+
+def test_two_processes_keep_one_budget(door, tmp_path):
+    "Room for a few questions: what both took together is within it, and nothing is left set aside"
+    def slow(body): time.sleep(.05); return reply('femur', 60, 5)
+    d = door(slow); said = two_processes(d, tmp_path, '700 tokens'); took = 65*len(d.answered)
+    assert 4*65 <= took <= 700 and len(d.log) == len(set(d.answered)) and sum(b for _, b, _ in said) > 0
+    j = next(Journal(p) for p in tmp_path.rglob('our-openai.jsonl'))
+    assert j.took.sum() == took and j.held().tolist() == [0, 0]
+
+def test_the_lock_holds_over_processes(door, tmp_path):
+    "While one looks and sets aside, another process sends nothing"
+    d = door(lambda body: reply('femur', 60, 5)); vlm = service(d, tmp_path); p = asker(d, tmp_path, '100000 tokens')
+    assert p.stdout.readline() == 'ready\n'
+    with vlm.journal.locked(): p.stdin.write('\n'); p.stdin.flush(); time.sleep(1); assert d.log == []
+    assert p.communicate(timeout=60)[0].startswith('24 ') and len(d.log) == 24
+
+def test_who_was_killed_while_asking(door, tmp_path):
+    "Its reservation holds no question back, and stays counted: it may have been paid for"
+    d = door(lambda body: reply('femur', 60, 5)); vlm = service(d, tmp_path)
+    j = vlm.job('plane', 'plane', None, '', (0, 0)); vlm.meter.reserve(j, 40, 'mine')
+    import threading; halt = threading.Event(); threading.Timer(.3, halt.set).start()
+    assert vlm.ask_once(j, halt)['error'] == 'stopped' and d.log == []        # we live: it waits
+    old = vlm.journal.open['mine']; vlm.journal.add(dict(old, holder=[old['holder'][0], old['holder'][1], '1']))
+    assert vlm.ask_once(j, threading.Event())['text'] == 'femur' and vlm.meter.under_way.tolist() == old['reserved']
+
+@pytest.mark.parametrize('error', [RuntimeError(f'boom {KEY}'), OSError('disk'), UnicodeError('half a pair')])
+def test_what_no_sdk_foresaw_is_one_record(error, door, tmp_path, monkeypatch):
+    "Not a traceback: an error with the question, counted as paid for, nothing left set aside, and asked again later"
+    monkeypatch.setenv('OPENAI_API_KEY', KEY)
+    d = door(lambda body: reply('femur')); vlm = service(d, tmp_path); create = vlm._create
+    def breaks(**body): raise error
+    vlm._create = breaks; a = vlm.ask(None, ['plane', 2])
+    assert all(type(error).__name__ in x.error and KEY not in x.error and x.more['guessed'] > 0 for x in a)
+    assert vlm.meter.under_way.tolist() == [0, 0] and vlm.journal.took.sum() == sum(x.more['guessed'] for x in a)
+    lines = [json.loads(r) for r in vlm.journal.path.read_text().splitlines()]
+    assert sum('reserved' not in r for r in lines) == 2
+    vlm._create = create; assert [x.text for x in vlm.ask(None, ['plane', 2])] == ['femur']*2
+
+def test_ctrl_c_leaves_nothing_open(door, tmp_path):
+    "Else the question would wait for itself when it is asked again"
+    import threading; vlm = service(door(lambda body: reply('femur')), tmp_path); create = vlm._create
+    def breaks(**body): raise KeyboardInterrupt
+    vlm._create = breaks; j = vlm.job('plane', 'plane', None, '', (0, 0))
+    with pytest.raises(KeyboardInterrupt): vlm.ask_once(j, threading.Event())
+    assert vlm.meter.under_way.tolist() == [0, 0]; vlm._create = create
+    assert vlm.ask_once(j, threading.Event())['text'] == 'femur'
 
 def test_gate_refuses_before_anything_leaves(nano, door, tmp_path, monkeypatch):
     d = door(of_model(nano))
