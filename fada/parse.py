@@ -104,7 +104,7 @@ def _biometry(t):
     return out
 
 # %% ../nbs/01b_parse.ipynb #5dfe3275
-_LOOSE = (('femur', r'\bfem(?:ur|oral)\b|thigh'), ('abdomen', r'\babdom'),
+_LOOSE = (('femur', r'\bfem(?:ur|oral)\b|thigh|\bfl (?:plane|view)'), ('abdomen', r'\babdom|\bac (?:plane|view)'),
           ('thorax', r'four[\s-]chamber|\bcardiac (?:view|plane)|\bthora'),
           ('Trans-cerebellum', r'cerebell'), ('Trans-thalamic', r'thalam'),
           ('Trans-ventricular', r'ventricular (?:plane|view|section)'),
@@ -147,7 +147,7 @@ def _normality(t):
     bad = [not _BEFORE.search(re.sub(r'\bother\b|\b\w+al\b(?=\s*$)', '#', t[:m.start()].rpartition('.')[2]))
            and not _AFTER.match(t[m.end():])
            for m in _ABNORMAL.finditer(t)]
-    good = bool(_NORMAL.search(t)) or 'within normal limits' in t or (bool(bad) and not any(bad)) or bool(denied)
+    good = bool(_NORMAL.search(t)) or re.search(r'within normal limits|\bwnl\b', t) is not None or (bool(bad) and not any(bad)) or bool(denied)
     if 'not normal' in t: bad.append(True)
     if any(bad) and _NORMAL.search(t): return {}
     if any(bad) or good: return dict(normal=not any(bad), findings=[])
@@ -171,7 +171,7 @@ def _advice(t):
 def _orientation(t):
     "The slots, and a presentation where one is claimed (which a single picture does not show)"
     out = parse_answer(2, t)
-    if m := re.search(r'\b(cephalic|vertex|breech)\b', t):
+    if m := re.search(r'\b(cephalic|vertex|head down|breech)\b', t):
         out['presentation'] = 'breech' if m[1] == 'breech' else 'cephalic'
     return out or (dict(undetermined=True) if _UNKNOWN.search(t) else {})
 
