@@ -16,7 +16,7 @@ import pandas as pd
 from .settings import FadaError, progress
 from .clinical import DEMO_CATEGORIES, write_answer
 from .heads import look, raw_map
-from .maps import as_map, relevancy_map
+from .maps import relevancy_map
 from .metrics import difference, mean_interval
 from .occlude import answer_logp, answer_tokens, cover_with, occlusion, sector_mask
 from .phantoms import make_twins

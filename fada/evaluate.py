@@ -250,6 +250,7 @@ def evaluate_job(
     out = writable_folder(out)
     # its remark on an optional CPU kernel is not the user's business
     logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)
+    # imported before the clock of loading starts: a library's own import is no part of a model's load time
     import bitsandbytes, peft
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
     with measured() as loading:

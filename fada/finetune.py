@@ -10,7 +10,6 @@ __all__ = ['lora_recipe', 'training_tables', 'run_key', 'finetune', 'take_bundle
 import time
 import numpy as np
 from dataclasses import asdict, fields, replace as changed
-from pathlib import Path
 from .settings import (FadaError, digest, environment, nearest, now, read_json, seed_all, writable_folder, write_json)
 from .augment import augment
 from .card import write_card

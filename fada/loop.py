@@ -144,7 +144,6 @@ def loss(
     only=None,           # a question id: that question alone
 ):                       # scalar tensor: mean cross-entropy over answer tokens
     "Loss of the answers about images `at`"
-    import torch
     vlm = self.vlm; pick = [[k for k,q in enumerate(self.kinds[i]) if only in (None, q)] for i in at]
     at,pick = zip(*[(i, k) for i,k in zip(at, pick) if k]); at = list(at)
     rows = [[self.rows[i][k] for k in ks] for i,ks in zip(at, pick)]

@@ -31,7 +31,7 @@ class Row:
 
 def read_rows(m:Material, i:int)->list:
     "The questions of image `i` as the model reads them: a `Row` each"
-    vlm = m.vlm; answers = [a for _,a in m.rows[i]]
+    answers = [a for _,a in m.rows[i]]
     if m.packs and m.chat and m.tokens[i] is None: m.lay_out(i, m.picture(i))
     if m.packs:
         p = pack([m.tokens[i]]); head = m.heads[i] or []; rows = []
