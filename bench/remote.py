@@ -5,12 +5,12 @@ ensembles. Equal answers are asserted before any time is told.
     python bench/remote.py --quick --json
 """
 import argparse, json, sys, tempfile, time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]/'tests'))
 from adversarial import attacks, paraphrases
 from services import Door, TransformersServe
-from test_remote import PRICE, service
+from test_remote import as_llava
 from tiny import tiny
 from fada.clinical import QUESTIONS
 from fada.ensemble import Ensemble
@@ -30,12 +30,7 @@ def timed(vlm, images):
     start = time.perf_counter(); said = list(vlm.answer(asked(images)))
     return said, time.perf_counter()-start
 
-def remote(front, out, sdk='openai', **kw):
-    "The service with the prompt of the local model"
-    given = dict(max_new_tokens=LONGEST, remote_timeout=20, table=dict(price=PRICE))
-    vlm = service(front, out, sdk, **{**given, **kw})
-    vlm.spec = replace(vlm.spec, prompt=model_spec('llava-1.5-7b').prompt)
-    return vlm
+remote = partial(as_llava, max_new_tokens=LONGEST)   # the service with the prompt of the local model
 
 def faulty(serve, images, true, out, sdk):
     "Through a door that fails three times in ten: what was asked, answered, taken"

@@ -42,6 +42,12 @@ def service(door, out, sdk='openai', backoff=.01, checkpoint='served', table=Non
 
 PRICE = dict(input=2.5, output=10., currency='USD')
 
+def as_llava(door, out, sdk='openai', **kw):
+    "A paid remote model with the prompt of a local LLaVA"
+    vlm = service(door, out, sdk, **{**dict(remote_timeout=20, table=dict(price=PRICE)), **kw})
+    vlm.spec = replace(vlm.spec, prompt=model_spec('llava-1.5-7b').prompt)
+    return vlm
+
 @pytest.mark.parametrize('name', ['openai', 'anthropic', 'ensemble'])
 def test_answer(name, nano, femur, door, tmp_path):
     "Answers are those of the model behind the door, in the order asked, with what they took and a complete identity"

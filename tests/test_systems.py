@@ -2,12 +2,12 @@
 model, a door that fails three times in ten, both protocols, a text model that rephrases, two ensembles; and
 through the command line."""
 import json, os, signal, subprocess, sys, time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from services import Door, TransformersServe, of_model, picture, reply, words
-from test_remote import KEY, PRICE, service
+from test_remote import KEY, as_llava
 from tiny import tiny
 from fada.ensemble import Ensemble
 from fada.evaluate import AnswersLog, evaluate
@@ -34,12 +34,7 @@ def serve(weights):
     s = TransformersServe(weights); yield s
     s.close()
 
-def through(front, out, sdk='openai', **kw):
-    "A remote model with the prompt and the longest answer of the local one"
-    given = dict(max_new_tokens=LONGEST, remote_timeout=20, table=dict(price=PRICE))
-    vlm = service(front, out, sdk, **{**given, **kw})
-    vlm.spec = replace(vlm.spec, prompt=model_spec('llava-1.5-7b').prompt)
-    return vlm
+through = partial(as_llava, max_new_tokens=LONGEST)   # a remote model with the prompt and the longest answer of the local one
 
 def forty(vlm, data, out):
     "({(image, question): record}, metrics) of five images"
@@ -67,6 +62,17 @@ def test_transformers_serve_gives_the_local_answers(reference, serve, small_data
     assert took['tries'] == 40 and took['guessed'] == 0 and took['tokens_in'] > 40*16 and took['cost']['USD'] > 0
     assert m['questions'][1]['controls'] == {}
     assert all(r['more']['served'].startswith(serve.model) for r in said.values())
+
+def test_controls_of_a_paid_service_that_were_asked_for(local, small_data, tmp_path):
+    "With `paid_controls` the service is asked about blank, strange and missing images too, each question once, and is paid for it"
+    d = Door(of_model(local))
+    try:
+        for asked in (False, True):
+            m = evaluate(through(d, tmp_path/str(asked)), small_data, tmp_path/f'job{asked}', images=2, control_images=2, paid_controls=asked)
+            found = {k for q in m['questions'].values() for k in q['controls']}
+            assert ({'blank', 'shuffled other', 'no image'} <= found) == asked
+            assert (m['spending']['tries'] > 2*8) == asked
+    finally: d.close()
 
 @pytest.mark.parametrize('sdk', ['openai', pytest.param('anthropic', marks=pytest.mark.slow)])
 def test_three_faults_in_ten_change_nothing(sdk, reference, serve, small_data, tmp_path):
