@@ -21,7 +21,8 @@ def page_template(folder):
     "Voila's own template without the styles that it would fetch from another host, as template `fada` below `folder`"
     from jupyter_core.paths import jupyter_path
     lab = next((p for d in jupyter_path('voila', 'templates') if (p := Path(d)/'lab').is_dir()), None)
-    if lab is None: raise FadaError("Voila's template is not there", 'share/jupyter/voila/templates/lab', 'an installed voila', 'install it again')
+    if lab is None:
+        raise FadaError("Voila's template is not there", 'share/jupyter/voila/templates/lab', 'an installed voila', 'install it again')
     to = Path(folder)/'voila'/'templates'/'fada'; shutil.copytree(lab, to); page = to/'index.html.j2'
     (to/'conf.json').write_text('{"base_template": "lab"}')
     page.write_text(''.join(l for l in page.read_text(encoding='utf-8').splitlines(True) if 'href="https:' not in l), encoding='utf-8')
@@ -34,7 +35,8 @@ def page_settings(
     "Voila's settings for a page on this machine's own address"
     return dict(
         Voila=dict(ip='127.0.0.1', port=port, port_retries=0, open_browser=False, token=token,
-                   tornado_settings=dict(allow_remote_access=False, local_hostnames=['127.0.0.1', 'localhost'], websocket_max_message_size=most,
+                   tornado_settings=dict(allow_remote_access=False, local_hostnames=['127.0.0.1', 'localhost'],
+                                         websocket_max_message_size=most,
                                          headers={'Content-Security-Policy': POLICY})),
         VoilaConfiguration=dict(template='fada', file_denylist=['.*'], file_allowlist=[], strip_sources=True, show_tracebacks=False,
                                 allow_template_override='NO', allow_theme_override='NO'),
@@ -67,7 +69,8 @@ def _started(stack, words, port, env, cwd, path, seconds=90):
     "Start a process that ends with `stack`, and wait until it answers at its port"
     p = subprocess.Popen([sys.executable, '-m', *words], env=env, cwd=cwd); stack.callback(_ended, p); end = time.monotonic()+seconds
     while not _answers(port, path):
-        if p.poll() is not None: raise FadaError(f'{words[0]} ended with status {p.returncode}', '', 'a running server', 'see the lines above')
+        if p.poll() is not None:
+            raise FadaError(f'{words[0]} ended with status {p.returncode}', '', 'a running server', 'see the lines above')
         if time.monotonic() > end: raise FadaError(f'{words[0]} does not answer within {seconds} s', f'port {port}', '', '')
         time.sleep(.2)
     return p
@@ -101,8 +104,10 @@ def run_app(
         d = Path(stack.enter_context(tempfile.TemporaryDirectory())); page_notebook(notebook, d/'page.ipynb')
         page_template(d/'jupyter'); (d/'voila.json').write_text(json.dumps(page_settings(token, port, idle)))
         served = dict(FADA_SERVER=f'http://127.0.0.1:{port+1}', FADA_TOKEN=token)
-        serve = _started(stack, ['fada.cli', 'serve', '--port', str(port+1), '--quiet', *args], port+1, {**os.environ, **served}, os.getcwd(), '/health')
-        page = _started(stack, ['voila', 'page.ipynb'], port, {**_keyless(os.environ), **served, 'FADA_PROJECT': os.getcwd(), 'JUPYTER_PATH': str(d/'jupyter')}, d, '/')
+        words = ['fada.cli', 'serve', '--port', str(port+1), '--quiet', *args]
+        serve = _started(stack, words, port+1, {**os.environ, **served}, os.getcwd(), '/health')
+        seen = {**_keyless(os.environ), **served, 'FADA_PROJECT': os.getcwd(), 'JUPYTER_PATH': str(d/'jupyter')}
+        page = _started(stack, ['voila', 'page.ipynb'], port, seen, d, '/')
         url = f'http://127.0.0.1:{port}/?token={token}'; say(f'The page: {url}\nCtrl-C stops it and the model.')
         if browser:
             import webbrowser

@@ -58,9 +58,11 @@ def read_grid(path)->Grid:
     _known(raw, KEYS, where); _known(_a(dict, raw.get('limits', {}), 'limits', where), LIMITS, f'{where}, limits')
     for k in ('name', 'data', 'weights'): _a(str, raw.get(k, ''), k, where)
     for k,v in raw.get('limits', {}).items():
-        if not isinstance(v, (LIMITS[k], int)) or isinstance(v, bool): raise FadaError(f'{k} = {v!r}', f'{where}, limits', LIMITS[k].__name__, '')
+        if not isinstance(v, (LIMITS[k], int)) or isinstance(v, bool):
+            raise FadaError(f'{k} = {v!r}', f'{where}, limits', LIMITS[k].__name__, '')
     for k in ('include', 'exclude'):
-        for row in _a(list, raw.get(k, []), k, where): _known(_a(dict, row, k, where), (*AXES.values(), *(['task'] if k == 'exclude' else [])), f'{where}, {k}')
+        fields = (*AXES.values(), *(['task'] if k == 'exclude' else []))
+        for row in _a(list, raw.get(k, []), k, where): _known(_a(dict, row, k, where), fields, f'{where}, {k}')
     for k,v in _a(dict, raw.get('parameters', {}), 'parameters', where).items(): _a(dict, v, f'parameters.{k}', where)
     _known(raw.get('parameters', {}), ('train', 'evaluate'), f'{where}, parameters')
     s = load_settings(data=raw.get('data'))
@@ -111,7 +113,8 @@ def _job(g, folder, row, task, code):
     if task == 'train': outputs = ['adapter/adapter_model.safetensors']
     if task == 'evaluate':
         trained = '-'.join(['train', *map(str, row.values())]); after = (trained,)
-        p['adapter'] = str(folder/trained/'adapter'); inputs += [folder/trained/'adapter'/f for f in ('adapter_model.safetensors', 'adapter_config.json')]
+        bundle = folder/trained/'adapter'; p['adapter'] = str(bundle)
+        inputs += [bundle/f for f in ('adapter_model.safetensors', 'adapter_config.json')]
     return Job(name, run_notebooks(g.path.parent)/f'{what}.ipynb', p, folder/name, inputs, [folder/name/o for o in outputs], after)
 
 def _after_what_is_there(jobs:dict, folder):
@@ -119,7 +122,8 @@ def _after_what_is_there(jobs:dict, folder):
     for j in jobs.values():
         for a in j.after:
             if a not in jobs and not (folder/a/'done.json').is_file():
-                raise FadaError(f'{j.name} needs {a}', str(folder), 'a training in the grid, or one that is done', 'put "train" into tasks, or "baseline" for the model as it is')
+                raise FadaError(f'{j.name} needs {a}', str(folder), 'a training in the grid, or one that is done',
+                                'put "train" into tasks, or "baseline" for the model as it is')
         j.after = tuple(a for a in j.after if a in jobs)
 
 def grid_jobs(
@@ -130,7 +134,8 @@ def grid_jobs(
     folder,code = Path(folder).resolve(),code_digest(DECIDING)
     wanted = [(row, t) for row in combinations(g) for t in TASKS if t in g.tasks]; out = [_plain(x) for x in g.exclude]
     for x in out:
-        if not any(_excludes(x, *w) for w in wanted): raise FadaError(f'exclude {x} fits no job', str(g.path), 'a combination of the grid', 'correct it')
+        if not any(_excludes(x, *w) for w in wanted):
+            raise FadaError(f'exclude {x} fits no job', str(g.path), 'a combination of the grid', 'correct it')
     jobs = [_job(g, folder, row, t, code) for row,t in wanted if not any(_excludes(x, row, t) for x in out)]
     _after_what_is_there({j.name: j for j in jobs}, folder)
     limit = g.limits.get('jobs', 1000)
@@ -169,8 +174,8 @@ def grid_table(jobs, hours=None):
     import pandas as pd
     state = lambda j: 'done' if j.done() else 'changed' if j.folder.exists() else 'begun' if j.part.exists() else 'to do'
     time = lambda h: 'not measured here' if h is None else f'{60*h:.0f} min' if h > .1 else f'{3600*h:.0f} s'
-    return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=round(j.memory/2**30, 2), training_time=time(h), after=', '.join(j.after))
-                         for j,h in zip(jobs, hours or [None]*len(jobs))])
+    return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=round(j.memory/2**30, 2), training_time=time(h),
+                              after=', '.join(j.after)) for j,h in zip(jobs, hours or [None]*len(jobs))])
 
 # %% ../nbs/13c_grid.ipynb #20d4c968
 def chosen(jobs, only:str='')->list:

@@ -124,10 +124,12 @@ def model(self:Worker, offer:Offer, tell=lambda *a, **k: None):
     if offer not in self.loaded:
         tell('loading'); need = self.need(offer)
         if need > self.memory:
-            raise FadaError(f'{offer.model} is planned to need {need/2**30:.1f} GiB', '', f'at most {self.memory/2**30:.1f} GiB', 'take a smaller model or precision')
+            raise FadaError(f'{offer.model} is planned to need {need/2**30:.1f} GiB', '',
+                            f'at most {self.memory/2**30:.1f} GiB', 'take a smaller model or precision')
         while self.loaded and sum(v[1] for v in self.loaded.values())+need > self.memory:
             del self.loaded[min(self.loaded, key=lambda k: self.loaded[k][2])]
-        s = self.s; self.loaded[offer] = [load(offer.model, offer.adapter or None, offer.weights or None, s.precision, s.device, s.max_new_tokens), need, 0.]
+        s = self.s; paths = offer.adapter or None,offer.weights or None
+        self.loaded[offer] = [load(offer.model, *paths, s.precision, s.device, s.max_new_tokens), need, 0.]
     self.loaded[offer][2] = time.monotonic()
     return self.loaded[offer][0]
 
@@ -161,7 +163,8 @@ class Door:
         "(status, sentence) of a request that is not let in, or None"
         name = lambda v: v.split('//')[-1].rsplit(':', 1)[0]
         if name(head.get('host', '')) not in self.hosts: return 421, 'this server answers on 127.0.0.1 only'
-        if (o := head.get('origin')) and (name(o) not in self.hosts or o.split('//')[-1] != head['host']): return 403, 'requests of other sites are refused'
+        if (o := head.get('origin')) and (name(o) not in self.hosts or o.split('//')[-1] != head['host']):
+            return 403, 'requests of other sites are refused'
         given = head.get('authorization', '').removeprefix('Bearer ').strip()
         if path != '/health' and not hmac.compare_digest(given.encode(), self.token.encode()):
             return 401, 'a token is needed: Authorization: Bearer TOKEN, as `fada serve` printed it'
@@ -187,7 +190,8 @@ def sent_image(url:str):
         raise FadaError('an image by address', 'image', 'data:image/png;base64,…', 'send the picture itself')
     try: raw = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError): raise FadaError('not base64', 'image', 'data:image/png;base64,…', '') from None
-    kinds = {'image/png': 'png', 'image/jpeg': 'jpg', 'image/tiff': 'tif', 'application/dicom': 'dcm', 'image/bmp': 'bmp', 'image/webp': 'webp'}
+    kinds = {'image/png': 'png', 'image/jpeg': 'jpg', 'image/tiff': 'tif', 'application/dicom': 'dcm', 'image/bmp': 'bmp',
+             'image/webp': 'webp'}
     kind = head[5:-7]
     if kind not in kinds: raise FadaError(f'a picture of kind {kind!r}', 'image', ', '.join(kinds), '')
     with tempfile.TemporaryDirectory() as d:
@@ -217,11 +221,13 @@ class Sessions:
 # %% ../nbs/15a_serve.ipynb #7d4cd5de
 def _text_and_image(messages)->tuple:
     "(question, data URL) of the last user message of a chat"
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages): raise FadaError('no messages', 'messages', 'a list', '')
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise FadaError('no messages', 'messages', 'a list', '')
     said = [m.get('content') for m in messages if m.get('role') == 'user']
     parts = said[-1] if said and isinstance(said[-1], list) else [dict(type='text', text=said[-1])] if said else []
     text = ' '.join(str(p.get('text', '')) for p in parts if p.get('type') == 'text').strip()
-    urls = [p.get('image_url', {}).get('url', '') for m in messages if isinstance(m.get('content'), list) for p in m['content'] if p.get('type') == 'image_url']
+    every = [p for m in messages if isinstance(m.get('content'), list) for p in m['content']]
+    urls = [p.get('image_url', {}).get('url', '') for p in every if p.get('type') == 'image_url']
     if not text: raise FadaError('no question', 'messages', 'a user message with text', '')
     if not urls: raise FadaError('no image', 'messages', 'an image_url with a data URL', '')
     return text, urls[-1]
@@ -229,7 +235,8 @@ def _text_and_image(messages)->tuple:
 def _completion(order, model, text=None, finish=None, whole=None)->dict:
     "A chat completion, or a chunk of one"
     body = dict(message=dict(role='assistant', content=whole)) if whole is not None else dict(delta=dict(content=text) if text else {})
-    return dict(id=f'chatcmpl-{order.id}', object='chat.completion' if whole is not None else 'chat.completion.chunk', created=int(time.time()), model=model,
+    kind = 'chat.completion' if whole is not None else 'chat.completion.chunk'
+    return dict(id=f'chatcmpl-{order.id}', object=kind, created=int(time.time()), model=model,
                 choices=[dict(index=0, finish_reason=finish, **body)])
 
 async def _chat_chunks(order, model):
@@ -242,7 +249,8 @@ async def _chat_chunks(order, model):
 async def _events(order, history):
     "Server-sent events of an order; its answers go into the session's history"
     async for e in order.follow():
-        if e['event'] == 'answer' and history is not None: history.append({k: v for k,v in e.items() if k != 'event'} | dict(model=order.offer))
+        if e['event'] == 'answer' and history is not None:
+            history.append({k: v for k,v in e.items() if k != 'event'} | dict(model=order.offer))
         yield f'event: {e["event"]}\ndata: {json.dumps({**e, "id": order.id})}\n\n'
 
 # %% ../nbs/15a_serve.ipynb #067cee84
@@ -342,13 +350,15 @@ class Served:
             try: said = json.loads(e.read())['error']['message']
             except (ValueError, KeyError): said = e.reason
             raise FadaError(said, self.url) from None
-        except (URLError, ConnectionError) as e: raise FadaError('the server does not answer', self.url, 'a running `fada serve`', str(getattr(e, 'reason', e))) from None
+        except (URLError, ConnectionError) as e:
+            raise FadaError('the server does not answer', self.url, 'a running `fada serve`', str(getattr(e, 'reason', e))) from None
     def call(self, method, path, body=None):
         "The JSON of a reply"
         with self.open(method, path, {} if body is None and method == 'POST' else body) as r: return json.loads(r.read())
     def events(self, image, questions):
         "The events of an order; leaving the loop cancels it"
-        order = lambda: self.open('POST', '/ask', dict(image=data_url(image), questions=list(questions), model=self.model or None, session=self.session))
+        given = dict(image=data_url(image), questions=list(questions), model=self.model or None)
+        order = lambda: self.open('POST', '/ask', dict(given, session=self.session))
         try: reply = order()
         except FadaError as e:
             if e.what[:15] != 'no such session': raise
@@ -358,8 +368,9 @@ class Served:
             try:
                 for line in r:
                     if line.startswith(b'data: '): e = json.loads(line[6:]); last = e['event']; yield e
-            except (OSError, ValueError) as e: raise FadaError('the server went away in the middle of an answer', self.url, '', f'ask again ({type(e).__name__})') from None
-            if last not in ('done', 'cancelled', 'failed'): raise FadaError('the server went away in the middle of an answer', self.url, '', 'ask again')
+            except (OSError, ValueError): last = ''   # the line broke off
+            if last not in ('done', 'cancelled', 'failed'):
+                raise FadaError('the server went away in the middle of an answer', self.url, '', 'ask again')
             if last == 'failed': raise FadaError(e['error'], self.url)
     def ask(self, image, questions=tuple(QUESTIONS)):
         "Answers of one image: a list for a list of questions, one Answer for one question"
@@ -406,7 +417,8 @@ def run_server(port:int, s=None):
     import uvicorn
     from fada.settings import use_threads
     use_threads(); w = Worker(s or load_settings())
-    uvicorn.run(make_app(w, os.environ['FADA_TOKEN']), host='127.0.0.1', port=port, log_level='warning', access_log=False, server_header=False, timeout_graceful_shutdown=3)
+    uvicorn.run(make_app(w, os.environ['FADA_TOKEN']), host='127.0.0.1', port=port, log_level='warning', access_log=False,
+                server_header=False, timeout_graceful_shutdown=3)
     w.close()
 
 def supervise(
@@ -421,10 +433,12 @@ def supervise(
     signal.signal(signal.SIGTERM, stop)
     try:
         while True:
-            child = subprocess.Popen([sys.executable, '-m', 'fada.serve', str(port), str(os.getpid()), *args], env=dict(os.environ, FADA_TOKEN=token))
+            child = subprocess.Popen([sys.executable, '-m', 'fada.serve', str(port), str(os.getpid()), *args],
+                                     env=dict(os.environ, FADA_TOKEN=token))
             code = child.wait(); crashes = [t for t in crashes if t > time.monotonic()-60]+[time.monotonic()]
             if code in (0, 1): return code
-            if len(crashes) >= most: say(f'error: the server crashed {most} times within a minute, the last time with status {code}'); return 1
+            if len(crashes) >= most:
+                say(f'error: the server crashed {most} times within a minute, the last time with status {code}'); return 1
             say(f'the server ended with status {code}: started again')
     except KeyboardInterrupt: child.terminate(); child.wait(20); return 130
 
