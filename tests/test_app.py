@@ -13,7 +13,7 @@ def site(tmp_path_factory, root):
     "A page and its model; (url, process, log)"
     port = free_port(); d = tmp_path_factory.mktemp('app'); log = open(d/'log', 'w')
     (d/'settings.ini').write_text(f'[output]\nfolder = {d}/outputs\n[data]\nfolder = {d}/none\n'); (d/'nbs').symlink_to(root/'nbs')
-    p = subprocess.Popen([sys.executable, '-m', 'fada.cli', 'app', '--no-browser', '--port', str(port), '--idle', '30'], cwd=d, stdout=log, stderr=log,
+    p = subprocess.Popen([sys.executable, '-m', 'fada.cli', 'app', '--no-browser', '--port', str(port), '--idle', '20'], cwd=d, stdout=log, stderr=log,
                          env=dict(os.environ, FADA_TOKEN=TOKEN, FADA_THREADS='1', OPENAI_API_KEY='sk-not-for-pages'), start_new_session=True)
     for _ in range(900):
         if 'The page:' in (d/'log').read_text(): break
