@@ -81,7 +81,7 @@ def run_demo(
     say(f'FADA demonstration: makes {SMALL["phantoms"] if small else phantoms} phantoms, trains a '
         '1.4-million-parameter BLIP-2 from scratch, fine-tunes it on five categories,')
     say(f'answers the test questions with controls and writes {out/"report.html"}. '
-        + ('About 3 minutes' if small else 'About 8 minutes')
+        + ('About 3 minutes' if small else 'About 9 minutes')
         + f' on 2 CPU cores; what is done is reused. {SYNTHETIC} {NOTICE}')
     for title,jobs in demo_stages(out, data, small, seed, phantoms):
         say(f'\n{title} ({len(jobs)} job{"s" if len(jobs) > 1 else ""}) …'); t = time.perf_counter()

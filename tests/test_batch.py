@@ -76,6 +76,7 @@ def test_limits_of_time_and_memory(tmp_path):
     assert 'longer than 6 s' in r['slow'].reason and 'GiB of main memory' in r['hungry'].reason and r['good'].state == 'done'
     time.sleep(1.5); assert not kernels(tmp_path)
 
+@pytest.mark.fault
 def test_what_hangs_and_what_changes_meanwhile(tmp_path, monkeypatch):
     "A stopped process that does not hear the order to end is killed; a table that changes during a run fails it; force begins anew"
     monkeypatch.setattr(batch, 'PATIENCE', 1.); j = job(tmp_path, 'deaf', pause=60., seconds=8); told = threading.Event()
@@ -94,6 +95,7 @@ def test_what_hangs_and_what_changes_meanwhile(tmp_path, monkeypatch):
     j.fresh = True; assert run_jobs([j])[0].state == 'done' and 'old' not in log.read_text()
     assert [p.name for p in (tmp_path/'out').iterdir() if p.name.endswith(('.old', '.part'))] == ['deaf.part']
 
+@pytest.mark.fault
 def test_a_killed_kernel_gets_half_the_batch(tmp_path):
     "Exit 138 is what a machine out of memory looks like: once more at half, and the record says so"
     r = run_jobs([job(tmp_path, 'a', kill=True)])[0]
@@ -205,6 +207,7 @@ def test_a_cluster_that_cannot_be_used_is_named(tmp_path, cluster, monkeypatch):
 
 # ---- from a grid file
 
+@pytest.mark.slow
 def test_grid_by_command(tmp_path, root, small_data):
     "Two trainings and what comes after them; the second run does nothing; a dry run starts nothing; a bad grid is one sentence"
     grid = tmp_path/'night.toml'; out = tmp_path/'o'
