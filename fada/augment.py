@@ -18,9 +18,13 @@ class Bounds:
     shadow: float = .12   # share of light that a shadow takes, at most
     crop: float = .03     # share of each side that is cut away, at most
 
-def gain(a, rng, most:float): return a*(1+rng.uniform(-most, most))
+def gain(a, rng, most:float):
+    "Brighter or darker as a whole, by a share of at most `most`"
+    return a*(1+rng.uniform(-most, most))
 
-def noise(a, rng, most:float): return a+rng.normal(0, rng.uniform(0, most), a.shape)*(a > 0)   # none outside the sector
+def noise(a, rng, most:float):
+    "Grain of at most `most` grey levels, none outside the sector"
+    return a+rng.normal(0, rng.uniform(0, most), a.shape)*(a > 0)
 
 def shadow(a, rng, most:float):
     "A soft dark stripe from the transducer downwards"

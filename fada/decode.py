@@ -386,7 +386,9 @@ def forward(self:Rows, ids):
     return hidden
 
 @patch
-def going_on(self:Rows): return attending(self.words.config, self)
+def going_on(self:Rows):
+    "Attention that looks at the one prefix and each row's own part"
+    return attending(self.words.config, self)
 
 @patch
 def read_tails(self:Rows):

@@ -89,7 +89,9 @@ def take_bundle(vlm, out):
     vlm.adapter,vlm.likeness = adapter_digest(out),load_likeness(out); vlm._features.clear()
 
 # %% ../nbs/09k_finetune.ipynb #e6037633
-def changes(image): return augment(image)[0]
+def changes(image):
+    "A picture changed at random in ways that keep its answers true"
+    return augment(image)[0]
 
 def describe(fit:Fit, categories, parts, train, start)->dict:
     "What fada.json says of an adapter"

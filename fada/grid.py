@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .settings import FadaError, code_digest, find_settings, load_settings, nearest, now, write_json, writable_folder
 from .clinical import category
+from .registry import model_spec, require
 from .batch import DECIDING, Job, heartbeat, notebook_parameters, run_jobs, run_notebooks
 
 # %% ../nbs/13c_grid.ipynb #a9140029
@@ -77,7 +78,6 @@ def read_grid(path)->Grid:
 # %% ../nbs/13c_grid.ipynb #056995e9
 def combinations(g:Grid)->list:     # [{model, category, precision, seed}]
     "All combinations of the axes and `include`, without `exclude`; models and categories are known ones"
-    from fada.registry import model_spec
     rows = [dict(zip(AXES.values(), c)) for c in itertools.product(*(getattr(g, a) for a in AXES))]
     rows += [{**dict(zip(AXES.values(), (getattr(g, a)[0] for a in AXES))), **{k: v for k,v in r.items() if k != 'task'}}
              for r in g.include]
@@ -110,7 +110,7 @@ def _job(g, folder, row, task, code):
              precision=row['precision'], seed=row['seed'], **g.parameters.get(what, {}))
     own = [Path(g.weights)/f for f in ('model.safetensors', 'config.json')] if g.weights else []
     after,inputs,outputs = (),[code, Path(g.data)/'questions.parquet', *own, *_models_files()],['metrics.json']
-    if task == 'train': outputs = ['adapter/adapter_model.safetensors']
+    if task == 'train': require(model_spec(row['model']), 'train'); outputs = ['adapter/adapter_model.safetensors']
     if task == 'evaluate':
         trained = '-'.join(['train', *map(str, row.values())]); after = (trained,)
         bundle = folder/trained/'adapter'; p['adapter'] = str(bundle)

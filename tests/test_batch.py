@@ -224,7 +224,7 @@ def test_grid_by_command(tmp_path, root, small_data):
     grid.write_text('modles = ["x"]'); r = fada(); assert r.returncode == 1 and 'one of models' in r.stderr and 'Traceback' not in r.stderr
 
 @pytest.mark.parametrize('more,said', [('[[exclude]]\ncategory = "Abdomen"', 'fits no job'), ('[[include]]\ntask = "train"', 'unknown key .task.'),
-    ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano')])
+    ('[[include]]\nmodel = "openai"', 'openai cannot do train'), ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano')])
 def test_a_grid_that_cannot_be_meant(tmp_path, root, more, said):
     from fada.grid import grid_jobs, read_grid
     (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'; g.write_text('models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\n'+more)
