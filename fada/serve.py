@@ -120,6 +120,13 @@ def need(self:Worker, offer:Offer)->int:
     except FadaError: return 0   # nothing of it is here: a service, an ensemble
 
 @patch
+def sends_to(self:Worker, name:str)->list:
+    "Hosts that an offer sends images to"
+    from fada.ensemble import receivers
+    from fada.registry import model_spec
+    return receivers(model_spec(self.names[name].model))
+
+@patch
 def maps(self:Worker, name:str)->list:
     "Names of the methods that draw maps of an offer's answers"
     from fada.explain import methods_of
@@ -326,7 +333,7 @@ def _openai_routes(app, desk):
     from fastapi.responses import JSONResponse
     @app.get('/v1/models')
     async def models():
-        return dict(object='list', data=[dict(id=n, object='model', owned_by='fada', maps=desk.worker.maps(n)) for n in desk.worker.names])
+        return dict(object='list', data=[dict(id=n, object='model', owned_by='fada', maps=desk.worker.maps(n), sends_to=desk.worker.sends_to(n)) for n in desk.worker.names])
     @app.post('/v1/chat/completions')
     async def chat(request:Request):
         b = await desk.body(request); text,url = _text_and_image(b.get('messages')); order = await desk.take(url, [text], b.get('model'))
@@ -444,7 +451,8 @@ class ServedStream:
     def __init__(self, events, questions, one):
         from fada.vlm import Answer
         word = lambda q: QUESTIONS[q].text if q in QUESTIONS else str(q)
-        self.events,self.one,self.stop = events,one,False; self.answers = [Answer(word(q)) for q in questions]
+        self.events,self.one,self.stop,self.tell = events,one,False,None   # tell: called with every event
+        self.answers = [Answer(word(q)) for q in questions]
     @property
     def answer(self):
         "The first answer"
@@ -453,6 +461,7 @@ class ServedStream:
     def __iter__(self):
         whole = 0
         for e in self.events:
+            if self.tell: self.tell(e)
             if e['event'] == 'token':
                 self.answers[e['number']].text += e['text']; yield e['text'] if self.one else (e['number'], e['text'])
             if e['event'] == 'answer': self.answers[whole] = _answer(e); whole += 1
