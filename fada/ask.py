@@ -372,7 +372,8 @@ def _tell_methods(self:AskPanel, vlm):
     "Offer the methods that work with a model"
     from fada.explain import methods
     names = methods(vlm)
-    if list(self.method.options) != names: self.method.options = names
+    if list(self.method.options) != names:
+        self.method.options = names; self.method.value = names[0] if names else None
     self.method.layout.display = '' if names else 'none'
 
 @patch
