@@ -285,6 +285,15 @@ def changed(
         if same: return 'annotated since: prepare again to put the corrections into the table'
     return '' if path.stat().st_size == size and sha256_file(path) == sha else 'changed'
 
+def _remedy(path, size, why)->str:
+    "What became of a file, and what to do"
+    if why == 'missing':
+        return f'missing since the table was made ({size:,} bytes then): put it back, or prepare again without it'
+    if why != 'changed': return why
+    now = path.stat().st_size
+    what = f'{size:,} bytes then, {now:,} now' if now != size else f'other content in {size:,} bytes'
+    return f'changed since the table was made ({what}): put the old file back, or prepare again'
+
 def _strangers(folder, files):
     "Pictures, and a log of annotations, that came since the table was made"
     q = folder/QUARANTINE; aside = pd.read_csv(q, keep_default_na=False).file.unique() if q.is_file() else ()
@@ -292,7 +301,8 @@ def _strangers(folder, files):
     for p in sorted(folder.rglob('*')):
         n = p.relative_to(folder)
         if n.as_posix() in known or any(x.startswith('.') for x in n.parts) or not p.is_file(): continue
-        if p.suffix.lower() in IMAGES: yield n.as_posix(), 'new: not in the table, not in the quarantine'
+        if p.suffix.lower() in IMAGES:
+            yield n.as_posix(), 'new: not in the table, not in the quarantine; prepare again to take it'
         elif n.as_posix() == 'annotations.jsonl': yield n.as_posix(), 'new: prepare again to apply corrections'
 
 # %% ../nbs/04_data.ipynb #2117d1d1
@@ -310,9 +320,11 @@ def verify(
         raise FadaError('the manifest does not list its files', str(folder/'manifest.json'), FILES,
                         'prepare the data again')
     files = read_json(folder/FILES); out = []
-    if m.get('manifest_digest') != digest(_plain(m)): out.append(('manifest.json', 'changed'))
-    if digest(files) != m['files_digest']: out.append((FILES, 'changed'))
-    out += [(n, why) for n,(size,sha) in files.items() if (why := changed(folder/n, size, sha))]
+    by_hand = 'changed since it was written: prepare the data again'
+    if m.get('manifest_digest') != digest(_plain(m)): out.append(('manifest.json', by_hand))
+    if digest(files) != m['files_digest']: out.append((FILES, by_hand))
+    out += [(n, _remedy(folder/n, size, why)) for n,(size,sha) in files.items()
+            if (why := changed(folder/n, size, sha))]
     if m['reader'] != 'phantoms': out += _strangers(folder, files)
     return pd.DataFrame(out, columns=['file','finding'])
 

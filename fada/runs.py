@@ -64,8 +64,10 @@ def size_text(n:int)->str:
 # %% ../nbs/11c_runs.ipynb #ae6e3143
 def runs_text(t)->str:
     "The list as lines"
-    lines = [f"{r.run+'/'+r.job:44} {r.kind:9} {r.model or '':20} {r.state:10} {r.made[:16]}  {'' if pd.isna(r.mean) else f'mean {r.mean:.2f}':9} "
-             f"{'' if pd.isna(r.red) else f'{r.red:.0f} red':6} {size_text(r.bytes):>9}" for r in t.itertuples()]
+    known = lambda v, text: '' if pd.isna(v) else text.format(v)
+    lines = [f"{r.run+'/'+r.job:44} {r.kind:9} {r.model or '':20} {r.state:10} {r.made[:16]}  "
+             f"{known(r.mean, 'mean {:.2f}'):9} {known(r.red, '{:.0f} red'):6} {size_text(r.bytes):>9}"
+             for r in t.itertuples()]
     return '\n'.join([*lines, f'{len(t)} jobs, {size_text(int(t.bytes.sum()))}'])
 
 # %% ../nbs/11c_runs.ipynb #24fe0534

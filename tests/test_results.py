@@ -9,12 +9,14 @@ from services import Door, of_model
 from test_remote import service
 from tiny import tiny
 from fada.answers import AnswersLog
+from fada.audit import Finding
+from fada.clinical import DEMO_CATEGORIES
 from fada.compare import collect, control_table, systems
 from fada.data import load_table
 from fada.evaluate import choose_rows, evaluate, evaluate_answers
 from fada.pairs import compare_pair, people_table, rank_table, ready_pairs, subgroup_table
 from fada.paper import paper_text
-from fada.report import write_report
+from fada.report import fold_findings, write_report
 from fada.settings import FadaError, write_json
 from fada.twins import ask_phrasings, ask_twins, phrasing_spread, seed45, twin_set, twin_summary
 from fada.vlm import load
@@ -66,6 +68,19 @@ def test_preset_is_five_by_three_by_three(nano, small_data, tmp_path):
     with pytest.raises(FadaError, match='preset seed45'): evaluate(nano, small_data, tmp_path, preset='seed45')
     with pytest.raises(FadaError, match='unknown preset'): choose_rows(nano, five, five, 0, 0, 'seed46', 0)
 
+@pytest.mark.slow
+def test_preset_end_to_end_on_the_demo_categories(tmp_path):
+    "Phantoms of five planes, `fada evaluate --preset seed45`, and a report that says what 45 answers can show"
+    data,job = tmp_path/'data',tmp_path/'run'/'evaluate'
+    ask = lambda *w: subprocess.run([*FADA, *map(str, w), '--quiet', '--json'], check=True, capture_output=True, text=True)
+    ask('phantom', '--n', 110, '--out', data, '--categories', ','.join(DEMO_CATEGORIES), '--seed', 3)
+    m = json.loads(ask('evaluate', '--data', data, '--preset', 'seed45', '--control-images', 15, '--out', job).stdout)
+    scores = pd.read_parquet(job/'scores.parquet'); plain = scores[scores.condition == 'plain']
+    assert len(plain) == 45 and set(plain.question_id) == {1, 3, 6} and plain.groupby('category').image.nunique().eq(3).all()
+    assert m['preset']['name'] == 'seed45' and '45 answers' in m['preset']['can_show'] and m['control_images'] == 15
+    out = json.loads(ask('compare', tmp_path/'run').stdout); page = (tmp_path/'run'/'report.html').read_text()
+    assert out['lines'][0] == m['preset']['can_show'] and page.count('45 answers: a share of one half') == 2
+
 def test_examples_are_for_models_that_chat(nano, small_data, tmp_path):
     with pytest.raises(FadaError, match='does not follow examples'):
         evaluate(nano, small_data, tmp_path/'a', images=1, examples=2)
@@ -108,6 +123,45 @@ def test_people_beside_models(run, small_data, tmp_path):
     seen.assign(annotator='B').to_parquet(tmp_path/'second_readings.parquet'); t = people_table(tmp_path, scored)
     assert len(t) == 8 and t['second reader by first'].str.startswith('1.00').all() and not t['model by first'].str.startswith('1.00').all()
     assert len(people_table(small_data, scored)) == 0
+
+def test_people_stand_in_the_report(run, small_data, tmp_path):
+    "A second reader of half the rows, agreeing nine times in ten: person against person beside model against person"
+    d = tmp_path/'data'; shutil.copytree(small_data, d); shutil.copytree(run, tmp_path/'run')
+    rows = load_table(d, split='test').iloc[::2]
+    said = [a if k % 10 else 'cannot say' for k, a in enumerate(rows.answer)]
+    rows[['image', 'question_id']].assign(answer=said, annotator='B').to_parquet(d/'second_readings.parquet')
+    page = write_report(tmp_path/'run', d).read_text(); text = (tmp_path/'run'/'tables'/'people.md').read_text()
+    assert 'Images that were read twice' in page
+    assert text.startswith('| question | rows | second reader by first | model by first | model by second | model − second reader |')
+    assert len(text.splitlines()) == 2+rows.question_id.nunique()
+
+def test_topic_similarity_where_the_settings_name_a_model(run, small_data, tmp_path, monkeypatch):
+    "A tiny sentence model in a folder: its column and its name in metrics, report and methods; without it neither"
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+    words = sorted({w for a in load_table(small_data).answer for w in re.findall(r'\w+|[^\w\s]', a.lower())})
+    m = tmp_path/'tiny'; m.mkdir(); (m/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *words]))
+    BertTokenizerFast(vocab_file=str(m/'vocab.txt')).save_pretrained(m)
+    BertModel(BertConfig(vocab_size=5+len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=16)).save_pretrained(m)
+    assert 'topic similarity' not in write_report(run, small_data).read_text()
+    (tmp_path/'settings.ini').write_text('[scores]\nsentence_model = tiny\n'); monkeypatch.chdir(tmp_path)
+    found = evaluate_answers(run.parent/'right.csv', tmp_path/'run'/'a', small_data)
+    assert found['sentence_model'].startswith('tiny ') and .5 < found['details'][1]['wording']['topic'] < 1
+    page = write_report(tmp_path/'run', small_data).read_text()
+    assert 'topic similarity' in page and 'Topic similarity is that of tiny' in page
+    (tmp_path/'settings.ini').write_text('[scores]\nsentence_model = none\n')
+    r = subprocess.run([*FADA, 'compare', str(tmp_path/'run')], capture_output=True, text=True)
+    assert r.returncode == 1 and 'no sentence model' in r.stderr and len(r.stderr.strip().splitlines()) == 1
+
+def test_findings_are_folded_the_gravest_first():
+    "One line for a kind, whatever its questions and systems; all it rests on below it"
+    f = lambda id, severity, q=None: Finding(id, severity, q, None, f'{id} {q}')
+    out = fold_findings({'a': [f('few-samples', 'red'), f('survives-without-image', 'amber', 3), f('not-read', 'amber', 2)],
+                         'b': [f('survives-without-image', 'red', 1), f('survives-without-image', 'red', 4)]}, 2)
+    assert [n['id'] for n in out] == ['survives-without-image', 'few-samples', 'not-read']
+    assert out[0]['text'] == 'red: the score survives without the image (questions 1, 3, 4; 2 of 2 systems)'
+    assert len(out[0]['more']) == 3 and out[0]['more'][0].startswith('a, question 3 plane: ')
+    assert out[1]['text'].endswith('(a): few-samples None') and out[1]['more'] == []
 
 def test_subgroups_say_when_they_are_tied_to_the_category(run):
     scored = next(iter(systems(collect(run)).values()))
