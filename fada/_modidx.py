@@ -1341,6 +1341,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'fada.report.section_twins': ('report.html#section_twins', 'fada/report.py'),
                              'fada.report.section_within': ('report.html#section_within', 'fada/report.py'),
                              'fada.report.shown': ('report.html#shown', 'fada/report.py'),
+                             'fada.report.upright': ('report.html#upright', 'fada/report.py'),
                              'fada.report.write_report': ('report.html#write_report', 'fada/report.py')},
             'fada.resume': { 'fada.resume._foreign': ('resume.html#_foreign', 'fada/resume.py'),
                              'fada.resume.chance_state': ('resume.html#chance_state', 'fada/resume.py'),

@@ -79,8 +79,9 @@ def systems(jobs)->dict:
 def interval_text(m:dict, digits:int=2)->str:
     "Mean with its interval as text; 'too few patients' where there is none"
     if m['mean'] is None: return '–'
-    return f"{m['mean']:.{digits}f} " + ('(too few patients)' if m['low'] is None
-                                         else f"[{m['low']:.{digits}f}, {m['high']:.{digits}f}]")
+    said = lambda v: f'{round(v, digits)+0.:.{digits}f}'   # no minus before a zero
+    return f"{said(m['mean'])} " + ('(too few patients)' if m['low'] is None
+                                    else f"[{said(m['low'])}, {said(m['high'])}]")
 
 # %% ../nbs/11_compare.ipynb #1d78af30
 def quality_table(jobs)->pd.DataFrame:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DECIDES', 'STYLE', 'TEMPLATE', 'SECTIONS', 'NEAR_IMAGES', 'HEADLINES', 'shown', 'plot_sheet', 'examples',
            'energy_ratio', 'plot_attention', 'Story', 'jobs_split', 'markdown_table', 'latex_table', 'real_frame',
-           'section_images', 'section_controls', 'section_twins', 'section_within', 'section_beside', 'section_systems',
-           'section_resources', 'section_groups', 'section_planes', 'section_examples', 'section_attention',
-           'section_frame', 'section_models', 'methods_text', 'section_methods', 'fold_findings', 'run_findings',
-           'write_report']
+           'section_images', 'section_controls', 'section_twins', 'section_within', 'section_beside', 'upright',
+           'section_systems', 'section_resources', 'section_groups', 'section_planes', 'section_examples',
+           'section_attention', 'section_frame', 'section_models', 'methods_text', 'section_methods', 'fold_findings',
+           'run_findings', 'write_report']
 
 # %% ../nbs/11a_report.ipynb #38482538
 import base64, io, re
@@ -254,9 +254,9 @@ def _twin_tables(done)->dict:
              'read as': 'image reliance' if d['trained_on_phantoms']
              else 'a probe: failing may be the synthetic look'} for d in done]
     each = [{'system': _asked(d), 'differs in': t['differ'], 'question': t['question'], 'must': t['expected'],
-             'pairs': t['pairs'], 'passed': round(t['passed'], 2)}
+             'pairs': t['pairs'], 'passed': f"{t['passed']:.2f}"}
             for d in done for t in d['table'] if t['expected'] == 'change']
-    words = [{'system': _asked(d), **{k: v if isinstance(v, str) else round(v, 2) for k,v in p.items()}}
+    words = [{'system': _asked(d), **{k: v if isinstance(v, str) else f'{v:.2f}' for k,v in p.items()}}
              for d in done for p in d.get('phrasings', ())]
     return {('twins', 'Pairs that differ in one thing'): pd.DataFrame(rows),
             ('twins_change', 'Where the answer must change'): pd.DataFrame(each),
@@ -295,15 +295,24 @@ def section_beside(s):
                               millimetres=plot_bland_altman(d.get(4, {}).get('points'), s.name)))
 
 # %% ../nbs/11a_report.ipynb #50e7fb9c
+def upright(
+    frame,       # a row each
+    names=1,     # leading columns that name a row
+):
+    "A table with a column for each row: questions go down, so that many of them fit the page"
+    if not len(frame): return frame
+    heads = frame.iloc[:,:names].agg(': '.join, axis=1); body = frame.iloc[:,names:].T
+    return body.set_axis(heads, axis=1).rename_axis('', axis=0).reset_index()
+
 def section_systems(s):
     "Systems side by side, in pairs, ranked"
-    pairs = {} if len(s.every) < 2 else {('gains', 'Gain over the first'): gains(s.jobs),
+    pairs = {} if len(s.every) < 2 else {('gains', 'Gain over the first'): upright(gains(s.jobs)),
                                          ('ranks', 'Ranks'): rank_table(s.every),
-                                         ('pairs', 'Ready comparisons'): ready_table(s.jobs)}
+                                         ('pairs', 'Ready comparisons'): upright(ready_table(s.jobs), 2)}
     tuned = {(f'controls_{k}', f'{k}, pooled: each adapter knows its folder'): control_table(v)
              for k,v in list(s.every.items())[1:] if v.adapter.any()}
     return dict(title='Models side by side',
-                tables=_tabs(s, {('quality', ''): quality_table(s.jobs), **pairs, **tuned}),
+                tables=_tabs(s, {('quality', ''): upright(quality_table(s.jobs)), **pairs, **tuned}),
                 figures=_figs(s, forest=plot_forest(s.every), systems=plot_systems(s.jobs)),
                 text=f'The endpoint, stated beforehand, is the {PRIMARY} (normality by its two classes). Intervals '
                      'are 95 %, by bootstrap clustered on the patient; differences are paired. Endpoints are tested '
@@ -377,20 +386,23 @@ def section_models(s):
                 tables=tables) if tables else None
 
 # %% ../nbs/11a_report.ipynb #dfdc77d9
-def _weights_said(job)->str:
-    "A system with the beginning of its weights' digest"
-    i = job.metrics['identity']; adapter = f", adapter {i['adapter'][:12]}" if i.get('adapter') else ''
-    return f"{job.system} (weights {str(i['base'])[:12]}{adapter})"
+def _weights_said(done)->str:
+    "The systems with the beginnings of the digests of their weights and adapters"
+    by = {}
+    for j in done:
+        i = j.metrics['identity']; adapters = by.setdefault((j.system, str(i['base'])[:12]), [])
+        if i.get('adapter'): adapters.append(i['adapter'][:12])
+    said = lambda a: f", adapters {', '.join(a)}" if a else ''
+    return '; '.join(f'{name} (weights {base}{said(a)})' for (name,base),a in by.items())
 
 def methods_text(jobs)->str:
     "What was done, with versions, seeds and hashes, in one paragraph"
     done = [j for j in jobs if j.metrics]; m = done[0].metrics
     v,c,g = m['versions'],m['coverage'],m['identity'].get('generation')
     who = f"{m['patients']} patients" if m['patients_known'] else f"{m['patients']} images (patients unknown)"
-    asked = '; '.join(dict.fromkeys(map(_weights_said, done)))
     controls = ', '.join(next(iter(m['questions'].values()))['controls']) or 'none'
     parts = [f"{len({j.system for j in done})} system(s) answered {c['asked']} questions about {m['images']} images "
-             f"of {who} of the {m['split']} split (table {str(m['data'])[:12]}): {asked}.",
+             f"of {who} of the {m['split']} split (table {str(m['data'])[:12]}): {_weights_said(done)}.",
              *([f"Decoding was greedy, at most {g.get('max_new_tokens')} tokens, prompt version "
                 f"{m['identity'].get('prompt_version')}."] if g else []),
              *([m['preset']['can_show']] if m.get('preset') else []),

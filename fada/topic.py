@@ -30,7 +30,8 @@ class Topic:
         folder,   # configuration, tokenizer, safetensors
     ):
         from transformers import AutoModel, AutoTokenizer
-        folder = Path(folder); _prove(folder)
+        from transformers.utils import logging
+        folder = Path(folder); _prove(folder); logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model,info = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True,
