@@ -1367,6 +1367,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fada.route.look': ('route.html#look', 'fada/route.py'),
                             'fada.route.save_likeness': ('route.html#save_likeness', 'fada/route.py')},
             'fada.runs': { 'fada.runs._about': ('runs.html#_about', 'fada/runs.py'),
+                           'fada.runs._told': ('runs.html#_told', 'fada/runs.py'),
                            'fada.runs.folder_bytes': ('runs.html#folder_bytes', 'fada/runs.py'),
                            'fada.runs.in_use': ('runs.html#in_use', 'fada/runs.py'),
                            'fada.runs.list_runs': ('runs.html#list_runs', 'fada/runs.py'),

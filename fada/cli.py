@@ -283,7 +283,7 @@ def runs(
                      typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
     kind:Annotated[Optional[str], typer.Option(help='evaluate, train or twins.')]=None, model:Model=None,
     category:Annotated[Optional[str], typer.Option(help='Jobs about this category.')]=None,
-    state:Annotated[Optional[str], typer.Option(help='finished or unfinished.')]=None,
+    state:Annotated[Optional[str], typer.Option(help='finished, unfinished or damaged.')]=None,
     since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
     run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
     remove:Annotated[bool, typer.Option('--prune',

@@ -110,6 +110,7 @@ def test_systems_from_elsewhere_side_by_side(run, small_data):
     assert ranks.system[0].startswith('right') and c['endpoint']['mean'] > .2 and 0 < c['endpoint']['p'] <= 1
     html = write_report(run, small_data).read_text()
     assert html.index('What to know first') < html.index('In five lines') < html.index('Models side by side') and 'answers from elsewhere' in html
+    assert 'topic similarity' not in html   # no sentence model is named
     assert {'ranks.md', 'pairs.tex', 'quality.md'} <= {p.name for p in (run/'tables').iterdir()}
     assert {'forest.svg', 'forest.png', 'category_by_question.svg'} <= {p.name for p in (run/'figures').iterdir()}
     r = subprocess.run([*FADA, 'compare', str(run), '--json', '--quiet'], capture_output=True, text=True)
@@ -143,7 +144,6 @@ def test_topic_similarity_where_the_settings_name_a_model(run, small_data, tmp_p
     BertTokenizerFast(vocab_file=str(m/'vocab.txt')).save_pretrained(m)
     BertModel(BertConfig(vocab_size=5+len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                          intermediate_size=16)).save_pretrained(m)
-    assert 'topic similarity' not in write_report(run, small_data).read_text()
     (tmp_path/'settings.ini').write_text('[scores]\nsentence_model = tiny\n'); monkeypatch.chdir(tmp_path)
     found = evaluate_answers(run.parent/'right.csv', tmp_path/'run'/'a', small_data)
     assert found['sentence_model'].startswith('tiny ') and .5 < found['details'][1]['wording']['topic'] < 1
@@ -190,6 +190,12 @@ def test_runs_are_listed_filtered_and_pruned(run, tmp_path):
                                                   check=True, capture_output=True, text=True).stdout)
     assert {(r['job'], r['state']) for r in ask()} == {('x', 'finished'), ('y', 'unfinished')} and [r['job']
                                                                                                     for r in ask('--kind', 'train', '--category', 'Femur')] == ['x']
+    for name, text in (('z', '{"kind": '), ('twins', '{"kind": "twins", "identity": {"precision": "fp32"}}')):
+        (out/'run'/name).mkdir(); (out/'run'/name/('config.json' if name == 'z' else 'twins.json')).write_text(text)
+    write_json(out/'run'/'twins'/'job.json', dict(notebook='nbs/run/twins.ipynb', parameters=dict(model='m', categories='Femur,Aorta')))
+    rows = {r['job']: r for r in ask()}; assert rows['z']['state'] == 'damaged' and rows['x']['red'] is None
+    assert [rows['twins'][k] for k in ('kind', 'model', 'categories', 'precision')] == ['twins', 'm', 'Femur, Aorta', 'fp32']
+    shutil.rmtree(out/'run'/'z')
     plan = ask('--state', 'unfinished', '--prune'); assert not plan['done'] and (out/'run'/'y').exists()
     assert ask('--state', 'unfinished', '--prune', '--yes')['done'] and not (out/'run'/'y').exists()
     assert ask('--prune', '--weights',
