@@ -326,28 +326,35 @@ def plot_resources(jobs):
 
 # %% ../nbs/11_compare.ipynb #469d8507
 def _found(plain)->str:
-    "What a system made of question 7, with counts"
+    "What a system made of question 7, with counts; '' where it was not asked"
     n = normality(plain)
-    return (f"Abnormal images found: {n['found']} of {n['abnormal']}; "
+    if not n['abnormal']+n['normal']: return ''
+    return (f" Abnormal images found: {n['found']} of {n['abnormal']}; "
             f"normal ones cleared: {n['cleared']} of {n['normal']}.")
 
 def _beside_first(other, o, plain, name)->str:
     "A system against the first, in a line"
     both = plain.merge(o, on=['image','question_id'], suffixes=('','_b'))
     return (f"{other}: mean of the questions {interval_text(primary(o))}; against {name} "
-            f"{interval_text(primary(both.assign(score=both.score_b), both.score), 3)} (paired). {_found(o)}")
+            f"{interval_text(primary(both.assign(score=both.score_b), both.score), 3)} (paired).{_found(o)}")
+
+def _beaten(scored)->str:
+    "On which questions a system beats its controls, in a line"
+    told,each = knows_folder(scored, scored.adapter.any()),summary(scored)
+    if not any(m['controls'] for m in each.values()): return 'No control stands beside these scores.'
+    beats = [f'{q} {m["key"]}' for q,m in each.items() if beats_controls(m, told)]
+    return (f"Beats every control{'' if told else ' that, like it, is not told the folder'}, pooled over categories, "
+            f"on: {', '.join(beats) or 'no question'}.")
 
 def headline(jobs)->list:
-    "The run in at most five lines, each from its own figures; what a preset's sample can show comes on top of them"
+    "The run in at most five lines, each from its own figures; what a preset's sample can show comes first"
     every = systems(jobs); name,scored = next(iter(every.items())); plain = scored[scored.condition == 'plain']
     if not plain.score.notna().any():
         return [f'{name}: {plain.image.nunique()} images, no references: nothing is scored.']
-    told = knows_folder(scored, scored.adapter.any())
-    beats = [f'{q} {v["key"]}' for q,v in summary(scored).items() if beats_controls(v, told)]
-    lines = [f"{name}: {plain.image.nunique()} test images of {plain.patient.nunique()} patients, "
-             f"mean of the questions {interval_text(primary(plain))}. {_found(plain)}",
-             f"Beats every control{'' if told else ' that, like it, is not told the folder'}, pooled over "
-             f"categories, on: {', '.join(beats) or 'no question'}."]
+    known = not plain.patient.astype(str).str.startswith('image:').any()
+    who = f'{plain.patient.nunique()} patients' if known else 'unknown patients'
+    lines = [f'{name}: {plain.image.nunique()} test images of {who}, mean of the questions '
+             f'{interval_text(primary(plain))}.{_found(plain)}', _beaten(scored)]
     lines += [_beside_first(k, o[o.condition == 'plain'], plain, name) for k,o in list(every.items())[1:]]
     small = dict.fromkeys(j.metrics['preset']['can_show'] for j in jobs if j.metrics and j.metrics.get('preset'))
-    return [*small, *lines[:5]]
+    return [*small, *lines][:5]

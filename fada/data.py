@@ -149,6 +149,17 @@ def _published(table, unit):
     return p.drop_duplicates('unit').set_index('unit').published_split.to_dict()
 
 # %% ../nbs/04_data.ipynb #a62e6794
+def _prove_split(table, unit, given, wanted):
+    "`FadaError` where a category lacks one of the wanted splits, unless it was published so"
+    for c,g in table.groupby('category'):
+        if set(g.image.map(unit)) <= set(given) or not (lost := wanted-set(g.split)): continue
+        who = sorted(g.patient.unique()); some = ', '.join(who[:6])+(' …' if len(who) > 6 else '')
+        raise FadaError('no split without a leak',
+                        f'{c}: {len(who)} patients or images that belong together ({some}), '
+                        f'none left for {", ".join(sorted(lost))}',
+                        'at least 3 unrelated patients per category', 'add images, or leave the category out')
+
+# %% ../nbs/04_data.ipynb #530bd9b3
 def split_table(
     table:pd.DataFrame,
     seed:int=0,
@@ -172,17 +183,7 @@ def split_table(
     free = {u: c for u,c in cats.items() if u not in where}
     where.update({u: SPLITS[s] for u,s in _deal(free, shares, rng).items()})
     out = table.assign(split=table.image.map(unit).map(where))
-    wanted = {s for s,x in zip(SPLITS, shares) if x > 0}
-    for c,g in out.groupby('category'):
-        if set(table.image[g.index].map(unit)) <= set(given): continue  # as it was published
-        if (lost := wanted-set(g.split)):
-            who = sorted(g.patient.unique())
-            some = ', '.join(who[:6])+(' …' if len(who) > 6 else '')
-            raise FadaError('no split without a leak',
-                            f'{c}: {len(who)} patients or images that belong together ({some}), '
-                            f'none left for {", ".join(sorted(lost))}',
-                            'at least 3 unrelated patients per category',
-                            'add images, or leave the category out')
+    _prove_split(out, unit, given, {s for s,x in zip(SPLITS, shares) if x > 0})
     return out
 
 # %% ../nbs/04_data.ipynb #887ec659

@@ -33,6 +33,7 @@ def _file_of(image, files):
     "The listed file that holds an image: of `cine.dcm#12`, cine.dcm"
     return image if image in files else image.rsplit('#', 1)[0]
 
+# %% ../nbs/04g_export.ipynb #99a7082b
 def _export_images(table, folder, out, as_is):
     """Write the pictures once; returns ({image: new path}, those left behind with the reason). A picture that
     was changed since it was answered stays behind: its answers may not be true of it."""

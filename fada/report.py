@@ -135,7 +135,7 @@ TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8">\
 {% for t in s.tables %}<div class="scroll"><table>{% if t.name %}<caption>{{ t.name }}</caption>{% endif %}\
 <tr>{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for r in t.rows %}<tr>\
-{% for v in r %}<td{% if v|string|length < 30 %} class="n"{% endif %}>{{ v }}</td>{% endfor %}</tr>
+{% for v in r %}<td{% if v|string|length < 22 %} class="n"{% endif %}>{{ v }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endfor %}
 {% for f in s.figures %}<p><img alt="{{ f.alt }}" src="data:image/png;base64,{{ f.png }}"></p>{% endfor %}
 {% if s.cards %}<div class="cards">{% for c in s.cards %}<div class="card {{ c.kind }}">\
@@ -304,6 +304,7 @@ def upright(
     heads = frame.iloc[:,:names].agg(': '.join, axis=1); body = frame.iloc[:,names:].T
     return body.set_axis(heads, axis=1).rename_axis('', axis=0).reset_index()
 
+# %% ../nbs/11a_report.ipynb #3d25da6a
 def section_systems(s):
     "Systems side by side, in pairs, ranked"
     pairs = {} if len(s.every) < 2 else {('gains', 'Gain over the first'): upright(gains(s.jobs)),
@@ -395,6 +396,7 @@ def _weights_said(done)->str:
     said = lambda a: f", adapters {', '.join(a)}" if a else ''
     return '; '.join(f'{name} (weights {base}{said(a)})' for (name,base),a in by.items())
 
+# %% ../nbs/11a_report.ipynb #6863249b
 def methods_text(jobs)->str:
     "What was done, with versions, seeds and hashes, in one paragraph"
     done = [j for j in jobs if j.metrics]; m = done[0].metrics

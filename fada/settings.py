@@ -78,6 +78,7 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'remote_retries': ('remote',   'retries',        int,  '5',             'further tries after a fault'),
 }
 
+# %% ../nbs/00_settings.ipynb #e9b63963
 @dataclass(frozen=True)
 class Settings:
     "The run defaults after precedence was applied; `source` says where each value came from"

@@ -152,8 +152,8 @@ def what_45_can_show(n:int=45)->str:
     "What a sample of `n` pairs can and cannot show, in a sentence"
     half = 1.96*(.25/n)**.5
     return (f'{n} answers: a share of one half is known to ± {half:.2f}; between two models that differ on 3 answers '
-            f'in 10, only a difference of {detectable_share(n):.2f} or more would be found four times in five. Images of '
-            'one category are alike, so that the truth is wider.')
+            f'in 10, only a difference of {detectable_share(n):.2f} or more would be found four times in five. '
+            'Images of one category are alike, so that the truth is wider.')
 
 # %% ../nbs/10d_twins.ipynb #054ba5f8
 def _records(frame)->list:
