@@ -1175,6 +1175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fada.readers.look_at': ('readers.html#look_at', 'fada/readers.py'),
                               'fada.readers.name_facts': ('readers.html#name_facts', 'fada/readers.py'),
                               'fada.readers.name_key': ('readers.html#name_key', 'fada/readers.py'),
+                              'fada.readers.no_phantoms': ('readers.html#no_phantoms', 'fada/readers.py'),
                               'fada.readers.read_any': ('readers.html#read_any', 'fada/readers.py'),
                               'fada.readers.read_chat': ('readers.html#read_chat', 'fada/readers.py'),
                               'fada.readers.read_folder': ('readers.html#read_folder', 'fada/readers.py'),

@@ -12,7 +12,7 @@ import pandas as pd
 from .settings import FadaError, digest, progress, writable_folder, write_atomic, write_json
 from .clinical import CATEGORIES, GRADES, QUESTIONS, RECOMMENDATIONS
 from .images import blank_outside, hashed, public_name, read_image
-from .readers import KNOWN, RESERVED, Reading, find_category, index_images, list_files, look_at
+from .readers import KNOWN, RESERVED, Reading, find_category, index_images, list_files, look_at, no_phantoms
 from .sheets import TITLES
 
 # %% ../nbs/04g_export.ipynb #c6487676
@@ -230,6 +230,7 @@ def template(
     if path.suffix.lower() != '.xlsx' or Path(name).name != name:
         raise FadaError(f'{name!r} is no workbook of the folder', str(folder), 'a file name that ends in .xlsx',
                         'as in --name answers.xlsx')
+    no_phantoms(folder)
     if path.exists(): raise FadaError('it exists already', str(path), 'a new file', 'give another --name')
     r = Reading(folder, 'template'); images = _to_answer(r)
     if not images:

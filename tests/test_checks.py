@@ -68,3 +68,8 @@ def test_verify_says_what_changed_and_what_to_do(tmp_path):
     assert f'({size-1:,} bytes then, {size:,} now)' in found['answers.csv'] and 'prepare again' in found['answers.csv']
     assert f'other content in {len(b):,} bytes' in found['Femur/img_1.png'] and found['Femur/new.png'].startswith('new: ')
     r = fada('verify', tmp_path); assert r.returncode == 1 and len(r.stdout.splitlines()) == 4
+
+def test_phantoms_need_no_check_and_no_workbook(tmp_path):
+    (tmp_path/'phantoms.json').write_text('{}'); picture(tmp_path/'images'/'Femur'/'1.png')
+    for ask in (check, template):
+        with pytest.raises(FadaError, match='phantoms, whose answers were made with them.*fada data verify'): ask(tmp_path)

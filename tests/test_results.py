@@ -11,7 +11,7 @@ from tiny import tiny
 from fada.answers import AnswersLog
 from fada.audit import Finding
 from fada.clinical import DEMO_CATEGORIES
-from fada.compare import collect, control_table, systems
+from fada.compare import collect, control_table, headline, systems
 from fada.data import load_table
 from fada.evaluate import choose_rows, evaluate, evaluate_answers
 from fada.pairs import compare_pair, people_table, rank_table, ready_pairs, subgroup_table
@@ -210,6 +210,14 @@ def test_predictions_alone_are_compared_too(tmp_path):
     def refuse(word): raise ValueError(word)
     out = json.loads(r.stdout, parse_constant=refuse); assert 'nothing is scored' in out['lines'][0]
     assert 'no references' in (tmp_path/'run'/'report.html').read_text()
+
+def test_references_without_controls_or_patients_say_so(tmp_path):
+    "Nothing beaten where nothing stands beside; images are not taken for patients"
+    (tmp_path/'a.csv').write_text('image,category,question,prediction,reference\n'
+                                  + ''.join(f'{k}.png,Femur,6,good,{"good" if k % 2 else "poor"}\n' for k in range(6)))
+    evaluate_answers(tmp_path/'a.csv', tmp_path/'run'/'a'); lines = headline(collect(tmp_path/'run'))
+    assert '6 test images of unknown patients' in lines[0] and lines[1] == 'No control stands beside these scores.'
+    assert 'Abnormal images' not in lines[0]   # question 7 was not asked
 
 def test_a_question_whose_references_cannot_be_read(nano, small_data, tmp_path):
     "Nothing to score there: a dash in every table, and a report all the same"
