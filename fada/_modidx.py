@@ -1573,6 +1573,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fada.topic.Topic.embed': ('topic.html#topic.embed', 'fada/topic.py'),
                             'fada.topic._opened': ('topic.html#_opened', 'fada/topic.py'),
                             'fada.topic._prove': ('topic.html#_prove', 'fada/topic.py'),
+                            'fada.topic.topic_folder': ('topic.html#topic_folder', 'fada/topic.py'),
                             'fada.topic.topic_model': ('topic.html#topic_model', 'fada/topic.py')},
             'fada.train': { 'fada.train.LazyImages': ('train.html#lazyimages', 'fada/train.py'),
                             'fada.train.LazyImages.__getitem__': ('train.html#lazyimages.__getitem__', 'fada/train.py'),

@@ -20,7 +20,7 @@ from .memory import measured, peak_bytes
 from .metrics import PRIMARY, coverage, normality, primary, score_table
 from .scores import question_scores
 from .stats import mean_interval
-from .topic import topic_model
+from .topic import topic_folder, topic_model
 from .twins import seed45, what_45_can_show, with_examples
 from .checkpoints import held_bytes
 from .models import model_spec
@@ -134,6 +134,7 @@ def evaluate(
     if images < 0 or control_images < 1:
         raise FadaError(f'images {images}, control_images {control_images}', '',
                         'images of at least 0, control_images of at least 1', '')
+    topic_folder()   # a wrong one is said now, not when all is asked
     out = writable_folder(out); log = AnswersLog(out/'answers.jsonl')
     everything = load_table(data); train = everything[everything.split == 'train']
     rows = choose_rows(vlm, load_table(data, categories, split), train, images, seed, preset, examples)

@@ -18,6 +18,7 @@ from fada.pairs import compare_pair, people_table, rank_table, ready_pairs, subg
 from fada.paper import paper_text
 from fada.report import fold_findings, write_report
 from fada.settings import FadaError, write_json
+from fada.topic import Topic
 from fada.twins import ask_phrasings, ask_twins, phrasing_spread, seed45, twin_set, twin_summary
 from fada.vlm import load
 
@@ -152,6 +153,24 @@ def test_topic_similarity_where_the_settings_name_a_model(run, small_data, tmp_p
     (tmp_path/'settings.ini').write_text('[scores]\nsentence_model = none\n')
     r = subprocess.run([*FADA, 'compare', str(tmp_path/'run')], capture_output=True, text=True)
     assert r.returncode == 1 and 'no sentence model' in r.stderr and len(r.stderr.strip().splitlines()) == 1
+
+def test_a_language_models_own_folder_gives_topics(tmp_path, monkeypatch, nano, small_data):
+    "Decoder and encoder–decoder; a folder that lacks weights, and one that is none, before anything is asked"
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+    from tiny import tokenizer
+    tok = tokenizer(); size = dict(vocab_size=len(tok), num_hidden_layers=2, num_attention_heads=2)
+    for name, model in (('llama', LlamaForCausalLM(LlamaConfig(**size, hidden_size=16, intermediate_size=16))),
+                        ('t5', T5ForConditionalGeneration(T5Config(vocab_size=len(tok), d_model=16, d_ff=16, d_kv=8,
+                                                                   num_layers=1, num_heads=2, tie_word_embeddings=True)))):
+        model.save_pretrained(tmp_path/name); tok.save_pretrained(tmp_path/name); topic = Topic(tmp_path/name)
+        same, other = topic(['liver, spine', 'liver, spine'], ['liver, spine', 'poor quality']); assert same > .999 > other
+    w = load_file(tmp_path/'llama'/'model.safetensors'); w.pop('model.norm.weight')
+    save_file(w, tmp_path/'llama'/'model.safetensors', {'format': 'pt'})
+    with pytest.raises(FadaError, match='1 weights are missing.*norm.weight'): Topic(tmp_path/'llama')
+    (tmp_path/'settings.ini').write_text('[scores]\nsentence_model = nowhere\n'); monkeypatch.chdir(tmp_path)
+    with pytest.raises(FadaError, match='no sentence model'): evaluate(nano, small_data, tmp_path/'job')
+    assert not (tmp_path/'job').exists()
 
 def test_findings_are_folded_the_gravest_first():
     "One line for a kind, whatever its questions and systems; all it rests on below it"
