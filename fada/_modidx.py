@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fada.compare._beaten': ('compare.html#_beaten', 'fada/compare.py'),
                               'fada.compare._beside_first': ('compare.html#_beside_first', 'fada/compare.py'),
                               'fada.compare._found': ('compare.html#_found', 'fada/compare.py'),
+                              'fada.compare._legend_above': ('compare.html#_legend_above', 'fada/compare.py'),
                               'fada.compare._predicted': ('compare.html#_predicted', 'fada/compare.py'),
                               'fada.compare.collect': ('compare.html#collect', 'fada/compare.py'),
                               'fada.compare.control_table': ('compare.html#control_table', 'fada/compare.py'),

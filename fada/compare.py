@@ -192,10 +192,16 @@ def feature_table(jobs)->pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #cdf4bd96
+def _legend_above(fig, names, height):
+    "Legend over the axes, in as many columns as the names leave room for"
+    columns = max(1, min(3, 100//(max(map(len, names))+8))); lines = -(-len(names)//columns)
+    fig.legend(fontsize=8, loc='upper left', ncol=columns, frameon=False)
+    fig.set_size_inches(8.5, height+.2*lines); fig.tight_layout(rect=(0, 0, 1, height/(height+.2*lines)))
+
 def plot_systems(jobs):
     "Forest plot: each question's score with its interval, one colour per system; returns the figure"
     import matplotlib.pyplot as plt
-    every = systems(jobs); fig,ax = plt.subplots(figsize=(8.5,4.2))
+    every = systems(jobs); fig,ax = plt.subplots()
     for k,(name,scored) in enumerate(every.items()):
         plain = scored[scored.condition == 'plain']
         ms = {q: main_score(g) for q,g in plain.groupby('question_id')}
@@ -208,9 +214,7 @@ def plot_systems(jobs):
                     capsize=3, label=name)
     ax.set_yticks(range(len(QUESTIONS)), [f'{q} {o.key}' for q,o in QUESTIONS.items()]); ax.invert_yaxis()
     ax.set(xlabel='main score with 95 % interval (clustered on patient)', xlim=(0,1.03))
-    ax.grid(axis='x', alpha=.3)
-    ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0,1), ncol=3, frameon=False)
-    fig.tight_layout()
+    ax.grid(axis='x', alpha=.3); _legend_above(fig, every, max(4, 1+8*.1*len(every)))
     return fig
 
 # %% ../nbs/11_compare.ipynb #1404d8a6
