@@ -157,7 +157,7 @@ def check_names(
     for k,names in found.items():
         some = ', '.join(list(dict.fromkeys(map(masked, names)))[:3])
         _add(out, '', 0, 'image', 'may name a person',
-             f'{len(names)} file or folder names look as if they held {k} ({some}): '
+             f'files or folders whose name looks as if it held {k}: {len(names)}, such as {some}; '
              'exports and reports put hashes in their place; rename them before the folder itself is shared')
     return out
 
@@ -305,7 +305,7 @@ def text(self:Check, rows:int=12)->str:
         head.append(f'  {name}: ' + ', '.join(f'{" ".join(str(k).split())} → {v}' for k, v in m.items()))
     for (kind, action), g in f.groupby(['kind', 'action'], sort=False):
         head.append(f'{action:12}{len(g):6}  {kind}')
-        for x in g.head(3 if action == 'quarantined' else 2).itertuples():
+        for x in g.head(3).itertuples():
             at = ', '.join(str(v) for v in (x.file, f'row {x.row}' if x.row else '', x.field) if v)
             head.append(f'{"":20}{at}: {x.finding}' if at else f'{"":20}{x.finding}')
     return '\n'.join(head)
