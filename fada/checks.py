@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'GRAVEST', 'KINDS', 'SOURCES', 'Check', 'check_images', 'c
 # %% ../nbs/04f_checks.ipynb #9677e8a9
 import difflib, html, re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 import pandas as pd
 from .settings import FadaError
@@ -105,7 +106,7 @@ def check_split(
 )->list:          # of findings
     "Whether `prepare` can split the table by patient with its default shares"
     from fada.data import split_table
-    try: split_table(table, seen=seen)
+    try: split_table(table.drop_duplicates('image'), seen=seen)
     except FadaError as e:
         out = []; _add(out, '', 0, 'patient', 'no split', str(e), 'refused')
         return out
@@ -123,6 +124,7 @@ _DATE = re.compile(r'(?<!\d)(?:(?:19|20)\d\d([._ -]?)(?:0[1-9]|1[0-2])\1(?:0[1-9
 _NUMBER = re.compile(r'(?i)(?<![a-z0-9])(?:(?:mrn|pid|hn|nhs|ssn|id|nr|no)[ _.:#-]*\d{5,}|[1-9]\d{6,9})(?![a-z0-9])')
 _PAIR = re.compile(r'([^\W\d_]{2,})[ _,^.-]{1,3}(?=([^\W\d_]{2,}))')
 
+@lru_cache(100_000)
 def _is_word(w):
     "Whether `w` is a word of the field, or stands as it is in a public name"
     return w.lower() in _FIELD or public_name(w) == w

@@ -9,6 +9,7 @@ __all__ = ['REQUIRED', 'OPTIONAL', 'SPLITS', 'FILES', 'check_table', 'read_phant
 
 # %% ../nbs/04_data.ipynb #faae3cb8
 import hashlib, json, os
+from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -122,8 +123,7 @@ def _deal(units, shares, rng):
     for cats in units.values():
         for c,n in cats.items(): total[c] = total.get(c, 0)+n
     have = {c: [0]*len(shares) for c in total}; left = {c: sum(c in u for u in units.values()) for c in total}
-    names = [sorted(units)[i] for i in rng.permutation(len(units))]
-    out = {}
+    order = sorted(units); names = [order[i] for i in rng.permutation(len(units))]; out = {}
     for u in sorted(names, key=lambda u: (min(total[c] for c in units[u]), -sum(units[u].values()))):
         ok = range(len(shares))
         for c in units[u]:  # the last units of a category go where it has none yet
@@ -171,8 +171,9 @@ def split_table(
     if len(shares) != 3 or abs(sum(shares)-1) > 1e-6 or min(shares) < 0:
         raise FadaError(f'shares {shares}', '', 'three numbers that sum to 1', '')
     unit = split_units(table, seen); given = _published(table, unit) if published else {}
-    images = table.drop_duplicates('image')
-    cats = {u: g.category.value_counts().to_dict() for u,g in images.groupby(images.image.map(unit))}
+    images = table.drop_duplicates('image'); each = {}
+    for u,c in zip(images.image.map(unit), images.category): each.setdefault(u, Counter())[c] += 1
+    cats = {u: dict(c.most_common()) for u,c in each.items()}
     rng = np.random.default_rng(seed); where = {u: s for u,s in given.items() if s != 'train'}
     if 'val' in given.values():where.update(given); rest_shares = shares
     else:
