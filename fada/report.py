@@ -466,13 +466,14 @@ def fold_findings(
         for f in found: kinds.setdefault(f.id, []).append((name, f))
     out = []
     for id,fs in kinds.items():
-        level = min((f.severity for _,f in fs), key=SEVERITIES.index)
+        fs = sorted(fs, key=lambda nf: (SEVERITIES.index(nf[1].severity), nf[1].question or 0))
+        level = fs[0][1].severity
         asked = ', '.join(str(q) for q in sorted({f.question for _,f in fs if f.question}))
         who = list(dict.fromkeys(n for n,_ in fs))
         place = [*([f"question{'s' if ',' in asked else ''} {asked}"] if asked else []),
                  *([who[0] if len(who) == 1 else f'{len(who)} of {systems} systems'] if systems > 1 else [])]
         text = f"{level}: {HEADLINES.get(id, id.replace('-', ' '))}"+(f" ({'; '.join(place)})" if place else '')
-        more = [_evidence(n, f, systems > 1) for n,f in fs]
+        more = [_evidence(n, f, len(who) > 1) for n,f in fs]
         out.append(dict(level=level, id=id, text=f'{text}: {fs[0][1].evidence}' if len(fs) == 1 else text,
                         more=more if len(fs) > 1 else []))
     grave = {k: n for n,k in enumerate(HEADLINES)}

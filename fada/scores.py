@@ -169,17 +169,18 @@ def wording_scores(
     """exact, token_f1, rouge_l (means over rows, 0 to 1), bleu (of the corpus, 0 to 1) and, where a sentence model is
     given, topic (-1 to 1) of texts beside their references"""
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
+    from sacrebleu.metrics import BLEU
     pairs = Counter((str(a).strip(), '' if p is None or p != p else str(p).strip()) for a,
                     p in zip(answers, predictions))
     if not pairs: return dict(exact=None, token_f1=None, rouge_l=None, bleu=None, n=0)
     alike = dict(topic=float(np.dot(topic(*zip(*pairs)), list(pairs.values()))/sum(pairs.values()))) if topic else {}
     rouge = RougeScorer(['rougeL']); n = sum(pairs.values())
+    bleu = BLEU(lowercase=True, effective_order=True)   # of two words there are no four in a row
     mean = lambda score: sum(score(*k)*m for k,m in pairs.items())/n
     texts = list(pairs.elements())
     return dict(exact=mean(lambda a,p: float(a.lower() == p.lower())), token_f1=mean(token_f1),
                 rouge_l=mean(lambda a,p: rouge.score(a, p)['rougeL'].fmeasure),
-                bleu=corpus_bleu([p for _,p in texts], [[a for a,_ in texts]], lowercase=True).score/100,
+                bleu=bleu.corpus_score([p for _,p in texts], [[a for a,_ in texts]]).score/100,
                 n=n, **alike)
 
 # %% ../nbs/08b_scores.ipynb #0d016abc

@@ -179,7 +179,7 @@ def test_findings_are_folded_the_gravest_first():
                          'b': [f('survives-without-image', 'red', 1), f('survives-without-image', 'red', 4)]}, 2)
     assert [n['id'] for n in out] == ['survives-without-image', 'few-samples', 'not-read']
     assert out[0]['text'] == 'red: the score survives without the image (questions 1, 3, 4; 2 of 2 systems)'
-    assert len(out[0]['more']) == 3 and out[0]['more'][0].startswith('a, question 3 plane: ')
+    assert len(out[0]['more']) == 3 and out[0]['more'][-1].startswith('a, question 3 plane: ')
     assert out[1]['text'].endswith('(a): few-samples None') and out[1]['more'] == []
 
 def test_subgroups_say_when_they_are_tied_to_the_category(run):
