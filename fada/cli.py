@@ -283,7 +283,7 @@ def runs(
                      typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
     kind:Annotated[Optional[str], typer.Option(help='evaluate, train or twins.')]=None, model:Model=None,
     category:Annotated[Optional[str], typer.Option(help='Jobs about this category.')]=None,
-    state:Annotated[Optional[str], typer.Option(help='finished or unfinished.')]=None,
+    state:Annotated[Optional[str], typer.Option(help='finished, unfinished or damaged.')]=None,
     since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
     run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
     remove:Annotated[bool, typer.Option('--prune',
@@ -513,7 +513,7 @@ def data_check(
     json: Json = False,
     quiet: Quiet = False,
 ):
-    """Say everything odd about a folder; no table is written.
+    """Say everything odd about a folder, the gravest first; no table is written. Exit status 1 where `fada prepare` would stop.
 
     Example: fada data check /scans --report findings.csv"""
     s = _settings(quiet)
@@ -522,6 +522,7 @@ def data_check(
     if report: c.findings.to_csv(report, index=False)
     _show(dict(c.summary, findings=c.findings.to_dict('records'), agreement=c.agreement.to_dict('records')),
           json, c.text())
+    if c.refused: raise FadaError('`fada prepare` would stop here', folder, '', c.refused)
 
 # %% ../nbs/16_cli.ipynb #70ca80bc
 @data_app.command('verify')
@@ -547,7 +548,9 @@ def data_template(folder:Folder,
     _settings(quiet)
     from fada.export import template
     r = template(folder, name)
-    _show(r, json, f"{r['images']} images in {r['file']}")
+    left = [f"left out: {x['file']}: {x['reason']}" for x in r['left_out']]
+    more = [f'… and {len(left)-12} more, see --json'] if len(left) > 12 else []
+    _show(r, json, '\n'.join([f"{r['images']} images in {r['file']}", *left[:12], *more]))
 
 # %% ../nbs/16_cli.ipynb #41582ea0
 @data_app.command('export')
