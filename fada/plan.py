@@ -254,14 +254,14 @@ def _dtype(precision, half):
 
 # %% ../nbs/09d_plan.ipynb #64827c87
 def _watch_language(vlm, dry):
-    "End a phase of `dry` before the decoder's first passes: it reads images, reads questions, says tokens"
-    from torch.nn import ModuleList
+    "End a phase of `dry` at the decoder's first passes: it reads images, reads questions, says tokens"
+    from torch.nn import Linear, ModuleList
     from fada.registry import part_of
     layers = next(m for n,m in vlm.core.named_modules()
                   if isinstance(m, ModuleList) and part_of(n) == 'language_model'
                   and n.endswith(('layers','block')) and 'encoder' not in n.split('.'))
-    left = [1, 2, 3]
-    layers[0].register_forward_pre_hook(lambda *a: dry.phase() if left and left.pop() else None)
+    left = [1, 2, 3]; first = next(m for m in layers[0].modules() if isinstance(m, Linear))   # once a pass, layer or not
+    first.register_forward_pre_hook(lambda *a: dry.phase() if left and left.pop() else None)
 
 def _dry(task, spec, config, layers, new, precision, half, device, batch, questions, side, prompt, recipe,
          answer=ANSWER):
