@@ -157,7 +157,8 @@ def train(
     batch:Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]=None,
     accumulate:Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]=1,
     images:Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]=0,
-    abnormal_weight:Annotated[float, typer.Option(help='How many times as often an abnormal image is drawn.')]=3.,
+    balance:Annotated[Optional[str], typer.Option(help='What rare answers are given: draw, loss or none. Default: settings.ini.')]=None,
+    abnormal_weight:Annotated[Optional[float], typer.Option(help='How many times as often, or at most as much. Default: settings.ini.')]=None,
     checks:Annotated[int, typer.Option(help='Validations, spread over the steps.')]=4,
     patience:Annotated[int, typer.Option(help='Checks without a better score until training stops; 0: never.')]=3,
     keep_every:Annotated[int, typer.Option(help='Steps between checkpoints: what a power cut may cost.')]=20,
@@ -179,7 +180,7 @@ def train(
     out = (Path(out) if out
            else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
     about = train_job(s, out, task, weights, **({} if task != 'lora' else dict(
-        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, abnormal_weight=abnormal_weight,
+        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, balance=balance, abnormal_weight=abnormal_weight,
         checks=checks, patience=patience, keep_every=keep_every, packing=packing, cache=cache, augment=augment,
         optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)))
     if os.environ.get('RANK', '0') != '0': return   # one of several processes speaks

@@ -10,11 +10,11 @@ __all__ = ['lora_recipe', 'training_tables', 'run_key', 'finetune', 'take_bundle
 import time
 import numpy as np
 from dataclasses import asdict, fields, replace as changed
-from .settings import (FadaError, digest, environment, nearest, now, read_json, seed_all, writable_folder, write_json)
+from .settings import (BALANCES, FadaError, digest, environment, nearest, now, read_json, seed_all, writable_folder, write_json)
 from .augment import augment
 from .card import write_card
 from .data import load_table, read_image, subset, table_digest
-from .loop import Fit, LoraRecipe, Material, Team, room
+from .loop import Fit, LoraRecipe, Material, Team, room, weights_of
 from .memory import peak_bytes
 from .models import NanoRecipe, model_spec
 from .preflight import preflight
@@ -34,6 +34,7 @@ def lora_recipe(spec, **given)->LoraRecipe:
         least = 0 if k in ('images','patience','seed','weight_decay','augment','cache','packing','checkpointing') else None
         if isinstance(v, (int,float)) and (v < 0 or (least is None and not v)):
             raise FadaError(f'{k} = {v}', '', 'a number above 0' if least is None else 'a number of at least 0', '')
+    if given.get('balance', 'draw') not in BALANCES: raise FadaError(f"balance = {given['balance']!r}", '', ', '.join(BALANCES), '')
     return changed(LoraRecipe(rank=h.rank, lr=h.lr, batch=h.batch), **given)
 
 # %% ../nbs/09k_finetune.ipynb #b051f653
@@ -70,8 +71,8 @@ def finetune(
     start = time.perf_counter(); seed_all(recipe.seed); parts = add_lora(vlm, recipe.rank)
     keep = lambda what: out/f'{what}-{team.number}.npy'
     material = Material(vlm, data, train, recipe, keep('train'), changes if recipe.augment else None)
-    validation = Material(vlm, data, val, changed(recipe, cache=True, augment=False), keep('val'))
-    p = rarity(train, material.names, recipe.abnormal_weight)
+    validation = Material(vlm, data, val, changed(recipe, cache=True, augment=False, balance='none'), keep('val'))
+    p = rarity(train, material.names, recipe.abnormal_weight if recipe.balance == 'draw' else 1.)
     fit = Fit(vlm, recipe, material, validation, key, out, p, team)
     if found: fit.resume(found)
     with room(recipe.batch, desc := f'LoRA {", ".join(categories)}'):
@@ -87,6 +88,7 @@ def take_bundle(vlm, out):
     from safetensors.torch import load_file
     set_peft_model_state_dict(vlm.model, load_file(out/'adapter_model.safetensors', device=str(vlm.core.device)))
     vlm.adapter,vlm.likeness = adapter_digest(out),load_likeness(out); vlm._features.clear()
+    vlm.calibration = (read_json(out/'fada.json').get('calibration') or {}).get('fit')
 
 # %% ../nbs/09k_finetune.ipynb #e6037633
 def changes(image):
@@ -102,8 +104,8 @@ def describe(fit:Fit, categories, parts, train, start)->dict:
                 trained_on_sha256=table_digest(train), trainable=parts,
                 preflight=fit.preflight or 'skipped', kept_step=fit.best['step'], stopped_early=fit.stopped,
                 losses=loss_curve(fit.losses), gradient_norms=loss_curve(fit.norms), skipped_steps=fit.skips, lost_images=m.lost,
-                validation=[[c['step'], round(c['score'], 4)] for c in fit.checks], checks=fit.checks,
-                classes=class_counts(train, dict(zip(m.names, fit.p))), features=cache_note(fit),
+                validation=[[c['step'], round(c['score'], 4)] for c in fit.checks], checks=fit.checks, calibration=fit.best['calibration'],
+                classes=class_counts(train, dict(zip(m.names, fit.p)), weights_of(train, r)), features=cache_note(fit),
                 packed=m.packs, processes=fit.team.size,
                 vocabulary={str(q): sorted(g.answer.unique())[:200] for q,g in train.groupby('question_id')},
                 training_seconds=round(fit.seconds, 1), seconds=round(time.perf_counter()-start, 1),
@@ -152,6 +154,7 @@ def train_job(
     if task not in ('lora','base','planes'):
         raise FadaError(f'unknown task {task!r}', '', 'lora, base or planes', '')
     options = {k: v for k,v in options.items() if v is not None}; spec = model_spec(s.model)
+    if task == 'lora': options = dict(balance=s.balance, abnormal_weight=float(s.rare_weight)) | options
     if task == 'lora': lora_recipe(spec, **{k: v for k,v in options.items() if k not in ('replace','skip_preflight')})
     for split in ('train', *(['val'] if task == 'lora' else [])): load_table(s.data, s.categories, split)
     out = writable_folder(out)
