@@ -120,7 +120,8 @@ def cache_note(fit:Fit)->dict:
     each = m.cache_seconds/len(m) if m.cache_seconds else None
     gain = None if not each else round((fit.seconds+drawn*each)/(fit.seconds+m.cache_seconds), 2)
     return dict(kept=True, seconds=round(m.cache_seconds, 2), bytes=int(m.features.array.nbytes), seconds_an_image=each,
-                images_drawn=drawn, times_as_fast=gain, helps=None if gain is None else gain > 1.05)
+                images_drawn=drawn, times_as_fast=gain, helps=None if gain is None else gain > 1.05,
+                tower_bytes_freed=fit.tower.bytes, tower_stays=fit.tower.why)
 
 def likeness_of(m:Material, held:Material):
     "What the images of a training look like, for routing and for the flag of an image that is unlike them"

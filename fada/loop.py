@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_SKIPS', 'LOSS_IMAGES', 'LoraRecipe', 'KeptFeatures', 'keep_features', 'Material', 'weights_of', 'answer_tokens',
-           'Team', 'Fit', 'make_optimiser', 'room']
+           'Tower', 'Team', 'Fit', 'make_optimiser', 'room']
 
 # %% ../nbs/09i_loop.ipynb #4baf8045
 import json, math, time
@@ -216,6 +216,40 @@ def present(self:Material, at)->list:
         if not any((self.folder/n).is_file() for n in (name, name.split('#')[0])): self.lost[name] = 'vanished while training'
     return [i for i in at if self.names[i] not in self.lost]
 
+# %% ../nbs/09i_loop.ipynb #a1e8ad83
+class Tower:
+    "The frozen vision tower of a model, which can be laid aside"
+    def __init__(self, model, folder):   # folder: on whose disk it is kept meanwhile
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.tensors = [t for n,t in named if part_of(n) == 'vision_model' and t.numel()]
+        self.folder,self.file,self.why = folder,None,''
+        held = any(type(m).__name__ == 'Linear8bitLt' for n,m in model.named_modules() if part_of(n) == 'vision_model')
+        if held: self.why = 'its weights in int8 stay'
+        elif any(t.requires_grad for t in self.tensors): self.why = 'it is trained'
+        self.bytes = 0 if self.why else sum(t.nbytes for t in self.tensors)
+
+    def aside(self):
+        "Free what its weights take; where the disk is full they stay, and `why` says so"
+        import tempfile, torch
+        if self.why or self.file or not self.tensors: return
+        try:
+            self.file = tempfile.TemporaryFile(dir=self.folder)
+            for t in self.tensors: t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(self.file)
+            self.file.flush()
+        except OSError as e: self.file,self.bytes,self.why = None,0,f'no room on the disk ({e.strerror or e})'; return
+        self.shapes = [t.shape for t in self.tensors]
+        for t in self.tensors: t.data = t.data.new_empty(0)
+
+    def back(self):
+        "Put the weights back as they were"
+        import torch
+        if not self.file: return
+        self.file.seek(0)
+        for t,shape in zip(self.tensors, self.shapes):
+            raw = np.fromfile(self.file, np.uint8, shape.numel()*t.element_size())
+            t.data = torch.from_numpy(raw).view(t.dtype).view(shape).to(t.device)
+        self.file.close(); self.file = None
+
 # %% ../nbs/09i_loop.ipynb #31a773e6
 class Team:
     "The processes that train together, as `accelerate launch` or torchrun started them; one alone otherwise"
@@ -252,6 +286,8 @@ class Fit:
         self.losses,self.norms,self.skips,self.checks,self.best,self.kept = [],[],[],[],None,{}
         self.phase,self.step,self.seconds,self.stopped,self.live = 0,0,0.,False,Live()
         self.samples,self.found,self.preflight = pick_samples(validation.table),None,None
+        self.tower = Tower(vlm.model, folder) if material.kept else None
+        self.looks = not (validation.kept and vlm.trains_on == 'features')   # whether a check needs the tower
 
     def phases(self)->list:
         "(title, parameters, steps) of what is done one after the other"
@@ -325,6 +361,7 @@ LOSS_IMAGES = 8   # validation images whose loss by kind of question is shown
 def check(self:Fit, step:int)->bool:
     "Validate; returns whether to stop, because the score has not risen for `patience` checks"
     import torch
+    if self.looks and self.tower: self.tower.back()
     if self.team.first:
         v,core = self.validation,self.vlm.core; core.eval(); few = list(range(min(LOSS_IMAGES, len(v))))
         scored = validation_answers(self.vlm, v.seen(), v.table, v.names)
@@ -332,6 +369,7 @@ def check(self:Fit, step:int)->bool:
             losses = {QUESTIONS[q].key: round(float(v.loss(few, q)), 4) for q in sorted({q for i in few for q in v.kinds[i]})}
         self.checks.append(describe_check(step, scored, losses, self.samples)); self.note_best(step, scored)
         self.live(self.losses, self.norms, self.checks); core.train()
+    if self.looks and self.tower: self.tower.aside()
     late = [c['score'] for c in self.checks if self.best and c['step'] > self.best['step']]
     return self.team.tell(bool(self.recipe.patience) and len(late) >= self.recipe.patience)
 
@@ -399,6 +437,7 @@ def go(self:Fit, desc:str='LoRA'):
     "Train to the end, from the start or from a checkpoint"
     self.start = time.perf_counter(); phases = self.phases(); self.vlm.core.train()
     if not self.checks: self.check(0)
+    if self.tower: self.tower.aside()
     if self.recipe.checkpointing: self.vlm.core.gradient_checkpointing_enable(dict(use_reentrant=False))
     for k,(title,parameters,steps) in enumerate(phases):
         if k < self.phase: continue
@@ -410,5 +449,6 @@ def go(self:Fit, desc:str='LoRA'):
             if self.stopped or self.step == steps or self.step % self.recipe.keep_every == 0: self.save()
             if self.stopped: break
         if not last: self.phase,self.step = k+1,0
+    if self.tower: self.tower.back()
     self.seconds += time.perf_counter()-self.start; self.vlm.core.eval()
     if self.recipe.checkpointing: self.vlm.core.gradient_checkpointing_disable()
