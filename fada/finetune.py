@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['lora_recipe', 'training_tables', 'run_key', 'finetune', 'take_bundle', 'changes', 'describe', 'cache_note',
-           'likeness_of', 'write_bundle', 'train_job']
+           'likeness_of', 'write_bundle', 'start_processes', 'join_job', 'train_job']
 
 # %% ../nbs/09k_finetune.ipynb #dcf7e59c
-import time
+import os, subprocess, sys, tempfile, time
 import numpy as np
 from dataclasses import asdict, fields, replace as changed
-from .settings import (BALANCES, FadaError, digest, environment, nearest, now, read_json, seed_all, writable_folder, write_json)
+from pathlib import Path
+from .settings import (BALANCES, FadaError, digest, environment, load_settings, nearest, now, read_json, seed_all, writable_folder, write_json)
 from .augment import augment
 from .card import write_card
 from .data import load_table, read_image, subset, table_digest
@@ -142,13 +143,54 @@ def write_bundle(fit:Fit, about:dict):
     kept = [p for name in ('train-*','val-*') for p in out.glob(name) if p.suffix in ('.npy','.json')]
     for p in [out/CHECKPOINT, *kept]: p.unlink(missing_ok=True)
 
+# %% ../nbs/09k_finetune.ipynb #0e6d23f5
+def start_processes(n:int, s, out, weights, options:dict)->dict:
+    "Train an adapter by `n` processes of this machine; returns what the bundle's fada.json says"
+    names = ('data','categories','model','precision','device','seed','balance','rare_weight','output'); said = ''
+    quiet = os.environ.get('FADA_QUIET') == '1'
+    if n > (cards := _cards(s.device)): raise FadaError(f'{n} processes', s.device, f'at most {cards} on this machine', 'lower `processes`')
+    with tempfile.TemporaryDirectory() as d:
+        order,fault = Path(d)/'job.json',Path(d)/'fault.json'
+        write_json(order, dict(settings={k: v if isinstance(v := getattr(s, k), (int,tuple)) else str(v) for k in names}, out=str(out),
+                               weights=str(weights or ''), options=options, fault=str(fault)))
+        run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '--no-python',
+               sys.executable, '-c', 'from fada.finetune import join_job; join_job()', str(order)]
+        with subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
+            for line in p.stderr: said = (said+line)[-4000:]; quiet or print(line, end='', file=sys.stderr)
+        if fault.is_file(): raise FadaError(**read_json(fault))
+        if p.returncode: raise FadaError(f'training by {n} processes ended with status {p.returncode}', str(out), '', said.strip()[-400:])
+    return read_json(Path(out)/'adapter'/'fada.json')
+
+# %% ../nbs/09k_finetune.ipynb #51d0eb8c
+def _cards(device:str)->int:
+    "Processes that can train beside each other: one a card, one a core on a CPU"
+    import torch
+    from fada.checkpoints import resolve_device
+    return torch.cuda.device_count() if resolve_device(device).startswith('cuda') else os.cpu_count()
+
+def join_job():
+    "What each process of `start_processes` does: `train_job` by the order in the file that the command line names"
+    o = read_json(sys.argv[1]); s = load_settings(**o['settings'])
+    s = changed(s, device=_own_card(s.device))
+    try: train_job(s, o['out'], weights=o['weights'] or None, **o['options'])
+    except FadaError as e:
+        if os.environ['RANK'] == '0': write_json(o['fault'], dict(what=e.what, where=e.where, expected=e.expected, do=e.do))
+        sys.exit(1)
+
+def _own_card(device:str)->str:
+    "The card of this process"
+    from fada.checkpoints import resolve_device
+    return f"cuda:{os.environ['LOCAL_RANK']}" if resolve_device(device).startswith('cuda') else device
+
 # %% ../nbs/09k_finetune.ipynb #9644b3fc
 def train_job(
     s,                    # Settings
     out,                  # folder of the result: model/ or adapter/, and config.json
     task:str='lora',      # lora: an adapter on a base; base: the embedded nano from scratch; planes: a classifier
     weights=None,         # folder that takes the checkpoint's place
-    recipe:NanoRecipe=None, **options, # base: its recipe; lora: as `finetune`; what is None comes from the family
+    recipe:NanoRecipe=None,
+    processes:int=1,      # that train an adapter together
+    **options,            # base: its recipe; lora: as `finetune`; what is None comes from the family
 )->dict:
     """Train by the settings and describe the job; `FadaError` before any model is loaded where the data do
     not fit"""
@@ -159,6 +201,9 @@ def train_job(
     if task == 'lora': lora_recipe(spec, **{k: v for k,v in options.items() if k not in ('replace','skip_preflight')})
     for split in ('train', *(['val'] if task == 'lora' else [])): load_table(s.data, s.categories, split)
     out = writable_folder(out)
+    if processes > 1 and 'WORLD_SIZE' not in os.environ:
+        if task != 'lora': raise FadaError(f'{processes} processes for task {task!r}', '', 'lora', 'train it with one')
+        return start_processes(processes, s, out, weights, options)
     if task == 'planes':
         from fada.planes import train_planes
         about = train_planes(s.data, s.categories, out, seed=s.seed)
@@ -170,6 +215,6 @@ def train_job(
                          s.data, s.categories, out/'adapter', seed=s.seed, **options)
     write_json(out/'config.json', dict(kind='train', task=task, model=s.model, weights=str(weights or ''),
                                        precision=s.precision, categories=list(s.categories),
-                                       seed=s.seed, data=str(s.data), seconds=about['seconds'],
+                                       seed=s.seed, data=str(s.data), seconds=about['seconds'], processes=about.get('processes', 1),
                                        **({'preflight': 'skipped'} if options.get('skip_preflight') else {})))
     return about
