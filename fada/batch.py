@@ -107,6 +107,7 @@ class Job:
     memory: int = 0         # bytes it is planned to need; 0: not known
     seconds: float = 0      # it may take; 0: as long as it likes
     limit: int = 0          # bytes of main memory it may take; 0: as much as it likes
+    slots: int = 1          # processes that it starts: each takes a slot
     stop: Path = None       # a file: when it appears, the job ends
     fresh: bool = False     # do it again, from the beginning, whatever is there
 
@@ -311,12 +312,13 @@ class _Waiting:
     "Jobs that wait: for those before them, for a free slot and for the memory that they are planned to need"
     def __init__(self, jobs, slots, memory):
         self.jobs,self.slots,self.memory,self.results,self.running = list(jobs),slots,memory,{},{}
-    def taken(self): return sum(j.memory for j in self.running.values())
+    def fits(self, j):
+        "Whether there are slots and memory for a job beside those that run"
+        slots,memory = (sum(getattr(r, k) for r in (j, *self.running.values())) for k in ('slots', 'memory'))
+        return slots <= self.slots and (not self.memory or not self.running or memory <= self.memory)
     def next(self):
         "The next job that may start, or None"
-        for j in self.jobs:
-            if len(self.running) < self.slots and all(a in self.results for a in j.after) and (
-                not self.memory or not self.running or self.taken()+j.memory <= self.memory): return j
+        return next((j for j in self.jobs if all(a in self.results for a in j.after) and self.fits(j)), None)
     def hopeless(self):
         "(job, why it will never run) of those whose predecessor failed or that are larger than all memory"
         for j in list(self.jobs):
@@ -324,6 +326,7 @@ class _Waiting:
             if bad: yield j, f'{bad[0]}: {self.results[bad[0]].state}'
             elif self.memory and j.memory > self.memory:
                 yield j, f'it is planned to need {j.memory/2**30:.1f} GiB, there are {self.memory/2**30:.1f}'
+            elif j.slots > self.slots: yield j, f'it starts {j.slots} processes, there are {self.slots} slots'
 
 # %% ../nbs/13_batch.ipynb #6e032fd7
 def run_jobs(
@@ -337,7 +340,7 @@ def run_jobs(
     """Run `jobs`, each after those it depends on; one that fails does not stop the rest, Ctrl-C stops them
     all and loses nothing that is done"""
     _check_order(jobs); _stop.clear(); w = _Waiting(jobs, max(1, workers), memory)
-    threads = 0 if executor else max(1, (os.cpu_count() or 1)//max(1, min(workers, len(jobs))))
+    threads = 0 if executor else max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
     def add(r):
         w.results[r.job.name] = r
         if say:
@@ -388,7 +391,7 @@ def run_notebooks(start='.')->Path:
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
             'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','parse','stats','metrics',
             'scores','train','base','planes','packing','resume','watch','loop','preflight','augment','route','finetune',
-            'answers','controls','audit','twins','evaluate','vocabulary','public','annotate','remote','refine','ensemble')
+            'answers','shards','controls','audit','twins','evaluate','vocabulary','public','annotate','remote','refine','ensemble')
 
 # %% ../nbs/13_batch.ipynb #290f3243
 def heartbeat(

@@ -203,6 +203,9 @@ def evaluate(
     examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
     answers:Annotated[Optional[str],
                       typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
+    shard:Annotated[str, typer.Option(help='2/4: answer the second of four parts only, for --merge.')]='',
+    merge:Annotated[Optional[list[str]],
+                    typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -212,11 +215,13 @@ def evaluate(
                   device=device, seed=seed)
     from fada.evaluate import evaluate_answers, evaluate_job, job_name
     folder = Path(out) if out else s.output/'run'/(f'answers-{Path(answers).stem}' if answers
-                                                   else job_name(s, weights, adapter))
+                                                   else job_name(s, weights, adapter)
+                                                   + (f"-part{shard.replace('/', 'of')}" if shard else ''))
     if answers: m = evaluate_answers(answers, folder, s.data if data else None, s.categories, split, s.seed)
     else:
         m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
-                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples)
+                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples,
+                         shard=shard, shards=merge or ())
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
