@@ -336,6 +336,7 @@ def run_jobs(
     memory:int=0,         # bytes that the jobs may be planned to need together; 0: not watched
     executor=None,        # a `concurrent.futures.Executor`, such as Dask's; None: threads of this process
     tell=None,            # called with the results so far whenever one is added
+    look=None,            # called every second; what it raises ends the batch
 )->list:                  # of Result, in the order of `jobs`
     """Run `jobs`, each after those it depends on; one that fails does not stop the rest, Ctrl-C stops them
     all and loses nothing that is done"""
@@ -353,7 +354,9 @@ def run_jobs(
             while gone := list(w.hopeless()):
                 for j,why in gone: w.jobs.remove(j); add(Result(j, 'not run', 0., why))
             while j := w.next(): w.jobs.remove(j); w.running[pool.submit(run_job, j, threads or _threads())] = j
-            for f in wait(w.running, timeout=1, return_when=FIRST_COMPLETED)[0]: add(_result(f, w.running.pop(f)))
+            ended = wait(w.running, timeout=1, return_when=FIRST_COMPLETED)[0]
+            if look: look()   # a scheduler that is gone takes its futures along: that is no failure of their jobs
+            for f in ended: add(_result(f, w.running.pop(f)))
     except BaseException:  # Ctrl-C above all: nothing may be left running
         _stop.set()
         for j in jobs:

@@ -325,17 +325,17 @@ def batch(
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Print the jobs with planned memory and hours; run none.')]=False,
     only:Annotated[str, typer.Option(help='Names of jobs, with wildcards, by commas; what they need comes along.')]='',
     force:Annotated[bool, typer.Option('--force', help='Do again what is done.')]=False,
-    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: this machine.')]='',
+    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: [cluster] of settings.ini, else this machine.')]='',
     json:Json=False, quiet:Quiet=False,
 ):
     """Run what is missing of a grid of trainings and evaluations; exit status 1 where a job is not done.
 
     Example: fada batch night.toml --dry-run"""
     _settings(quiet)
-    from fada.grid import batch_text, dry_run as rehearse, run_grid
+    from fada.grid import batch_text, dry_run as rehearse, run_grid, totals_text
     if dry_run:
-        t = rehearse(grid, out, only)
-        return _show(t.to_dict('records'), json, t.to_string(index=False)+f'\n{len(t)} jobs, {(t.state != "done").sum()} to do')
+        t,totals = rehearse(grid, out, only)
+        return _show(dict(jobs=_rows(t), totals=totals), json, t.to_string(index=False)+'\n'+totals_text(totals))
     about = run_grid(grid, out, only, force, scheduler, **({'say': lambda line: None} if quiet else {}))
     _show(about, json, batch_text(about))
     if set(about['states']) - {'done', 'reused'}: raise typer.Exit(1)

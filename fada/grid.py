@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'AXES', 'LIMITS', 'COUNTS', 'KEYS', 'BESIDE', 'COLOURS', 'Grid', 'read_grid', 'combinations', 'grid_jobs',
-           'machine_memory', 'plan_jobs', 'grid_table', 'chosen', 'dry_run', 'run_grid', 'batch_figure', 'batch_text']
+           'machine_memory', 'plan_jobs', 'grid_table', 'grid_totals', 'totals_text', 'chosen', 'dry_run', 'run_grid',
+           'batch_figure', 'batch_text']
 
 # %% ../nbs/13c_grid.ipynb #a83d3ea1
 import fnmatch, itertools, sys, time, tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .settings import FadaError, code_digest, find_settings, load_settings, nearest, now, write_json, writable_folder
+from .settings import (FadaError, code_digest, find_settings, load_settings, nearest, now, read_json, write_json,
+                       writable_folder)
 from .clinical import category
 from .registry import model_spec, require
 from .batch import DECIDING, Job, heartbeat, notebook_parameters, run_jobs, run_notebooks
@@ -190,27 +192,62 @@ def machine_memory(device:str)->int:
 
 BESIDE = 700_000_000   # bytes of a process that has imported torch and transformers, measured on Linux
 
-def plan_jobs(jobs, device:str='cpu')->list:
-    "Note on each job the memory that its model is planned to need; returns the hours of training, None where not known"
+def _plan_of(j, device:str):
+    "The Plan of a job's model, None for what loads nothing: a service, an ensemble, a merge of parts"
     from fada.plan import plan
-    hours = []
-    for j in jobs:
-        p = {**notebook_parameters(j.notebook), **j.parameters}
-        task = 'train' if p.get('task') == 'lora' else 'answer'
-        try: q = plan(p['model'], task, p['precision'], device=device.split(':')[0], find=False, **(
-                 dict(batch=p['batch'] or None, steps=p['steps'], rank=p['rank'] or None) if task == 'train' else dict(batch=16)))
-        except FadaError: j.memory = 0; hours.append(None); continue   # a service, an ensemble: nothing to load here
-        j.memory = q.peak_bytes + (0 if device.startswith('cuda') else BESIDE)
-        hours.append(q.hours if q.speed.startswith('measured here') else None)   # a card's published speed says nothing of this machine
-    return hours
+    p = {**notebook_parameters(j.notebook), **j.parameters}
+    if p.get('shards'): return None
+    train = p.get('task') == 'lora'
+    size = dict(batch=p['batch'] or None, steps=p['steps'], rank=p['rank'] or None) if train else dict(batch=16)
+    try: return plan(p['model'], 'train' if train else 'answer', p['precision'], device=device.split(':')[0], find=False, **size)
+    except FadaError: return None
 
-def grid_table(jobs, hours=None):
-    "The jobs with memory, hours, and whether they are done: a data frame"
+def plan_jobs(jobs, device:str='cpu')->list:
+    """Note on each job the memory that its model is planned to need, on a processor for each of its processes; returns
+    [{hours, disk}]: of training, None where not known here, and bytes of the adapter"""
+    card,found = device.startswith('cuda'),[]
+    for j in jobs:
+        q = _plan_of(j, device)
+        j.memory = 0 if q is None else q.peak_bytes if card else j.slots*(q.peak_bytes+BESIDE)
+        found.append(dict(hours=q.hours if q and q.speed.startswith('measured here') else None,   # a card's published speed says nothing of this machine
+                          disk=q.parts.get('adapter', 0) if q else 0))
+    return found
+
+# %% ../nbs/13c_grid.ipynb #a93db631
+def _kind(j):
+    "What jobs of about the same length have in common: task, part or whole, model, precision"
+    return j.name.split('-')[0], '-part' in j.name, bool(j.parameters.get('shards')), *(j.parameters[k] for k in ('model', 'precision'))
+
+def _seen_hours(jobs)->dict:
+    "{kind: median hours} of the jobs of a batch that are done, whatever their settings"
+    from statistics import median
+    seen = {}
+    for j in jobs:
+        if (mark := j.folder/'done.json').is_file(): seen.setdefault(_kind(j), []).append(read_json(mark)['seconds']/3600)
+    return {k: median(v) for k,v in seen.items()}
+
+def grid_table(jobs, planned=None):
+    "The jobs with memory, hours (of one like it that is done, else as planned), disk, and whether they are done: a data frame"
     import pandas as pd
     state = lambda j: 'done' if j.done() else 'changed' if j.folder.exists() else 'begun' if j.part.exists() else 'to do'
-    time = lambda h: 'not measured here' if h is None else f'{60*h:.0f} min' if h > .1 else f'{3600*h:.0f} s'
-    return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=round(j.memory/2**30, 2), training_time=time(h),
-                              after=', '.join(j.after)) for j,h in zip(jobs, hours or [None]*len(jobs))])
+    seen = _seen_hours(jobs); planned = planned or [dict(hours=None, disk=0)]*len(jobs)
+    return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=round(j.memory/2**30, 2),
+                              hours=seen.get(_kind(j), p['hours']), slots=j.slots, disk_mib=round(p['disk']/2**20, 1),
+                              after=', '.join(j.after)) for j,p in zip(jobs, planned)])
+
+def grid_totals(t, slots:int=1)->dict:
+    "Of the jobs of `grid_table` that are to be done: number, hours on `slots`, of how many nobody knows them, memory, disk"
+    todo = t[t.state != 'done']; known = todo.hours.notna()
+    peak = todo.memory_gib.nlargest(slots).sum() if len(todo) else 0.
+    return dict(jobs=len(t), to_do=len(todo), hours=round(float((todo.hours*todo.slots).sum())/slots, 2), hours_unknown=int((~known).sum()),
+                largest_gib=float(todo.memory_gib.max()) if len(todo) else 0., together_gib=round(float(peak), 2),
+                disk_mib=round(float(todo.disk_mib.sum()), 1))
+
+def totals_text(m:dict)->str:
+    "The totals as a line"
+    hours = f"{m['hours']:.2f} h" + (f" and {m['hours_unknown']} jobs whose time was not measured here" if m['hours_unknown'] else '')
+    return (f"{m['jobs']} jobs, {m['to_do']} to do: {hours}; memory up to {m['largest_gib']:.1f} GiB a job, "
+            f"{m['together_gib']:.1f} together; adapters {m['disk_mib']:.0f} MiB")
 
 # %% ../nbs/13c_grid.ipynb #20d4c968
 def chosen(jobs, only:str='')->list:
@@ -221,40 +258,17 @@ def chosen(jobs, only:str='')->list:
     for n in take: take += [a for a in by[n].after if a not in take]   # grows while it is read: those before those before
     return [j for j in jobs if j.name in take]
 
+# %% ../nbs/13c_grid.ipynb #7b8c5fb9
 def dry_run(
     path, folder=None, only:str='',    # as for `run_grid`
-):                                     # one row per job
-    "What a grid would do: each job with planned memory and hours, and whether it is done"
+)->tuple:                              # (one row per job, totals)
+    "What a grid would do: each job with planned memory, hours and disk, and whether it is done; and their totals"
     from fada.checkpoints import resolve_device
     g = read_grid(path); s = load_settings(data=g.data); jobs = chosen(grid_jobs(g, folder or s.output/g.name), only)
-    return grid_table(jobs, plan_jobs(jobs, resolve_device(s.device)))
+    t = grid_table(jobs, plan_jobs(jobs, resolve_device(s.device)))
+    return t, grid_totals(t, g.limits.get('slots', s.jobs))
 
-def run_grid(
-    path,                    # of the grid file
-    folder=None,             # of the batch; None: its name below [output] folder
-    only:str='', force:bool=False,
-    scheduler:str='',        # address of a Dask scheduler; empty: this machine
-    say=lambda line: print(line, file=sys.stderr, flush=True),
-)->dict:                     # counts by state, jobs, seconds, report
-    "Run what is missing or changed of a grid; `FadaError` before any job starts for whatever can be told then"
-    from fada.memory import parse_size
-    g = read_grid(path); s = load_settings(data=g.data); out = writable_folder(folder or s.output/g.name)
-    jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter()
-    for j in jobs: j.fresh = force
-    memory = _plan_missing(g, jobs, s.device)
-    stop = out.resolve()/'.stop'; stop.unlink(missing_ok=True)
-    for j in jobs:
-        j.stop,j.seconds = stop,3600*g.limits.get('hours', 0)
-        j.limit = parse_size(g.limits['job_memory'], 'job_memory') if 'job_memory' in g.limits else 0
-    if 'memory' in g.limits: memory = parse_size(g.limits['memory'], 'memory')
-    run = lambda slots, executor=None, memory=memory: heartbeat(
-        lambda: run_jobs(jobs, slots, say, memory, executor, lambda r: _note(out, g, r, jobs, start)), jobs, say)
-    if not scheduler: results = run(g.limits.get('slots', s.jobs))
-    else:
-        from fada.cluster import joined
-        with joined(scheduler, say) as (slots, executor, there): results = run(slots, executor, there)
-    return _note(out, g, {r.job.name: r for r in results}, jobs, start, figure=True)
-
+# %% ../nbs/13c_grid.ipynb #d21a78d2
 def _plan_missing(g, jobs, device)->int:
     """Plan the jobs that are to be done and prove that the question table has their categories, once for the whole grid; returns
     the memory they may take together. Where all is done nothing heavy is imported: a second run is over in seconds."""
@@ -265,6 +279,37 @@ def _plan_missing(g, jobs, device)->int:
     device = resolve_device(device); plan_jobs(jobs, device)
     load_table(g.data, tuple(sorted({j.parameters['categories'] for j in jobs} - {'all'})) or ('all',))
     return machine_memory(device)
+
+def _set_limits(g, jobs, stop:Path, force:bool):
+    "Give the jobs the grid's limits and the file that stops them"
+    from fada.memory import parse_size
+    stop.unlink(missing_ok=True)
+    for j in jobs:
+        j.fresh,j.stop,j.seconds = force,stop,3600*g.limits.get('hours', 0)
+        j.limit = parse_size(g.limits['job_memory'], 'job_memory') if 'job_memory' in g.limits else 0
+
+def run_grid(
+    path,                    # of the grid file
+    folder=None,             # of the batch; None: its name below [output] folder
+    only:str='', force:bool=False,
+    scheduler:str='',        # address of a Dask scheduler; empty: as [cluster] of settings.ini says, else this machine
+    say=lambda line: print(line, file=sys.stderr, flush=True),
+)->dict:                     # counts by state, jobs, seconds, report
+    "Run what is missing or changed of a grid; `FadaError` before any job starts for whatever can be told then"
+    from fada.cluster import cluster_of
+    from fada.memory import parse_size
+    g = read_grid(path); s = load_settings(data=g.data); out = writable_folder(folder or s.output/g.name)
+    jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter(); _set_limits(g, jobs, out.resolve()/'.stop', force)
+    memory = _plan_missing(g, jobs, s.device)
+    if 'memory' in g.limits: memory = parse_size(g.limits['memory'], 'memory')
+    note = lambda results: _note(out, g, results, jobs, start)
+    run = lambda slots, memory, executor=None, look=None: heartbeat(
+        lambda: run_jobs(jobs, slots, say, memory, executor, note, look), jobs, say)
+    where = cluster_of(s, scheduler, say) if not all(j.done() for j in jobs) else None
+    if not where: results = run(g.limits.get('slots', s.jobs), memory)
+    else:
+        with where as c: results = run(c.slots, c.memory, c.executor, c.look)
+    return _note(out, g, {r.job.name: r for r in results}, jobs, start, figure=True)
 
 # %% ../nbs/13c_grid.ipynb #2d8b370a
 def _note(out, g, results, jobs, start, figure=False)->dict:
