@@ -227,7 +227,7 @@ def test_the_scheduler_killed_and_all_done_by_the_next_run(tmp_path, cluster):
     t.join(); end = time.monotonic()+30
     while any('ipykernel_launcher' in p.cmdline() for p in kernels(tmp_path)) and time.monotonic() < end: time.sleep(.2)
     assert time.monotonic() < end; begun = sum((j.part/'answers.jsonl').exists() for j in jobs); assert begun
-    (tmp_path/'stop').unlink(); assert by_state(run_jobs(jobs, 2)) == {f'j{k}': 'done' for k in range(4)}
+    (tmp_path/'stop').unlink(); assert set(by_state(run_jobs(jobs, 2)).values()) <= {'done', 'reused'}   # one may just have ended
     for j in jobs: assert [json.loads(l)[1] for l in (j.folder/'answers.jsonl').read_text().splitlines()] == list(range(100))
 
 # ---- from a grid file
