@@ -107,7 +107,7 @@ def _exporter():
     from nbconvert import HTMLExporter
     e = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True)
     e.embed_images,e.anchor_link_text = True,''
-    e.register_filter('clean_html', str)   # pygments escaped it already; cleaning it again took half the time
+    e.register_filter('clean_html', lambda text: text)   # pygments escaped it; cleaning anew took half the time
     return e
 
 def notebook_html(
@@ -265,7 +265,8 @@ def _index_page(found)->str:
     "All public symbols by name"
     first = lambda s: html.escape(s.doc.splitlines()[0] if s.doc else '')
     rows = ''.join(f'<tr><td><a href="{page}#{s.anchor}"><code>{html.escape(s.name)}</code></a></td>'
-                   f'<td>{s.module}</td><td>{first(s)}</td></tr>' for s,page in sorted(found, key=lambda x: x[0].name.lower()))
+                   f'<td>{s.module}</td><td>{first(s)}</td></tr>'
+                   for s,page in sorted(found, key=lambda x: x[0].name.lower()))
     return (f'<h1>All names</h1><blockquote>{len(found)} public names of {len({s.module for s,_ in found})} modules.'
             '</blockquote><table><thead><tr><th>name</th><th>module</th><th>what it is</th></tr></thead>'
             f'<tbody>{rows}</tbody></table>')

@@ -2,7 +2,7 @@
 import os, re, shutil, subprocess, sys, sysconfig, zipfile
 from pathlib import Path
 import pytest
-from fada.book import (LOOK, Page, check_book, chapters, finding_ids, notebook_html, read_chapter, run_command, set_links, symbols,
+from fada.book import (LOOK, check_book, chapters, finding_ids, notebook_html, read_chapter, run_command, set_links, symbols,
                        write_book)
 from fada.settings import SETTINGS, FadaError
 
