@@ -6,7 +6,7 @@
 __all__ = ['joined', 'slurm_cluster']
 
 # %% ../nbs/13b_cluster.ipynb #6f2fadf8
-import signal, threading
+import signal
 from contextlib import contextmanager
 from .settings import FadaError
 
@@ -52,8 +52,7 @@ def slurm_cluster(
     before = signal.getsignal(signal.SIGINT)
     try: from dask_jobqueue import SLURMCluster
     except ImportError: raise FadaError('dask-jobqueue is not installed', 'slurm_cluster', 'the packages of fada[cluster]', "pip install 'fada[cluster]'") from None
-    finally:   # its import puts a handler of its own, and Ctrl-C would no longer stop a batch; only the main thread may set one
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, before)
+    finally: signal.signal(signal.SIGINT, before)   # its import puts a handler of its own, and Ctrl-C would no longer stop a batch
     extra = [*options.pop('job_extra_directives', []), *(['--gres=gpu:1'] if card else [])]
     return SLURMCluster(cores=cores, processes=1, memory=memory, walltime=f'{hours:02}:00:00', queue=queue, job_extra_directives=extra,
                         worker_extra_args=['--nthreads', '1', '--death-timeout', '120'], **options)
