@@ -79,6 +79,7 @@ def _members(node, module, lines):
         if isinstance(m, ast.FunctionDef) and not m.name.startswith('_') and ast.get_docstring(m):
             yield Symbol(f'{node.name}.{m.name}', module, _head(m, lines), ast.get_docstring(m), True)
 
+# %% ../nbs/17_book.ipynb #82c03e09
 def symbols(
     path,       # of a module that nbdev wrote
 )->list:        # of `Symbol`, in the order of the text
@@ -282,6 +283,7 @@ def _chapter_page(c, found, prefix='')->Page:
     body = notebook_html(c.path)+api_html(found)
     return Page(prefix+c.page, c.title, body)
 
+# %% ../nbs/17_book.ipynb #4c2b7d7c
 PROJECT = ('CONTRIBUTING.md', 'SECURITY.md', 'CHANGELOG.md')   # pages that stand in the project's folder
 
 def book_parts(

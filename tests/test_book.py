@@ -92,7 +92,7 @@ def test_tutorial(path, tmp_path, monkeypatch):
     "Each tutorial from top to bottom, in a folder of its own"
     from nbdev import test as nbt
     shutil.copy(path, tmp_path); shutil.copy(ROOT/'pyproject.toml', tmp_path)
-    monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path))
+    monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path/'config'))
     ok, _ = nbt.test_nb(tmp_path/path.name, skip_flags=['cuda'])
     assert ok
 
