@@ -383,12 +383,13 @@ def stop_running():
 
 # %% ../nbs/13_batch.ipynb #5d4062cf
 def run_notebooks(start='.')->Path:
-    "The folder `nbs/run` of the project that `start` lies in"
+    "The folder `nbs/run` of the project that `start` lies in, else the one that came with the package"
     for d in (Path(start).resolve(), *Path(start).resolve().parents,
               Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('.')):
         if (d/'nbs'/'run'/'train.ipynb').is_file(): return d/'nbs'/'run'
-    raise FadaError('the run notebooks are not here', str(Path(start).resolve()), 'nbs/run of a clone',
-                    'run this from a clone of the project')
+    if '__file__' in globals() and (own := Path(__file__).parent/'notebooks'/'run').is_dir(): return own
+    raise FadaError('the run notebooks are not here', str(Path(start).resolve()), 'nbs/run of a clone, or fada/notebooks',
+                    'install the package again, or run this from a clone of the project')
 
 # %% ../nbs/13_batch.ipynb #9dd69ab7
 # modules whose code decides a result

@@ -8,7 +8,7 @@ __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categori
            'Checkpointing', 'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs',
            'paper', 'batch', 'card', 'push', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check',
            'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
-           'measure', 'doctor']
+           'measure', 'doctor', 'notebooks']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -787,6 +787,18 @@ def doctor(model:Model=None, precision:Precision=None, device:Device=None, json:
     found = examine(model=model, precision=precision, device=device)
     _show(dict(ready=ready(found), findings=[asdict(f) for f in found]), json, '\n'.join(f.line() for f in found))
     if not ready(found): raise typer.Exit(1)
+
+# %% ../nbs/16_cli.ipynb #96ea4994
+@app.command()
+def notebooks(folder:Annotated[str, typer.Argument(help='Where they go; what is there stays.')],
+              json:Json=False, quiet:Quiet=False):
+    """Copy the run and app notebooks, the tutorials and a settings.ini into a folder.
+
+    Example: fada notebooks work"""
+    _settings(quiet)
+    from fada.book import copy_notebooks
+    r = copy_notebooks(folder)
+    _show(r, json, f"{len(r['written'])} files in {folder}, {len(r['kept'])} were there already; next: jupyter lab {folder}")
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()
