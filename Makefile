@@ -25,11 +25,15 @@ DEMO ?=
 demo: $(READY)   ## the whole job on phantoms, from data to outputs/demo/report.html
 	@$(BIN)/fada demo $(DEMO)
 
+# as many workers as cores, at most four, since each holds models of its own; a file of tests stays on one, where its
+# fixtures are made once. WORKERS=0: one process
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 test: $(READY)   ## the tests, under 12 minutes on 2 cores
-	@$(BIN)/python -m pytest -m "not slow and not browser and not fault"
+	@$(PYTEST) -m "not slow and not browser and not fault"
 
 test-all: $(READY) ## the tests, the slow, browser and fault ones too
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 bench: $(READY)  ## measured comparisons; each prints a ratio from one run
 	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b --quick || exit 1; done

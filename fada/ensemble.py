@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'reading', 'most', 'majority_terms', 'lower_median', 'vote', 'combine', 'Ensemble', 'read_parts',
-           'load_ensemble']
+           'load_ensemble', 'receivers']
 
 # %% ../nbs/07e_ensemble.ipynb #a83394ec
 import sys
@@ -238,3 +238,11 @@ def load_ensemble(spec:ModelSpec, s:Settings,
         return load(name, precision=s.precision if has else 'fp32', device=s.device, max_new_tokens=s.max_new_tokens)
     names = list(dict.fromkeys([*votes, *route.values()])); loaded = {n: part(n) for n in names}
     return Ensemble(spec, loaded, votes, route, (loaded.get(writer) or part(writer)) if writer else None)
+
+def receivers(spec:ModelSpec)->list:
+    "Where images go when a model of the registry is asked: the hosts of its services; none for what runs here"
+    from fada.remote import house, read_service
+    if spec.family == 'ensemble':
+        return list(dict.fromkeys(h for n in [*read_parts(spec)[0], *read_parts(spec)[1].values()] for h in receivers(model_spec(n))))
+    return [house(read_service(spec).url)] if spec.family == 'api' else []
+

@@ -59,6 +59,7 @@ class Map:
     tokens: list = field(default_factory=list)
     per_token: object = None   # tokens × rows × columns, where the method tells tokens apart
     note: str = ''             # what has to be said with it
+    badge: str = ''            # whether the method was checked for this model, and what came of it
     @property
     def size(self): return self.image.shape[1],self.image.shape[0]
     def pixels(self, token:int=None, smooth=True):
@@ -107,7 +108,7 @@ def said(vlm, image, question)->str:
     return a.text
 
 # %% ../nbs/12a_maps.ipynb #4ac6c1cf
-_WORDS = ('method','units','question','answer','model','note')
+_WORDS = ('method','units','question','answer','model','note','badge')
 
 def save_map(m:Map, path):
     "Write a map as npz"
@@ -123,7 +124,7 @@ def load_map(path)->Map:
     from zipfile import BadZipFile
     try:
         with np.load(path) as z:
-            return Map(z['image'], z['heat'], tuple(z['box'].tolist()), **{k: str(z[k]) for k in _WORDS}, tokens=z['tokens'].tolist(),
+            return Map(z['image'], z['heat'], tuple(z['box'].tolist()), **{k: str(z[k]) for k in _WORDS if k in z}, tokens=z['tokens'].tolist(),
                        per_token=z['per_token'] if 'per_token' in z else None)
     except (KeyError, ValueError, BadZipFile, EOFError, OSError) as e:
         raise FadaError(f'no map ({e})', str(path), 'a file that `save_map` wrote', '') from None

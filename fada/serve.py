@@ -22,8 +22,9 @@ class Order:
     questions: list               # texts or numbers 1 to 8
     offer: str                    # name of what answers
     session: str = ''
+    explain: tuple = ()           # (answer, method): a map is asked for, of this answer to the one question
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    events: list = field(default_factory=list)    # dicts with `event`: queued, loading, thinking, token, answer, done, cancelled, failed
+    events: list = field(default_factory=list)    # dicts with `event`: queued, loading, thinking, token, answer, map, done, cancelled, failed
     ended: bool = False
     stopped: threading.Event = field(default_factory=threading.Event)
     readers: list = field(default_factory=list)   # (event loop, asyncio.Event) of those who wait for more
@@ -61,6 +62,7 @@ def offers(s)->dict:     # {name: Offer}
     base = str(weights or '')
     return {s.model: Offer(s.model, '', base), **{f'{s.model}/{c}': Offer(s.model, str(a), base) for c,a in adapters.items()}}
 
+# %% ../nbs/15a_serve.ipynb #147c6bf8
 class Worker:
     "Owns the models; answers orders one after another"
     def __init__(self,
@@ -118,6 +120,21 @@ def need(self:Worker, offer:Offer)->int:
     except FadaError: return 0   # nothing of it is here: a service, an ensemble
 
 @patch
+def sends_to(self:Worker, name:str)->list:
+    "Hosts that an offer sends images to"
+    from fada.ensemble import receivers
+    from fada.registry import model_spec
+    return receivers(model_spec(self.names[name].model))
+
+@patch
+def maps(self:Worker, name:str)->list:
+    "Names of the methods that draw maps of an offer's answers"
+    from fada.explain import methods_of
+    from fada.registry import model_spec
+    return methods_of(model_spec(self.names[name].model))
+
+# %% ../nbs/15a_serve.ipynb #cb8e9110
+@patch
 def model(self:Worker, offer:Offer, tell=lambda *a, **k: None):
     "The loaded model of an offer; others go, longest unused first, where they would not fit beside it"
     from fada.vlm import load
@@ -133,10 +150,14 @@ def model(self:Worker, offer:Offer, tell=lambda *a, **k: None):
     self.loaded[offer][2] = time.monotonic()
     return self.loaded[offer][0]
 
+# %% ../nbs/15a_serve.ipynb #7f0185f8
 @patch
 def serve(self:Worker, order:Order):
     "Answer an order: answers grow side by side where the model streams"
     vlm = self.model(self.names[order.offer], order.tell); self.turns += 1; order.tell('thinking', turn=self.turns)
+    if order.explain:
+        from fada.explain import explain, map_record
+        order.tell('map', **map_record(explain(vlm, order.image, order.questions[0], *order.explain))); return order.tell('done')
     if vlm.core is None: answers = vlm.ask(order.image, order.questions)   # a service, an ensemble: it does not stream
     else:
         s = vlm.stream(order.image, order.questions)
@@ -263,10 +284,10 @@ class Desk:
         except ValueError: raise FadaError('not valid JSON', 'the request', 'a JSON object', '') from None
         if not isinstance(b, dict): raise FadaError('not a JSON object', 'the request', '{…}', '')
         return b
-    async def take(self, url, questions, model, session='')->Order:
+    async def take(self, url, questions, model, session='', explain=())->Order:
         "Read the picture and queue the order"
         picture = await asyncio.to_thread(sent_image, url)   # a large picture keeps nobody waiting
-        order = Order(picture, questions, model or next(iter(self.worker.names)), session); self.worker.submit(order)
+        order = Order(picture, questions, model or next(iter(self.worker.names)), session, explain); self.worker.submit(order)
         for k in [k for k,o in self.orders.items() if o.ended]: del self.orders[k]
         self.orders[order.id] = order; return order
 
@@ -274,6 +295,7 @@ def _streamed(events):
     from fastapi.responses import StreamingResponse
     return StreamingResponse(events, media_type='text/event-stream', headers={'Cache-Control': 'no-store'})
 
+# %% ../nbs/15a_serve.ipynb #10db532a
 def _own_routes(app, desk):
     "FADA's own routes"
     from fastapi import Request
@@ -291,17 +313,27 @@ def _own_routes(app, desk):
         if not isinstance(q, list) or not all(isinstance(x, (str, int)) and not isinstance(x, bool) for x in q):
             raise FadaError('questions', 'the request', 'a list of texts or numbers 1 to 8', '')
         return _streamed(_events(await desk.take(b.get('image', ''), q, b.get('model'), key), rows))
+    @app.post('/maps')
+    async def maps(request:Request):
+        b = await desk.body(request); q,asked = b.get('question'),(b.get('answer'), b.get('method', 'relevancy'))
+        if isinstance(q, bool) or not isinstance(q, (str, int)) or not all(isinstance(x, str) for x in asked):
+            raise FadaError('question, answer or method', 'the request', 'a text each', '')
+        events = [e async for e in (await desk.take(b.get('image', ''), [q], b.get('model'), explain=asked)).follow()]
+        if events[-1]['event'] != 'done': raise FadaError(events[-1].get('error', 'cancelled'), 'a map')
+        return {k: v for k,v in events[-2].items() if k != 'event'}
     @app.delete('/ask/{id}')
     async def cancel(id:str):
         if id not in desk.orders: raise FadaError('no such order', '', 'the id of an event', '')
         desk.orders[id].stopped.set(); return dict(id=id, cancelled=True)
 
+# %% ../nbs/15a_serve.ipynb #2868c447
 def _openai_routes(app, desk):
     "The routes of OpenAI's protocol"
     from fastapi import Request
     from fastapi.responses import JSONResponse
     @app.get('/v1/models')
-    async def models(): return dict(object='list', data=[dict(id=n, object='model', owned_by='fada') for n in desk.worker.names])
+    async def models():
+        return dict(object='list', data=[dict(id=n, object='model', owned_by='fada', maps=desk.worker.maps(n), sends_to=desk.worker.sends_to(n)) for n in desk.worker.names])
     @app.post('/v1/chat/completions')
     async def chat(request:Request):
         b = await desk.body(request); text,url = _text_and_image(b.get('messages')); order = await desk.take(url, [text], b.get('model'))
@@ -312,6 +344,7 @@ def _openai_routes(app, desk):
             return JSONResponse(dict(error=dict(message=said, type='server_error')), 500)
         return _completion(order, order.offer, finish='stop', whole=a['answer'])
 
+# %% ../nbs/15a_serve.ipynb #9f2f9d01
 def make_app(
     worker:Worker, token:str,
     limit:int=LIMIT,         # bytes of a request
@@ -355,46 +388,71 @@ class Served:
     def call(self, method, path, body=None):
         "The JSON of a reply"
         with self.open(method, path, {} if body is None and method == 'POST' else body) as r: return json.loads(r.read())
-    def events(self, image, questions):
-        "The events of an order; leaving the loop cancels it"
-        given = dict(image=data_url(image), questions=list(questions), model=self.model or None)
-        order = lambda: self.open('POST', '/ask', dict(given, session=self.session))
-        try: reply = order()
-        except FadaError as e:
-            if e.what[:15] != 'no such session': raise
-            self.session = self.call('POST', '/sessions')['session']; reply = order()   # the server was started again, its histories are gone
-        with reply as r:
-            last = ''
-            try:
-                for line in r:
-                    if line.startswith(b'data: '): e = json.loads(line[6:]); last = e['event']; yield e
-            except (OSError, ValueError): last = ''   # the line broke off
-            if last not in ('done', 'cancelled', 'failed'):
-                raise FadaError('the server went away in the middle of an answer', self.url, '', 'ask again')
-            if last == 'failed': raise FadaError(e['error'], self.url)
-    def ask(self, image, questions=tuple(QUESTIONS)):
-        "Answers of one image: a list for a list of questions, one Answer for one question"
-        one = isinstance(questions, (str, int)); asked = [questions] if one else questions
-        answers = [_answer(e) for e in self.events(image, asked) if e['event'] == 'answer']
-        return answers[0] if one else answers
-    def stream(self, image, questions):
-        "The answer to one question piece by piece, or of several side by side, as (number, piece)"
-        one = isinstance(questions, (str, int)); asked = [questions] if one else list(questions)
-        return ServedStream(self.events(image, asked), asked, one)
-    def history(self)->list:
-        "The answers of this session"
-        return self.call('GET', '/history')
+
+# %% ../nbs/15a_serve.ipynb #2949158f
+@patch
+def events(self:Served, image, questions):
+    "The events of an order; leaving the loop cancels it"
+    given = dict(image=data_url(image), questions=list(questions), model=self.model or None)
+    order = lambda: self.open('POST', '/ask', dict(given, session=self.session))
+    try: reply = order()
+    except FadaError as e:
+        if e.what[:15] != 'no such session': raise
+        self.session = self.call('POST', '/sessions')['session']; reply = order()   # the server was started again, its histories are gone
+    with reply as r:
+        last = ''
+        try:
+            for line in r:
+                if line.startswith(b'data: '): e = json.loads(line[6:]); last = e['event']; yield e
+        except (OSError, ValueError): last = ''   # the line broke off
+        if last not in ('done', 'cancelled', 'failed'):
+            raise FadaError('the server went away in the middle of an answer', self.url, '', 'ask again')
+        if last == 'failed': raise FadaError(e['error'], self.url)
+
+@patch
+def ask(self:Served, image, questions=tuple(QUESTIONS)):
+    "Answers of one image: a list for a list of questions, one Answer for one question"
+    one = isinstance(questions, (str, int)); asked = [questions] if one else questions
+    answers = [_answer(e) for e in self.events(image, asked) if e['event'] == 'answer']
+    return answers[0] if one else answers
+
+@patch
+def stream(self:Served, image, questions):
+    "The answer to one question piece by piece, or of several side by side, as (number, piece)"
+    one = isinstance(questions, (str, int)); asked = [questions] if one else list(questions)
+    return ServedStream(self.events(image, asked), asked, one)
+
+# %% ../nbs/15a_serve.ipynb #188ea6c3
+@patch
+def history(self:Served)->list:
+    "The answers of this session"
+    return self.call('GET', '/history')
+
+@patch
+def methods(self:Served)->list:
+    "Names of the methods that draw maps of its answers"
+    rows = {m['id']: m for m in self.call('GET', '/v1/models')['data']}
+    return rows.get(self.model, next(iter(rows.values())))['maps']
+
+@patch
+def explain(self:Served, image, question, answer:str, method:str='relevancy'):
+    "Where an answer depended on the image: a `Map`"
+    from fada.explain import map_of_record
+    r = self.call('POST', '/maps', dict(image=data_url(image), question=question, answer=answer, method=method, model=self.model or None))
+    return map_of_record(r, image)
 
 def _answer(e):
     from fada.vlm import Answer
     return Answer(e['question'], e['answer'], e['question_id'], confidence=e['confidence'], error=e['error'], flags=e['flags'])
 
+# %% ../nbs/15a_serve.ipynb #1412dde6
 class ServedStream:
     "Answers as they come: iterate over the pieces, `cancel` to stop; `answers` holds what was said"
     def __init__(self, events, questions, one):
         from fada.vlm import Answer
         word = lambda q: QUESTIONS[q].text if q in QUESTIONS else str(q)
-        self.events,self.one,self.stop = events,one,False; self.answers = [Answer(word(q)) for q in questions]
+        self.events,self.one,self.stop,self.tell = events,one,False,None   # tell: called with every event
+        self.answers = [Answer(word(q)) for q in questions]
     @property
     def answer(self):
         "The first answer"
@@ -403,6 +461,7 @@ class ServedStream:
     def __iter__(self):
         whole = 0
         for e in self.events:
+            if self.tell: self.tell(e)
             if e['event'] == 'token':
                 self.answers[e['number']].text += e['text']; yield e['text'] if self.one else (e['number'], e['text'])
             if e['event'] == 'answer': self.answers[whole] = _answer(e); whole += 1
@@ -442,6 +501,7 @@ def supervise(
             say(f'the server ended with status {code}: started again')
     except KeyboardInterrupt: child.terminate(); child.wait(20); return 130
 
+# %% ../nbs/15a_serve.ipynb #2e6b7c5b
 def _main():
     "`python -m fada.serve PORT PARENT [key=value …]`"
     from fada.batch import watch_parent

@@ -64,6 +64,8 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
                        'decides splits, batches, weights, phantoms'),
     'jobs':           ('run',      'jobs',           int,  '2',             'run notebooks at a time'),
     'max_new_tokens': ('generate', 'max_new_tokens', int,  '48',            'longest answer in tokens'),
+    'fetal_sex':      ('ask',      'fetal_sex',      bool, 'no',
+                       'whether the panel may answer about the sex of a fetus'),
     'remote':         ('remote',   'allowed',        bool, 'no',
                        'whether images may be sent to a remote API'),
     'remote_text':    ('remote',   'keep_text',      bool, 'no',
@@ -80,7 +82,7 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
 class Settings:
     "The run defaults after precedence was applied; `source` says where each value came from"
     data: Path; categories: tuple; phantoms: int; output: Path; model: str; precision: str; device: str
-    seed: int; jobs: int; max_new_tokens: int; remote: bool; remote_text: bool; remote_budget: str
+    seed: int; jobs: int; max_new_tokens: int; fetal_sex: bool; remote: bool; remote_text: bool; remote_budget: str
     remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int; source: dict
 
 # %% ../nbs/00_settings.ipynb #5f0a2791

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+if 'PYTEST_XDIST_WORKER' in os.environ:    # two workers on two cores: one thread each, and one for what they start
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'FADA_THREADS'): os.environ.setdefault(name, '1')
+
 os.environ.setdefault('FADA_QUIET', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')

@@ -18,6 +18,14 @@ def project(tmp_path_factory, small_data):
     (p/'models.toml').write_text('[ours]\nlike = "blip2-nano"\ncheckpoint = "outputs/run/base/model"\n')
     return p
 
+@pytest.fixture(scope='module')
+def evaluated(project):
+    "Prepared, a base trained from scratch, and evaluated"
+    _run(project, 'prepare', 'prepare', categories='Femur,Abdomen', phantoms=60, seed=5)
+    _run(project, 'train', 'base', task='base', categories='all', **TINY)
+    _run(project, 'evaluate', 'evaluate-base', control_images=4)
+    return project/'outputs'/'run'
+
 def _run(project, notebook, name, **parameters):
     here = os.getcwd(); os.chdir(project)   # a run notebook reads the settings of the folder it is started in
     try: r = run_job(Job(name, NB/f'{notebook}.ipynb', parameters, project/'jobs'/name), threads=2)
@@ -25,10 +33,8 @@ def _run(project, notebook, name, **parameters):
     assert r.state == 'done', r.reason
     return r
 
-def test_two_lines_of_settings_reach_every_step(project, small_data):
-    _run(project, 'prepare', 'prepare', categories='Femur,Abdomen', phantoms=60, seed=5)
-    _run(project, 'train', 'base', task='base', categories='all', **TINY)
-    run = project/'outputs'/'run'
+def test_two_lines_of_settings_reach_every_step(project, evaluated):
+    run = evaluated
     assert (run/'base'/'model'/'model.safetensors').exists()
     _run(project, 'train', 'lora', categories='Femur', steps=2, batch=4)
     about = json.loads((run/'lora-Femur'/'adapter'/'fada.json').read_text())
@@ -36,7 +42,6 @@ def test_two_lines_of_settings_reach_every_step(project, small_data):
             and (run/'lora-Femur'/'loss.png').stat().st_size > 1000)
     _run(project, 'train', 'planes', task='planes', categories='Femur,Abdomen')
     assert (run/'planes-Femur-Abdomen'/'loss.png').stat().st_size > 1000
-    _run(project, 'evaluate', 'evaluate-base', control_images=4)
     _run(project, 'evaluate', 'evaluate-lora', categories='Femur', adapter=str(run/'lora-Femur'/'adapter'),
          output=str(run/'evaluate-lora'), control_images=4)
     m = json.loads((run/'evaluate-ours-fp32-all'/'metrics.json').read_text())
@@ -57,9 +62,9 @@ def test_arguments_win_over_settings(project):
     assert r.returncode == 0, r.stderr
     assert json.loads(r.stdout)['identity']['model'] == 'blip2-nano'
 
-def test_every_answer_is_in_the_log(project):
+def test_every_answer_is_in_the_log(evaluated):
     "Each scored row has one record, and each record carries identity, question and image"
-    run = project/'outputs'/'run'/'evaluate-ours-fp32-all'
+    run = evaluated/'evaluate-ours-fp32-all'
     records = [json.loads(l) for l in (run/'answers.jsonl').read_text().splitlines()]
     scores = pd.read_parquet(run/'scores.parquet')
     asked = scores[~scores.condition.str.startswith('majority')]

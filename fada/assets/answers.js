@@ -1,0 +1,63 @@
+// Answers as a table: a row a question, a column a model. A row can be explained, accepted, edited or rejected, by buttons or by keys.
+// All text enters by textContent; what a person does is sent to the kernel as a message.
+const make = (tag, attributes = {}, text = '') => {
+  const e = document.createElement(tag);
+  for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
+  e.textContent = text; return e; };
+const ACTS = [['where', 'where?', 'where the answer depended on the image (Enter)'], ['accept', '✓', 'accept (a)'], ['edit', '✎', 'edit (e)'], ['reject', '✗', 'reject (r)']];
+
+function guard(limit, tell) {                        // a file too large for the page is refused here: sent, it would break the line without a word
+  return e => { const f = e.target.files?.[0]; if (e.target.type !== 'file' || !f || f.size <= limit) return;
+    e.stopImmediatePropagation(); e.preventDefault(); e.target.value = ''; tell({kind: 'too large', bytes: f.size}); }; }
+
+function render({model, el}) {
+  const root = make('div', {class: 'fada-answers', 'data-lm-suppress-shortcuts': 'true'}), table = make('table'); root.append(table); el.append(root);
+  let chosen = 0, side = 0;
+  const send = (kind, row, where, text = '') => model.send({kind, row, side: where, text});
+  const limit = guard(model.get('largest'), m => model.send(m)); document.addEventListener('change', limit, true);
+
+  function edit(cell, row, where, said) {            // a field in place of the buttons
+    const field = make('input', {type: 'text', 'aria-label': 'the right answer'}); field.value = said.text; cell.append(field); field.focus(); field.select();
+    field.addEventListener('keydown', e => { e.stopPropagation();
+      if (e.key === 'Enter') { send('edit', row, where, field.value); field.remove(); focus(); } else if (e.key === 'Escape') { field.remove(); focus(); } }); }
+
+  function cellOf(said, row, where) {
+    const td = make('td'); if (!said) return td;
+    td.append(make('b', {}, said.text));
+    for (const [name, text] of [['reason', said.reason], ['note', said.note], ['error', said.error]]) if (text) td.append(make('small', {class: name}, text));
+    if (said.done && !said.error) { const bar = make('span');
+      for (const [kind, sign, title] of ACTS) if (kind !== 'where' || said.maps) {
+        const b = make('button', {type: 'button', title, 'aria-label': title, tabindex: '-1'}, sign);
+        b.addEventListener('click', () => { chosen = row; side = where; kind === 'edit' ? edit(td, row, where, said) : send(kind, row, where); }); bar.append(b); }
+      td.append(bar); }
+    for (const j of said.judged || []) td.append(make('small', {}, j));
+    return td; }
+
+  function draw() {
+    const rows = model.get('rows'), titles = model.get('titles'), head = make('tr'); chosen = Math.min(chosen, Math.max(0, rows.length-1)); table.replaceChildren();
+    if (!rows.length) return;
+    const had = root.contains(document.activeElement);
+    for (const t of ['question', ...titles, 'reference, where known']) head.append(make('th', {scope: 'col'}, t)); table.append(head);
+    rows.forEach((r, i) => { const tr = make('tr', {tabindex: i === chosen ? '0' : '-1', 'aria-selected': i === chosen});
+      tr.append(make('td', {}, r.question), ...titles.map((_, k) => cellOf(r.said[k], i, k)), make('td', {}, r.reference));
+      tr.addEventListener('focus', () => { if (chosen !== i) { chosen = i; mark(); } }); table.append(tr); });
+    if (had) focus(); }
+  const lines = () => [...table.querySelectorAll('tr')].slice(1);
+  const mark = () => lines().forEach((tr, i) => { tr.setAttribute('aria-selected', i === chosen); tr.tabIndex = i === chosen ? 0 : -1; });
+  const focus = () => lines()[chosen]?.focus();
+
+  root.addEventListener('keydown', e => {            // nobody else's shortcuts: two presses of d would delete a cell
+    e.stopPropagation(); if (e.ctrlKey || e.altKey || e.metaKey || !e.target.closest('tr') || e.target.tagName === 'INPUT') return;
+    const r = model.get('rows')[chosen], said = r?.said[side], n = lines().length, titles = model.get('titles').length;
+    const go = {ArrowDown: () => { chosen = Math.min(n-1, chosen+1); mark(); focus(); }, ArrowUp: () => { chosen = Math.max(0, chosen-1); mark(); focus(); },
+      ArrowRight: () => { side = Math.min(titles-1, side+1); }, ArrowLeft: () => { side = Math.max(0, side-1); }};
+    const act = {Enter: 'where', a: 'accept', r: 'reject', e: 'edit'}[e.key];
+    if (go[e.key]) go[e.key]();
+    else if (act && e.target.tagName !== 'BUTTON' && said?.done && !said.error && (act !== 'where' || said.maps))
+      act === 'edit' ? edit(lines()[chosen].cells[side+1], chosen, side, said) : send(act, chosen, side);
+    else return;
+    e.preventDefault(); });
+  model.on('change:rows', draw); model.on('change:titles', draw); draw();
+  return () => { document.removeEventListener('change', limit, true); model.off('change:rows', draw); model.off('change:titles', draw); }; }
+
+export default {render};
