@@ -104,11 +104,12 @@ class Job:
     inputs: list = field(default_factory=list)  # files and values that decide the result besides
     outputs: list = field(default_factory=list) # files that must be there for the job to count as done
     after: tuple = ()       # names of jobs that must be done before
-    memory: int = 0         # bytes it is planned to need; 0: not known
+    memory: int = 0         # bytes it is planned to need; 0: none, or not known
     seconds: float = 0      # it may take; 0: as long as it likes
     limit: int = 0          # bytes of main memory it may take; 0: as much as it likes
     stop: Path = None       # a file: when it appears, the job ends
     fresh: bool = False     # do it again, from the beginning, whatever is there
+    known: bool = True      # whether its memory could be planned
 
     @property
     def part(self):

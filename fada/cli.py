@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'UNLIKE_TEXT',
            'data_app', 'Folder', 'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config',
-           'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs', 'paper',
-           'batch', 'card', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check', 'data_verify',
+           'Checkpointing', 'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs',
+           'paper', 'batch', 'card', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check', 'data_verify',
            'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
            'doctor']
 
@@ -283,7 +283,7 @@ def runs(
                      typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
     kind:Annotated[Optional[str], typer.Option(help='evaluate, train or twins.')]=None, model:Model=None,
     category:Annotated[Optional[str], typer.Option(help='Jobs about this category.')]=None,
-    state:Annotated[Optional[str], typer.Option(help='finished or unfinished.')]=None,
+    state:Annotated[Optional[str], typer.Option(help='finished, unfinished or damaged.')]=None,
     since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
     run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
     remove:Annotated[bool, typer.Option('--prune',
@@ -330,7 +330,9 @@ def batch(
     from fada.grid import batch_text, dry_run as rehearse, run_grid
     if dry_run:
         t = rehearse(grid, out, only)
-        return _show(t.to_dict('records'), json, t.to_string(index=False)+f'\n{len(t)} jobs, {(t.state != "done").sum()} to do')
+        said = f'\n{len(t)} jobs, {(t.state != "done").sum()} to do'
+        if (t.memory_gib == 'not known').any(): said += '; memory that is not known counts as none'
+        return _show(t.to_dict('records'), json, t.to_string(index=False)+said)
     about = run_grid(grid, out, only, force, scheduler, **({'say': lambda line: None} if quiet else {}))
     _show(about, json, batch_text(about))
     if set(about['states']) - {'done', 'reused'}: raise typer.Exit(1)
@@ -513,7 +515,7 @@ def data_check(
     json: Json = False,
     quiet: Quiet = False,
 ):
-    """Say everything odd about a folder; no table is written.
+    """Say everything odd about a folder, the gravest first; no table is written. Exit status 1 where `fada prepare` would stop.
 
     Example: fada data check /scans --report findings.csv"""
     s = _settings(quiet)
@@ -522,6 +524,7 @@ def data_check(
     if report: c.findings.to_csv(report, index=False)
     _show(dict(c.summary, findings=c.findings.to_dict('records'), agreement=c.agreement.to_dict('records')),
           json, c.text())
+    if c.refused: raise FadaError('`fada prepare` would stop here', folder, '', c.refused)
 
 # %% ../nbs/16_cli.ipynb #70ca80bc
 @data_app.command('verify')
@@ -547,7 +550,9 @@ def data_template(folder:Folder,
     _settings(quiet)
     from fada.export import template
     r = template(folder, name)
-    _show(r, json, f"{r['images']} images in {r['file']}")
+    left = [f"left out: {x['file']}: {x['reason']}" for x in r['left_out']]
+    more = [f'… and {len(left)-12} more, see --json'] if len(left) > 12 else []
+    _show(r, json, '\n'.join([f"{r['images']} images in {r['file']}", *left[:12], *more]))
 
 # %% ../nbs/16_cli.ipynb #41582ea0
 @data_app.command('export')
@@ -690,19 +695,23 @@ Batch = Annotated[Optional[int], typer.Option(help='Images at a time. Default: 1
 NewTokens = Annotated[Optional[int],
                       typer.Option(help='Longest answer. Default: [generate] max_new_tokens.')]
 Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
+Checkpointing = Annotated[bool, typer.Option('--checkpointing/--no-checkpointing',
+                                             help='Train with gradient checkpointing: less memory, more arithmetic.')]
 Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models that take images of any size.')]
 
 @app.command()
 def plan(
     model:Annotated[list[str], typer.Argument(help='Names from `fada models`.')],
-    task:Task='answer',
+    task:Annotated[Optional[str], typer.Option(help='answer or train. Default: both.')]=None,
     precision:Annotated[str, typer.Option(help='One or several, by commas.')]='bf16,int8,nf4',
     gpu:Annotated[Optional[str],
                    typer.Option(help='Size of the card, as 8GiB. Default: the card here, else 8GiB.')]=None,
     questions:Questions=8, batch:Batch=None,
     reserve:Annotated[str, typer.Option(help='For desktop and other processes.')]='1.5GB',
     steps:Annotated[Optional[int], typer.Option(help='Training steps, for the hours. Default: as `fada train`.')]=None,
-    rank:Annotated[Optional[int], typer.Option(help='Rank of the adapter. Default: as `fada train`.')]=None, new_tokens:NewTokens=None,
+    rank:Annotated[Optional[int], typer.Option(help='Rank of the adapter. Default: as `fada train`.')]=None,
+    accumulate:Annotated[int, typer.Option(help="Parts that a training step's images go through in.")]=1,
+    checkpointing:Checkpointing=False, new_tokens:NewTokens=None,
     side:Side=None, config:Config=None,
     figure:Annotated[Optional[str],
                      typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
@@ -710,17 +719,21 @@ def plan(
 ):
     """Predict memory by part and training hours before any download, and what would fit.
 
-    Example: fada plan medgemma-4b llava-1.5-7b --task answer --gpu 8GiB"""
+    Example: fada plan medgemma-4b llava-1.5-7b --gpu 8GiB"""
     s = _settings(quiet, max_new_tokens=new_tokens)
     from dataclasses import asdict
-    from fada.plan import plan as work, plan_figure, plan_text
+    from fada.plan import TASKS, plan as work, plan_figure, plan_text
     from fada.registry import model_spec
     wanted = [p.strip() for p in precision.split(',') if p.strip()] or ['']
     asked = precision != 'bf16,int8,nf4'   # a default that a model lacks is left out, an asked one is an error
-    plans = [work(m, task, p, gpu, questions, batch, reserve, s.max_new_tokens, steps, rank, side, config)
-             for m in model for p in wanted if asked or p in model_spec(m).precisions or not model_spec(m).precisions]
+    has = lambda m, p: asked or p in model_spec(m).precisions or not model_spec(m).precisions
+    does = lambda m, t: task or t == 'answer' or 'train' in model_spec(m).capabilities
+    plans = [work(m, t, p, gpu, questions, batch, reserve, s.max_new_tokens, steps, rank, side, config,
+                  accumulate=accumulate, checkpointing=checkpointing)
+             for m in model for t in ([task] if task else TASKS) if does(m, t) for p in wanted if has(m, p)]
     if figure: plan_figure(plans, figure, cards=(plans[0].gpu_bytes,))
-    _show([asdict(p) for p in plans], json, '\n'.join(plan_text(p) for p in plans))
+    rest = [f'{m}, train: cannot be trained here' for m in model if not does(m, 'train')]
+    _show([asdict(p) for p in plans], json, '\n'.join([*map(plan_text, plans), *rest]))
 
 # %% ../nbs/16_cli.ipynb #8a5d7d73
 @app.command()
@@ -729,7 +742,7 @@ def measure(
     task:Task='answer', precision:Precision=None, device:Device=None, questions:Questions=8, batch:Batch=None,
     new_tokens:NewTokens=None, side:Side=None, weights:Weights=None,
     random:Annotated[bool, typer.Option('--random', help='Random weights of the true shape: no download.')]=False,
-    config:Config=None, json:Json=False, quiet:Quiet=False,
+    config:Config=None, checkpointing:Checkpointing=False, json:Json=False, quiet:Quiet=False,
 ):
     """Run a model for true: load time, seconds a question, peak memory, and how far off the plan was.
 
@@ -739,7 +752,7 @@ def measure(
     from fada.memory import in_gib
     from fada.plan import measure_model
     r = measure_model(model, task, s.precision, s.device, questions, batch, s.max_new_tokens, side=side, weights=weights,
-                      random=random, config=config)
+                      random=random, config=config, checkpointing=checkpointing)
     _show(r, json, f"{model}, {task}, {s.precision} on {r['machine']}{', random weights' if random else ''}: loaded in "
           f"{r['load_seconds']:.1f} s, {r['seconds_per_question']:.2f} s a question, peak {in_gib(r['peak_bytes'])}, predicted "
           f"{in_gib(r['predicted_bytes'])} ({100*r['error']:+.1f} %)")

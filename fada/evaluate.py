@@ -20,6 +20,7 @@ from .memory import measured, peak_bytes
 from .metrics import PRIMARY, coverage, normality, primary, score_table
 from .scores import question_scores
 from .stats import mean_interval
+from .topic import topic_folder, topic_model
 from .twins import seed45, what_45_can_show, with_examples
 from .checkpoints import held_bytes
 from .models import model_spec
@@ -133,6 +134,7 @@ def evaluate(
     if images < 0 or control_images < 1:
         raise FadaError(f'images {images}, control_images {control_images}', '',
                         'images of at least 0, control_images of at least 1', '')
+    topic_folder()   # a wrong one is said now, not when all is asked
     out = writable_folder(out); log = AnswersLog(out/'answers.jsonl')
     everything = load_table(data); train = everything[everything.split == 'train']
     rows = choose_rows(vlm, load_table(data, categories, split), train, images, seed, preset, examples)
@@ -177,7 +179,7 @@ def describe(
     "What metrics.json says of the scored rows"
     scored = found.rows; plain = scored[scored.condition == 'plain']; blank = scored[scored.condition == 'blank']
     seconds = pd.to_numeric(plain.seconds, errors='coerce').mean() if 'seconds' in plain else None
-    good = plain[plain.score.notna()]
+    good = plain[plain.score.notna()]; topic = topic_model()
     metrics = dict(kind='fada metrics', identity=identity, split=split, seed=seed,
                    data=table_digest(plain) if {'split','pixels_sha256'} <= set(plain) else None,
                    categories=sorted(plain.category.unique()), images=int(plain.image.nunique()),
@@ -188,7 +190,8 @@ def describe(
                    endpoint=dict(what=PRIMARY, **primary(plain)),
                    micro=mean_interval(good.score, good.patient),
                    by_category_macro=mean_interval(good.score, good.patient, strata=good.category),
-                   questions=summary(scored), details=question_scores(plain), normality=normality(plain),
+                   questions=summary(scored), details=question_scores(plain, topic=topic),
+                   sentence_model=topic and topic.name, normality=normality(plain),
                    by_category={c: summary(g) for c,
                                 g in progress(list(scored.groupby('category')), 'scoring', unit='category')},
                    seconds_per_question=None if seconds is None or seconds != seconds else float(seconds),
@@ -230,7 +233,8 @@ def evaluate_answers(
 
 # %% ../nbs/10_evaluate.ipynb #a3dc9278
 def job_name(s, weights=None, adapter=None)->str:
-    "The folder of an evaluation, told apart by all that is evaluated: model, precision, categories, weights, adapter, data"
+    """The folder of an evaluation, told apart by all that is evaluated: model, precision, categories, weights,
+    adapter, data"""
     mine = lambda path, last: Path(path).parent.name if Path(path).name == last else Path(path).name
     more = [*([mine(weights, 'model')] if weights else []), *([mine(adapter, 'adapter')] if adapter else []),
             *([f'on-{s.data.name}'] if s.source['data'] == 'given' else [])]
@@ -287,8 +291,9 @@ def plot_summary(questions:dict, title:str=''):
     ax.set_xticks(range(len(questions)),
                   [f"{q} {m['key']}" for q,m in sorted(questions.items(), key=lambda kv: int(kv[0]))],
                   rotation=20, ha='right')
-    ax.set(ylim=(-.03,1.05), ylabel='score', title=title)
+    ax.set(ylim=(-.03,1.05), ylabel='score'); ax.set_title(title, pad=24)
     ax.grid(axis='y', alpha=.3)
-    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, ncol=4, loc='lower left')
+    if ax.get_legend_handles_labels()[0]:   # above the panel, where it covers no interval
+        ax.legend(fontsize=8, ncol=7, loc='lower left', bbox_to_anchor=(0,1), frameon=False, columnspacing=1)
     fig.tight_layout()
     return fig

@@ -14,7 +14,7 @@ from .settings import (FadaError, digest, environment, nearest, now, read_json, 
 from .augment import augment
 from .card import write_card
 from .data import load_table, read_image, subset, table_digest
-from .loop import Fit, LoraRecipe, Material, Team, room
+from .loop import Fit, LoraRecipe, Material, Team, checkpointed, room
 from .memory import peak_bytes
 from .models import NanoRecipe, model_spec
 from .preflight import preflight
@@ -74,7 +74,7 @@ def finetune(
     p = rarity(train, material.names, recipe.abnormal_weight)
     fit = Fit(vlm, recipe, material, validation, key, out, p, team)
     if found: fit.resume(found)
-    with room(recipe.batch, desc := f'LoRA {", ".join(categories)}'):
+    with room(recipe.batch, desc := f'LoRA {", ".join(categories)}'), checkpointed(vlm.core, recipe.checkpointing):
         if not found and not skip_preflight: fit.preflight = [asdict(f) for f in preflight(material, recipe)]
         fit.go(desc)
     if team.first: write_bundle(fit, describe(fit, categories, parts, train, start))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'AXES', 'LIMITS', 'KEYS', 'BESIDE', 'COLOURS', 'Grid', 'read_grid', 'combinations', 'grid_jobs',
-           'machine_memory', 'plan_jobs', 'grid_table', 'chosen', 'dry_run', 'run_grid', 'batch_figure', 'batch_text']
+           'machine_memory', 'model_memory', 'plan_jobs', 'grid_table', 'chosen', 'dry_run', 'run_grid', 'batch_figure',
+           'batch_text']
 
 # %% ../nbs/13c_grid.ipynb #a83d3ea1
 import fnmatch, itertools, sys, time, tomllib
@@ -155,27 +156,43 @@ def machine_memory(device:str)->int:
 
 BESIDE = 700_000_000   # bytes of a process that has imported torch and transformers, measured on Linux
 
-def plan_jobs(jobs, device:str='cpu')->list:
-    "Note on each job the memory that its model is planned to need; returns the hours of training, None where not known"
+def model_memory(name:str, task:str, precision:str, device:str, **how)->tuple:
+    "(bytes, hours of training) that a model is planned to take, None for what is not known; a service loads nothing here"
     from fada.plan import plan
-    hours = []
+    spec = model_spec(name)
+    if spec.family == 'api': return 0, None
+    if spec.family == 'ensemble':   # all its parts are loaded; `how` they answer is the same
+        from fada.ensemble import read_parts
+        votes,route,writer = read_parts(spec); names = {*votes, *route.values(), *([writer] if writer else ())}
+        each = [model_memory(n, task, precision, device, **how)[0] for n in names]
+        return None if None in each else sum(each), None
+    try: p = plan(name, task, precision, device=device, find=False, **how)
+    except FadaError: return None, None   # a shape that is not known here
+    return p.peak_bytes, p.hours if p.speed.startswith('measured here') else None   # another card's speed says nothing
+
+# %% ../nbs/13c_grid.ipynb #2e18dff1
+def plan_jobs(jobs, device:str='cpu')->list:
+    "Note on each job the memory that it is planned to need; returns the hours of training, None where not known"
+    hours,kind = [],device.split(':')[0]
     for j in jobs:
         p = {**notebook_parameters(j.notebook), **j.parameters}
         task = 'train' if p.get('task') == 'lora' else 'answer'
-        try: q = plan(p['model'], task, p['precision'], device=device.split(':')[0], find=False, **(
-                 dict(batch=p['batch'] or None, steps=p['steps'], rank=p['rank'] or None) if task == 'train' else dict(batch=16)))
-        except FadaError: j.memory = 0; hours.append(None); continue   # a service, an ensemble: nothing to load here
-        j.memory = q.peak_bytes + (0 if device.startswith('cuda') else BESIDE)
-        hours.append(q.hours if q.speed.startswith('measured here') else None)   # a card's published speed says nothing of this machine
+        how = dict(batch=16)   # images that an evaluation asks about together
+        if task == 'train':
+            how = {k: p[k] for k in ('steps','accumulate','checkpointing','augment','optimiser') if k in p}
+            how.update(batch=p['batch'] or None, rank=p['rank'] or None)
+        memory,h = model_memory(p['model'], task, p['precision'], kind, **how)
+        j.memory = 0 if memory is None else memory+(0 if kind == 'cuda' else BESIDE); j.known = memory is not None
+        hours.append(h)
     return hours
 
 def grid_table(jobs, hours=None):
-    "The jobs with memory, hours, and whether they are done: a data frame"
+    "The jobs with memory ('not known' counts as none), hours, and whether they are done: a data frame"
     import pandas as pd
     state = lambda j: 'done' if j.done() else 'changed' if j.folder.exists() else 'begun' if j.part.exists() else 'to do'
     time = lambda h: 'not measured here' if h is None else f'{60*h:.0f} min' if h > .1 else f'{3600*h:.0f} s'
-    return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=round(j.memory/2**30, 2), training_time=time(h),
-                              after=', '.join(j.after)) for j,h in zip(jobs, hours or [None]*len(jobs))])
+    size = lambda j: round(j.memory/2**30, 2) if j.known else 'not known'
+    return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=size(j), training_time=time(h), after=', '.join(j.after)) for j,h in zip(jobs, hours or [None]*len(jobs))])
 
 # %% ../nbs/13c_grid.ipynb #20d4c968
 def chosen(jobs, only:str='')->list:

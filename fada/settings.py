@@ -66,6 +66,8 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'max_new_tokens': ('generate', 'max_new_tokens', int,  '48',            'longest answer in tokens'),
     'fetal_sex':      ('ask',      'fetal_sex',      bool, 'no',
                        'whether the panel may answer about the sex of a fetus'),
+    'sentence_model': ('scores',   'sentence_model', Path, '',
+                       'folder of a sentence model for topic similarity; empty: not scored'),
     'remote':         ('remote',   'allowed',        bool, 'no',
                        'whether images may be sent to a remote API'),
     'remote_text':    ('remote',   'keep_text',      bool, 'no',
@@ -78,11 +80,13 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'remote_retries': ('remote',   'retries',        int,  '5',             'further tries after a fault'),
 }
 
+# %% ../nbs/00_settings.ipynb #e9b63963
 @dataclass(frozen=True)
 class Settings:
     "The run defaults after precedence was applied; `source` says where each value came from"
     data: Path; categories: tuple; phantoms: int; output: Path; model: str; precision: str; device: str
-    seed: int; jobs: int; max_new_tokens: int; fetal_sex: bool; remote: bool; remote_text: bool; remote_budget: str
+    seed: int; jobs: int; max_new_tokens: int; fetal_sex: bool; sentence_model: Path|None
+    remote: bool; remote_text: bool; remote_budget: str
     remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int; source: dict
 
 # %% ../nbs/00_settings.ipynb #5f0a2791
@@ -92,6 +96,7 @@ def _convert(name, text, base, where):
     def bad(expected):
         return FadaError(f'{name} = {text!r} cannot be used', where, expected, 'correct the value')
     if kind is Path:
+        if not str(text).strip() and not SETTINGS[name][3]: return None
         if not str(text).strip(): raise bad('a folder')
         return Path(os.path.abspath(Path(base)/Path(str(text)).expanduser()))
     if kind is list:
