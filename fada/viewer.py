@@ -24,14 +24,17 @@ def _picture(frame):
     "A frame as PIL picture of 8 bits, grey or RGB, without what was written beside its pixels"
     from PIL import Image
     deep = ('I', 'F', 'I;16', 'I;16B', 'I;16L')   # PIL would clip them to 255
-    given = f'{frame.dtype}, {frame.shape}' if isinstance(frame, np.ndarray) else getattr(frame, 'mode', type(frame).__name__)
+    given = getattr(frame, 'mode', type(frame).__name__)
     if isinstance(frame, Image.Image) and frame.mode not in deep:
         frame = np.asarray(frame.convert('L' if frame.mode in ('1', 'L') else 'RGB'))
-    fits = isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and (frame.ndim == 2 or frame.shape[2:] == (3,)) and frame.size
-    if not fits:
-        raise FadaError(f'not a picture ({given})', 'viewer', 'PIL images, or uint8 arrays of rows × columns (× 3)', 'scale grey levels to 0 to 255')
-    return Image.fromarray(frame)
+    if isinstance(frame, np.ndarray):
+        shaped = frame.ndim == 2 or frame.shape[2:] == (3,)
+        if frame.dtype == np.uint8 and frame.size and shaped: return Image.fromarray(frame)
+        given = f'{frame.dtype}, {frame.shape}'
+    raise FadaError(f'not a picture ({given})', 'viewer', 'PIL images, or uint8 arrays of rows × columns (× 3)',
+                    'scale grey levels to 0 to 255')
 
+# %% ../nbs/14_viewer.ipynb #cce7cd76
 def send_frames(
     frames,             # a picture (PIL image or uint8 array), or a list of them
     longest:int=LONGEST,# pixels
@@ -41,11 +44,14 @@ def send_frames(
     frames = [_picture(f) for f in (frames if isinstance(frames, (list, tuple)) else [frames])]
     if not frames: raise FadaError('no image', 'viewer', 'one or more', '')
     w,h = frames[0].size; other = next((f.size for f in frames if f.size != (w, h)), None)
-    if other: raise FadaError(f'frames of {w} × {h} and of {other[0]} × {other[1]} pixels', 'viewer', 'frames of one size', 'show them one by one')
+    if other:
+        raise FadaError(f'frames of {w} × {h} and of {other[0]} × {other[1]} pixels', 'viewer', 'frames of one size',
+                        'show them one by one')
     scale = min(1., longest/max(w, h), (most/sum(w*h*len(f.getbands()) for f in frames))**.5)
     size = max(1, int(w*scale)),max(1, int(h*scale)); sent = []
     for f in frames:
-        b = io.BytesIO(); (f if size == f.size else f.resize(size)).save(b, 'PNG', compress_level=1); sent.append(b.getvalue())
+        b = io.BytesIO(); (f if size == f.size else f.resize(size)).save(b, 'PNG', compress_level=1)
+        sent.append(b.getvalue())
     return sent, max(size)/max(w, h)
 
 # %% ../nbs/14_viewer.ipynb #9dbbe6a1
@@ -56,6 +62,7 @@ def colour_table(name:str)->bytes:
     except KeyError: raise FadaError(f'unknown colour map {name!r}', '', 'one of matplotlib, as viridis', '') from None
     return (m(np.arange(256))[:,:3]*255).round().astype(np.uint8).tobytes()
 
+# %% ../nbs/14_viewer.ipynb #80c7cb3a
 class Viewer(anywidget.AnyWidget):
     "A canvas for one image and the maps of an answer about it"
     _esm = ASSETS/'viewer.js'
@@ -69,14 +76,14 @@ class Viewer(anywidget.AnyWidget):
     alt = t.Unicode('').tag(sync=True)                    # for screen readers
     heat = t.Bytes(b'').tag(sync=True)                    # float32: the whole answer, then its tokens
     heat_shape = t.List(t.Int(), [0, 0, 0]).tag(sync=True)
-    box = t.List(t.Float(), [0., 0., 0., 0.]).tag(sync=True)   # left, top, right, bottom of the map in the frame, pixels
+    box = t.List(t.Float(), [0.]*4).tag(sync=True)        # left, top, right, bottom of the map in the frame, pixels
     tokens = t.List(t.Unicode()).tag(sync=True)
     token = t.Int(-1, min=-1).tag(sync=True)              # -1: the whole answer
     opacity = t.Float(.45, min=0, max=1).tag(sync=True)
     window = t.Float(255., min=1).tag(sync=True)          # width of the grey levels in sight
     level = t.Float(127.5).tag(sync=True)                 # their middle
     zoom = t.Float(1., min=1, max=32).tag(sync=True)      # 1: the whole picture
-    pan = t.List(t.Float(), [0., 0.]).tag(sync=True)      # what is in the middle, from the picture's middle, shares of its size
+    pan = t.List(t.Float(), [0., 0.]).tag(sync=True)      # what is in the middle, from the picture's own, shares of its size
     unit = t.Unicode('').tag(sync=True)
     badge = t.Unicode('').tag(sync=True)
     note = t.Unicode('').tag(sync=True)
@@ -86,7 +93,7 @@ class Viewer(anywidget.AnyWidget):
     @t.observe('colormap')
     def _recolour(self, change): self.lut = colour_table(change['new'])
 
-# %% ../nbs/14_viewer.ipynb #80c7cb3a
+# %% ../nbs/14_viewer.ipynb #3fdc6a55
 @patch
 def show(self:Viewer,
     frames,             # a PIL image or uint8 array, or a list of them: a cine
@@ -96,7 +103,8 @@ def show(self:Viewer,
 ):
     "Show an image; what lay over the one before goes"
     mm = float(mm_per_px or 0)
-    if not (np.isfinite(mm) and mm >= 0): raise FadaError(f'{mm_per_px} mm per pixel', 'viewer', 'more than 0', '0 where it is not known')
+    if not (np.isfinite(mm) and mm >= 0):
+        raise FadaError(f'{mm_per_px} mm per pixel', 'viewer', 'more than 0', '0 where it is not known')
     sent,scale = send_frames(frames)
     with self.hold_sync():
         self.clear(); self.frames,self.shown,self.mm_per_px,self.fps = sent,scale,mm/scale,fps
@@ -106,8 +114,10 @@ def show(self:Viewer,
 def clear(self:Viewer):
     "Take the map away"
     with self.hold_sync():
-        self.heat,self.heat_shape,self.tokens,self.token,self.unit,self.badge,self.note = b'',[0, 0, 0],[],-1,'','',''
+        self.heat,self.heat_shape,self.tokens,self.token = b'',[0, 0, 0],[],-1
+        self.unit,self.badge,self.note = '','',''
 
+# %% ../nbs/14_viewer.ipynb #c36c53c1
 @patch
 def overlay(self:Viewer,
     m,            # a `maps.Map` of the image that is shown
@@ -115,9 +125,11 @@ def overlay(self:Viewer,
     "Lay a map over the image: of the whole answer, and of each token where the method has them"
     per = [] if m.per_token is None else list(m.per_token); heat = np.stack([m.heat, *per]).astype(np.float32)
     if not np.nan_to_num(heat).any():
-        raise FadaError('a map of nothing but zeros', m.method, 'an answer that depends on the image', 'another method or question')
+        raise FadaError('a map of nothing but zeros', m.method, 'an answer that depends on the image',
+                        'another method or question')
     if np.isinf(heat).any() or len(per) not in (0, len(m.tokens)):
-        raise FadaError(f'{len(per)} maps of {len(m.tokens)} tokens, or infinite values', m.method, 'a finite map for each token', 'make it anew')
+        raise FadaError(f'{len(per)} maps of {len(m.tokens)} tokens, or infinite values', m.method,
+                        'a finite map for each token', 'make it anew')
     with self.hold_sync():
         self.token,self.tokens = -1,[str(w) for w in m.tokens] if per else []
         self.box = [float(v)*self.shown for v in m.box]

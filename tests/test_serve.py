@@ -17,6 +17,11 @@ def picture():
     return Image.fromarray(make_phantom('Femur', (99, 1, 0)).image).convert('RGB')
 
 @pytest.fixture(scope='module')
+def nano():
+    from fada.vlm import load
+    return load('blip2-nano')
+
+@pytest.fixture(scope='module')
 def server(tmp_path_factory):
     "A server with the embedded model; (url, process)"
     d = tmp_path_factory.mktemp('serve'); (d/'settings.ini').write_text(f'[output]\nfolder = {d}/outputs\n'); port = free_port()
@@ -44,10 +49,9 @@ def raw(url, method='GET', path='/v1/models', body=None, **headers):
     if body is not None: c.putheader('Content-Length', str(len(body)))
     c.endheaders(body); r = c.getresponse(); return r.status, r.read().decode()
 
-def test_answers_are_those_of_the_loaded_model(server, picture):
+def test_answers_are_those_of_the_loaded_model(server, picture, nano):
     "One question streamed, eight in a batch, and the session's history; free text with markup stays text"
-    from fada.vlm import load
-    vlm = load('blip2-nano'); m = Served(server[0], TOKEN)
+    vlm = nano; m = Served(server[0], TOKEN)
     s = m.stream(picture, 'quality'); assert ''.join(s) == vlm.ask(picture, 'quality').text == s.answer.text and s.answer.confidence > 0
     assert [a.text for a in m.ask(picture)] == [a.text for a in vlm.ask(picture)]
     a = m.ask(picture, '<img src=x onerror=alert(1)> ?'); assert a.question == '<img src=x onerror=alert(1)> ?'
@@ -100,12 +104,11 @@ def test_cancel_and_a_reader_who_leaves(server, picture):
     s = m.stream(picture, 'structures'); next(iter(s)); s.events.close()
     start = time.perf_counter(); assert m.ask(picture, 6).text and time.perf_counter()-start < 10
 
-def test_maps_are_those_of_the_loaded_model(server, picture):
+def test_maps_are_those_of_the_loaded_model(server, picture, nano):
     "By every method, of a grey picture too: the numbers, the tokens, the badge and where it lies; what is shown as colour is the picture"
     import numpy as np
     from fada.explain import explain, methods
-    from fada.vlm import load
-    vlm = load('blip2-nano'); m = Served(server[0], TOKEN); assert m.methods() == methods(vlm) and len(m.methods()) >= 4
+    vlm, m = nano, Served(server[0], TOKEN); assert m.methods() == methods(vlm) and len(m.methods()) >= 4
     answer = vlm.ask(picture, 'structures').text
     for method in m.methods():
         here, there = explain(vlm, picture, 'structures', answer, method), explain(m, picture, 'structures', answer, method)
@@ -123,14 +126,13 @@ def test_bad_orders_of_maps_are_one_sentence(server, picture, more, said):
     body = json.dumps(dict(image=data_url(picture), question=6, answer='good') | more).encode(); status, text = raw(server[0], 'POST', '/maps', body)
     words = json.loads(text)['error']['message']; assert status == 400 and said in words and words and 'Traceback' not in text
 
-def test_eight_clients_get_their_own_maps(server):
+def test_eight_clients_get_their_own_maps(server, nano):
     "Answers and maps at the same time: each client gets the map of its own picture; nobody reads the order of another"
     import numpy as np
     from fada.explain import explain
     from fada.phantoms import make_phantom
-    from fada.vlm import load
-    vlm = load('blip2-nano'); pictures = [Image.fromarray(make_phantom('Femur', (98, k, 0)).image).convert('RGB') for k in range(8)]
-    wanted = [explain(vlm, p, 6, 'good').heat for p in pictures]; got, words = [None]*8, [None]*8
+    pictures = [Image.fromarray(make_phantom('Femur', (98, k, 0)).image).convert('RGB') for k in range(8)]
+    wanted = [explain(nano, p, 6, 'good').heat for p in pictures]; got, words = [None]*8, [None]*8
     def client(k):
         m = Served(server[0], TOKEN); words[k] = m.ask(pictures[k], 6).text; got[k] = m.explain(pictures[k], 6, 'good').heat
     threads = [threading.Thread(target=client, args=(k,)) for k in range(8)]; [t.start() for t in threads]; [t.join(120) for t in threads]
