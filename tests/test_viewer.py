@@ -91,6 +91,7 @@ def test_tokens_and_opacity_without_the_kernel(page, heard, shots):
     "A click lays another map over the picture where it belongs, a slider fades it, within 50 ms; the kernel hears of it afterwards"
     whole = drawn(page); h, w = whole.shape[:2]; assert (w, h) == (600, 450)
     page.locator('.fada-viewer .tokens button').nth(3).click(); third = drawn(page); heard(page, 'token', 2)
+    assert ' '.join(page.locator('.fada-viewer .scale').inner_text().split()) == f'map 0 1 share of attention this token at most 1 not verified {MARKUP}'
     change = np.abs(third-whole).sum(2); at = np.unravel_index((third[..., 1]-third[..., 2]).argmax(), (h, w))   # yellow, not the white of the ruler
     assert change.max() > 60 and abs(at[0]-5.5/8*h) < h/16 and abs(at[1]-5.5/8*w) < w/16      # its bright cell is the sixth of the sixth row
     assert np.ptp(third[:h//18], axis=2).max() == 0 and np.ptp(third[h//4:], axis=2).max() > 30  # NaN is not drawn: the first row stays grey
