@@ -149,7 +149,7 @@ def _close(self:Stream, n, ids, logp, seen, cut, start):
     import time
     a,v = self.answers[n],self.vlm; tok = getattr(v.processor, 'tokenizer', v.processor)
     if ids:
-        text,a.tokens,a.confidence = wording(tok, ids, logp, v.kept)
+        text,a.tokens,p = wording(tok, ids, logp, v.kept); a.confidence = v.sure(p)
         a.text = v.in_words(text, self.asked[n][2], seen)
     if cut: a.error,a.stage = 'cancelled','generate'
     elif ids: a.flags = guard(a.text, a.question)

@@ -6,9 +6,9 @@
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'UNLIKE_TEXT',
            'data_app', 'Folder', 'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config',
            'Checkpointing', 'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs',
-           'paper', 'batch', 'card', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check', 'data_verify',
-           'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
-           'doctor']
+           'paper', 'batch', 'card', 'push', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check',
+           'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
+           'measure', 'doctor']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -157,7 +157,8 @@ def train(
     batch:Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]=None,
     accumulate:Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]=1,
     images:Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]=0,
-    abnormal_weight:Annotated[float, typer.Option(help='How many times as often an abnormal image is drawn.')]=3.,
+    balance:Annotated[Optional[str], typer.Option(help='What rare answers are given: draw, loss or none. Default: settings.ini.')]=None,
+    abnormal_weight:Annotated[Optional[float], typer.Option(help='How many times as often, or at most as much. Default: settings.ini.')]=None,
     checks:Annotated[int, typer.Option(help='Validations, spread over the steps.')]=4,
     patience:Annotated[int, typer.Option(help='Checks without a better score until training stops; 0: never.')]=3,
     keep_every:Annotated[int, typer.Option(help='Steps between checkpoints: what a power cut may cost.')]=20,
@@ -166,6 +167,7 @@ def train(
     augment:Annotated[bool, typer.Option('--augment', help='Change pictures without changing their answers; no cache then.')]=False,
     optimiser:Annotated[str, typer.Option(help='adamw; on a card also adamw8bit and paged8bit.')]='adamw',
     checkpointing:Annotated[bool, typer.Option('--checkpointing', help='Gradient checkpointing: less memory, more arithmetic.')]=False,
+    processes:Annotated[int, typer.Option(help='That train an adapter together on this machine, one a card.')]=1,
     skip_preflight:Annotated[bool, typer.Option('--skip-preflight', help='Begin without the checks; noted in the adapter.')]=False,
     replace:Annotated[bool, typer.Option('--replace', help='Delete what another run left in the folder.')]=False,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
@@ -178,8 +180,8 @@ def train(
     from fada.finetune import train_job
     out = (Path(out) if out
            else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
-    about = train_job(s, out, task, weights, **({} if task != 'lora' else dict(
-        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, abnormal_weight=abnormal_weight,
+    about = train_job(s, out, task, weights, processes=processes, **({} if task != 'lora' else dict(
+        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, balance=balance, abnormal_weight=abnormal_weight,
         checks=checks, patience=patience, keep_every=keep_every, packing=packing, cache=cache, augment=augment,
         optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)))
     if os.environ.get('RANK', '0') != '0': return   # one of several processes speaks
@@ -347,6 +349,19 @@ def card(adapter:Annotated[str, typer.Argument(help='Folder of an adapter bundle
     Example: fada card outputs/femur --job outputs/run/evaluate-femur"""
     from fada.card import write_card
     path = write_card(adapter, job); _show(dict(card=str(path)), json, str(path))
+
+@app.command()
+def push(adapter:Annotated[str, typer.Argument(help='Folder of an adapter bundle, or of the job that trained it.')],
+         repo:Annotated[str, typer.Argument(help='Repository of the hub: owner/name.')],
+         public:Annotated[bool, typer.Option('--public', help='Let everybody see it. Default: private.')]=False,
+         json:Json=False, quiet:Quiet=False):
+    """Put an adapter on a hub, where [hub] push of settings.ini allows it; names of images stay behind.
+
+    Example: fada push outputs/femur our-group/femur"""
+    s = _settings(quiet)
+    from fada.push import push_adapter
+    about = push_adapter(adapter, repo, s, public)
+    _show(about, json, f"{about['url']} ({'private' if about['private'] else 'public'}): {', '.join(about['files'])}\nMay it be shared: {about['terms']}.")
 
 @app.command()
 def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None,
