@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'AXES', 'LIMITS', 'KEYS', 'BESIDE', 'COLOURS', 'Grid', 'read_grid', 'combinations', 'grid_jobs',
-           'machine_memory', 'plan_jobs', 'grid_table', 'chosen', 'dry_run', 'run_grid', 'batch_figure', 'batch_text']
+           'machine_memory', 'plan_jobs', 'grid_table', 'chosen', 'dry_run', 'run_grid', 'may_leave', 'batch_figure',
+           'batch_text']
 
 # %% ../nbs/13c_grid.ipynb #a83d3ea1
 import fnmatch, itertools, sys, time, tomllib
@@ -192,6 +193,7 @@ def dry_run(
     "What a grid would do: each job with planned memory and hours, and whether it is done"
     from fada.checkpoints import resolve_device
     g = read_grid(path); s = load_settings(data=g.data); jobs = chosen(grid_jobs(g, folder or s.output/g.name), only)
+    may_leave((j.parameters['model'] for j in jobs if not j.done()), s)
     return grid_table(jobs, plan_jobs(jobs, resolve_device(s.device)))
 
 def run_grid(
@@ -206,7 +208,7 @@ def run_grid(
     g = read_grid(path); s = load_settings(data=g.data); out = writable_folder(folder or s.output/g.name)
     jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter()
     for j in jobs: j.fresh = force
-    memory = _plan_missing(g, jobs, s.device)
+    memory = _plan_missing(g, jobs, s)
     stop = out.resolve()/'.stop'; stop.unlink(missing_ok=True)
     for j in jobs:
         j.stop,j.seconds = stop,3600*g.limits.get('hours', 0)
@@ -220,16 +222,28 @@ def run_grid(
         with joined(scheduler, say) as (slots, executor, there): results = run(slots, executor, there)
     return _note(out, g, {r.job.name: r for r in results}, jobs, start, figure=True)
 
-def _plan_missing(g, jobs, device)->int:
+def _plan_missing(g, jobs, s)->int:
     """Plan the jobs that are to be done and prove that the question table has their categories, once for the whole grid; returns
     the memory they may take together. Where all is done nothing heavy is imported: a second run is over in seconds."""
     jobs = [j for j in jobs if not j.done()]
     if not jobs: return 0
     from fada.checkpoints import resolve_device
     from fada.data import load_table
-    device = resolve_device(device); plan_jobs(jobs, device)
+    may_leave((j.parameters['model'] for j in jobs), s)
+    device = resolve_device(s.device); plan_jobs(jobs, device)
     load_table(g.data, tuple(sorted({j.parameters['categories'] for j in jobs} - {'all'})) or ('all',))
     return machine_memory(device)
+
+# %% ../nbs/13c_grid.ipynb #792b43c1
+def may_leave(
+    models, s,     # registry names; Settings
+):
+    "`FadaError` where one of the models would send images and the settings forbid it"
+    from fada.ensemble import receivers
+    for name in [] if s.remote else dict.fromkeys(models):
+        if hosts := receivers(model_spec(name)):
+            raise FadaError(f'{name} sends images to {", ".join(hosts)}, and nothing may be sent', '[remote] allowed of settings.ini',
+                            'allowed = yes', 'set it where images may leave this machine, or leave the model out')
 
 # %% ../nbs/13c_grid.ipynb #2d8b370a
 def _note(out, g, results, jobs, start, figure=False)->dict:
