@@ -164,7 +164,7 @@ def _place(self:AskPanel):
     flow = lambda *children, **k: w.Box(children, layout=w.Layout(display='flex', flex_flow='row wrap', max_width='100%', **k))
     notice = w.HTML(f'<div style="background:#fff4ce;color:#1b1f24;padding:4px 8px">{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
     self.consent = w.VBox([w.HTML(), w.HBox([self.send, self.keep_back])]); self.consent.layout.display = 'none'
-    for v in self.views: v.layout.max_width = '100%'
+    for v in self.views: v.layout = w.Layout(width='490px', max_width='100%')
     self.views[1].layout.display = 'none'; self.answers.layout = w.Layout(flex='1 1 380px', min_width='0')
     past = w.Accordion([self.history], titles=['history of this session'], selected_index=None)
     self.widget = w.VBox([notice, flow(self.pick, self.upload, self.which, self.beside), flow(self.question, self.ask, self.eight, self.stop, self.closed),
@@ -372,7 +372,8 @@ def _tell_methods(self:AskPanel, vlm):
     "Offer the methods that work with a model"
     from fada.explain import methods
     names = methods(vlm)
-    if list(self.method.options) != names: self.method.options = names
+    if list(self.method.options) != names:
+        self.method.options = names; self.method.value = names[0] if names else None
     self.method.layout.display = '' if names else 'none'
 
 @patch
@@ -400,7 +401,7 @@ def judge(self:AskPanel, row:int, side:int, kind:str, final:str=''):
     try: j = self.session.judge(s.get('turn', 0), self.who.value, kind, final)
     except FadaError as e: return self.say(str(e))
     words = {'accept': 'accepted', 'reject': 'rejected', 'edit': f'changed to “{j["final"]}”'}[kind]
-    s['judged'].append(f'{words} by {j["who"]}'); self._draw(); self.say('kept')
+    s['judged'] = [*s['judged'], f'{words} by {j["who"]}']; self._draw()   # a list of its own: the one before is compared with it; self.say('kept')
 
 @patch
 def write(self:AskPanel):

@@ -64,7 +64,7 @@ def _open(browser, lab, notebook, ready='button:has-text("All eight questions")'
 def test_ask_in_jupyterlab(browser, lab, shots):
     "Open the panel, see a phantom, ask all eight, then one of one's own; what is typed stays text"
     page = _open(browser, lab, 'ask.ipynb')
-    assert page.locator('.jp-OutputArea img').first.evaluate('e => e.naturalWidth') == 320
+    page.wait_for_function("document.querySelector('canvas.picture')?.width === 480")
     assert page.locator('text=Not a medical device').first.is_visible()
     page.click('button:has-text("All eight questions")')
     page.wait_for_selector('td:has-text("How is the image quality?")', timeout=60_000)
@@ -77,16 +77,53 @@ def test_ask_in_jupyterlab(browser, lab, shots):
     assert page.title() != '1'
     page.close()
 
+def _pixels(page, k=0):
+    "What a canvas shows"
+    return page.locator('canvas.picture').nth(k).evaluate('e => e.toDataURL()')
+
+def _steady(page):
+    "The canvas once it was drawn anew"
+    page.wait_for_timeout(300); return _pixels(page)
+
 def test_attention_in_jupyterlab(browser, lab, shots):
-    "The map appears beside the image"
-    page = _open(browser, lab, 'attention.ipynb')
+    "The map lies over the image; a token and the opacity change it at once; keys stay in the picture, and no cell is deleted"
+    page = _open(browser, lab, 'attention.ipynb'); page.wait_for_timeout(500); bare = _pixels(page); cells = page.locator('.jp-Cell').count()
     page.fill('input[placeholder^="a question"]', 'What is the fetal orientation?')
     page.keyboard.press('Tab')
     page.click('button:has-text("Ask")')
-    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea img')]"
-                           ".some(i => i.naturalWidth > 400)", timeout=240_000)
+    page.wait_for_selector('.fada-viewer .badge:has-text("this model")', timeout=240_000); whole = _steady(page); assert whole != bare
+    assert page.locator('.fada-viewer .note:visible').first.inner_text().endswith('attention is not evidence.')
+    page.locator('.fada-viewer .tokens button').nth(1).click(); token = _steady(page); assert token != whole
+    assert float(page.locator('canvas.picture').first.get_attribute('data-ms')) < 50
+    page.locator('canvas.picture').first.click(); page.keyboard.press(']'); stronger = _steady(page); assert stronger != token
+    page.keyboard.press('+'); closer = _steady(page); assert closer != stronger
+    for key in ('d', 'd', '0'): page.keyboard.press(key)
+    assert _steady(page) == stronger and page.locator('.jp-Cell').count() == cells
     page.screenshot(path=shots/'attention.png')
     page.close()
+
+def test_judge_and_export_in_jupyterlab(browser, lab, shots, tmp_path):
+    "An answer is accepted, edited and rejected by keys; a name is asked for first; the session is exported and runs again"
+    import zipfile
+    page = _open(browser, lab, 'ask.ipynb'); cells = page.locator('.jp-Cell').count()
+    page.click('button:has-text("All eight questions")'); page.wait_for_selector('i:text-is("done")', timeout=120_000)
+    row = page.locator('.fada-answers tr').nth(1); row.focus(); page.keyboard.press('a')
+    page.wait_for_selector(':text("a judgement without a name")'); page.fill('input[placeholder^="your name"]', 'A<b>da'); page.keyboard.press('Tab')
+    row.focus(); page.keyboard.press('a'); page.wait_for_selector('small:has-text("accepted by A<b>da")')
+    page.keyboard.press('ArrowDown'); page.keyboard.press('r'); page.wait_for_selector('small:has-text("rejected by A<b>da")')
+    page.keyboard.press('ArrowDown'); page.keyboard.press('e'); page.keyboard.type('<img src=x onerror="document.title=1">'); page.keyboard.press('Enter')
+    page.wait_for_selector('small:has-text("changed to “<img src=x")'); page.keyboard.press('d'); page.keyboard.press('d')
+    assert page.locator('.jp-Cell').count() == cells and page.title() != '1'
+    page.screenshot(path=shots/'judged.png'); page.click('button:has-text("Export the session")'); page.wait_for_selector('a:text-is("download")')
+    with page.expect_download() as d: page.click('a:text-is("download")')
+    d.value.save_as(tmp_path/'s.zip'); page.close()
+    with zipfile.ZipFile(tmp_path/'s.zip') as z:
+        z.extractall(tmp_path/'s'); assert {'again.ipynb', 'answers.csv', 'turns.jsonl', 'corrections.jsonl'} <= set(z.namelist())
+    judged = [json.loads(l) for l in (tmp_path/'s'/'corrections.jsonl').read_text().splitlines()]
+    assert [(j['n'], j['kind'], j['who']) for j in judged] == [(1, 'accept', 'A<b>da'), (2, 'reject', 'A<b>da'), (3, 'edit', 'A<b>da')]
+    import papermill
+    book = papermill.execute_notebook(tmp_path/'s'/'again.ipynb', tmp_path/'out.ipynb', cwd=tmp_path/'s', progress_bar=False)
+    table = str(book.cells[-1].outputs); assert table.count('True') >= 8 and 'False' not in table
 
 def _put_notebook(lab, name, path, words, **literals):
     "Send the cells of a notebook that hold one of `words` to Lab as one cell, its `name = \"\"` lines filled in"

@@ -39,7 +39,7 @@ function render({model, el}) {
     if (mine !== get('frames')) return;
     bitmaps = made; view = {zoom: 1, x: 0, y: 0}; line = null; c.frame.max = Math.max(0, bitmaps.length-1);
     for (const e of [c.play, c.frameBox]) e.hidden = bitmaps.length < 2;
-    if (bitmaps.length) { const b = bitmaps[0]; picture.width = Math.min(get('width'), Math.max(b.width, 256)); picture.height = Math.round(picture.width*b.height/b.width); }
+    if (bitmaps.length) { const b = bitmaps[0]; picture.width = get('width'); picture.height = Math.round(picture.width*b.height/b.width); }
     levels(); draw(); }
 
   function levels() {                                // window and level: grey values as they are drawn
