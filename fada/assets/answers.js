@@ -34,9 +34,8 @@ function render({model, el}) {
     return td; }
 
   function draw() {
-    const rows = model.get('rows'), titles = model.get('titles'), head = make('tr'); chosen = Math.min(chosen, Math.max(0, rows.length-1)); table.replaceChildren();
+    const had = root.contains(document.activeElement), rows = model.get('rows'), titles = model.get('titles'), head = make('tr'); chosen = Math.min(chosen, Math.max(0, rows.length-1)); table.replaceChildren();
     if (!rows.length) return;
-    const had = root.contains(document.activeElement);
     for (const t of ['question', ...titles, 'reference, where known']) head.append(make('th', {scope: 'col'}, t)); table.append(head);
     rows.forEach((r, i) => { const tr = make('tr', {tabindex: i === chosen ? '0' : '-1', 'aria-selected': i === chosen});
       tr.append(make('td', {}, r.question), ...titles.map((_, k) => cellOf(r.said[k], i, k)), make('td', {}, r.reference));
