@@ -125,3 +125,60 @@ def test_a_service_is_asked_after_consent_only(allowed, written, tmp_path, monke
         shown = np.asarray(Image.open(io.BytesIO(sent[-1]))); assert not Image.open(io.BytesIO(sent[-1])).info and len(shown)
         assert shown[:30, :100].max() == 0 < np.asarray(written)[:30, :100].max()
     finally: d.close()
+
+CELL = '''import os; os.chdir(PROJECT)
+from PIL import Image
+import numpy as np
+from fada.ask import AskPanel, Picture, offered_here
+from fada.session import Session
+from fada.settings import load_settings
+from fada.phantoms import make_phantom
+here, there = offered_here(load_settings(model='blip2-nano')), offered_here(load_settings())
+frames = [Image.fromarray(make_phantom('Femur', (99, 1, k)).image).convert('RGB') for k in range(4)]
+AskPanel({**here, 'once more': here['blip2-nano'], **there}, [Picture('cine', lambda: frames, mm_per_px=.2)], Session('session')).widget'''
+
+@pytest.mark.browser
+def test_a_cine_two_models_and_a_service_in_jupyterlab(browser, lab, shots, tmp_path):
+    "Dark theme, keys: frames, one scrubber for two models, a service that answers in markup after consent; no key deletes a cell"
+    from test_app import CONTRAST, said, tab_to
+    d = Door(lambda body: reply(f'femur {BAIT}', 60 if picture(body) else 10))
+    try:
+        (tmp_path/'settings.ini').write_text('[model]\nname = ours\n[remote]\nallowed = yes\nkeep_text = yes\nrequests_per_minute = 60000\n')
+        (tmp_path/'models.toml').write_text('[ours]\nlike = "openai"\ncheckpoint = "served"\nprompt = "{question}"\n'
+                                            f'[ours.service]\nurl = "{d.url}/v1"\nkey = "OUR_KEY"\n')
+        put(lab, 'panel.ipynb', "import os; os.environ['OUR_KEY'] = 'k'\n"+CELL.replace('PROJECT', repr(str(tmp_path))))
+        theme(lab, 'JupyterLab Dark'); page = _open(browser, lab, 'panel.ipynb'); kept = lambda: page.locator('.fada-ask').count() == 1 and page.locator('canvas.picture').count() == 2
+        pixels = lambda k: page.locator('canvas.picture').nth(k).evaluate('e => e.toDataURL()'); settle = lambda: page.wait_for_timeout(300)
+        pick = lambda label, value: page.locator(f'.widget-dropdown:has(label:text-is("{label}")) select').select_option(value)
+        picture_ = page.locator('canvas.picture').first; page.wait_for_function("document.querySelector('canvas.picture').dataset.ruler?.endsWith('mm')")
+        first = pixels(0); picture_.focus(); page.keyboard.press('PageDown'); settle(); second = pixels(0); assert second != first
+        page.keyboard.press('PageUp'); settle(); assert pixels(0) == first; page.keyboard.press('PageDown'); page.keyboard.press('PageDown')
+        pick('beside it', 'once more'); said(page, 'blip2-nano beside once more')
+        page.fill('input[placeholder^="a question"]', 'What is the fetal orientation?'); page.keyboard.press('Tab')
+        ask = page.locator('button:text-is("Ask")'); ask.focus(); page.keyboard.press('d'); page.keyboard.press('d'); settle(); assert kept()
+        page.keyboard.press('Enter'); said(page, 'done', 60); assert page.locator('.fada-answers tr').nth(1).locator('td').count() == 4
+        bare = pixels(0), pixels(1); tab_to(page, '.fada-answers tr'); page.keyboard.press('Enter'); page.wait_for_selector('.tokens:visible button >> nth=2', timeout=60_000); said(page, 'done')
+        settle(); whole = pixels(0), pixels(1); assert whole[0] != bare[0] and whole[1] != bare[1]
+        page.locator('.tokens').first.locator('button').nth(1).click(); settle(); one = pixels(0), pixels(1); assert one[0] != whole[0] and one[1] != whole[1]
+        page.keyboard.press('d'); page.keyboard.press('d'); assert kept()
+        page.screenshot(path=shots/'panel_dark_1280.png'); assert page.evaluate(CONTRAST, '.fada-ask') == []
+        pick('beside it', 'none'); pick('model', 'ours'); said(page, 'ours: ready'); ask.click(); page.wait_for_selector(f'.fada-ask b:has-text(":{d.url.rsplit(":", 1)[1]}")')
+        assert d.log == []; page.screenshot(path=shots/'panel_consent.png'); page.click('button:has-text("Send it")')
+        page.wait_for_selector('.fada-answers b:has-text("femur <img src=x")', timeout=60_000); said(page, 'done'); page.click('text=history of this session')
+        page.wait_for_selector('li:has-text("femur <img src=x")'); assert page.title() != '1' and d.log
+        page.set_viewport_size(dict(width=800, height=1000)); settle(); page.screenshot(path=shots/'panel_dark_800.png'); page.close()
+        turns = [json.loads(l) for l in (tmp_path/'session'/'turns.jsonl').read_text().splitlines()]
+        assert [(t['frame'], t['model']['name']) for t in turns] == [(2, 'blip2-nano'), (2, 'blip2-nano'), (2, 'ours')]
+    finally: theme(lab, 'JupyterLab Light'); d.close()
+
+def put(lab, name, source):
+    "Give Lab a notebook of one cell"
+    cell = dict(cell_type='code', id='one', metadata={}, outputs=[], execution_count=None, source=source)
+    book = dict(cells=[cell], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)
+    _send(f'{lab}/api/contents/app/{name}', dict(type='notebook', format='json', content=book))
+
+def theme(lab, name): _send(f'{lab}/lab/api/settings/@jupyterlab/apputils-extension:themes', dict(raw=json.dumps(dict(theme=name))))
+
+def _send(url, body):
+    from urllib.request import Request, urlopen
+    urlopen(Request(url+'?token=t0ken', json.dumps(body).encode(), method='PUT'), timeout=20)
