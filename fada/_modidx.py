@@ -835,6 +835,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'fada.grid.grid_table': ('grid.html#grid_table', 'fada/grid.py'),
                            'fada.grid.grid_totals': ('grid.html#grid_totals', 'fada/grid.py'),
                            'fada.grid.machine_memory': ('grid.html#machine_memory', 'fada/grid.py'),
+                           'fada.grid.may_leave': ('grid.html#may_leave', 'fada/grid.py'),
                            'fada.grid.model_memory': ('grid.html#model_memory', 'fada/grid.py'),
                            'fada.grid.plan_jobs': ('grid.html#plan_jobs', 'fada/grid.py'),
                            'fada.grid.read_grid': ('grid.html#read_grid', 'fada/grid.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'AXES', 'LIMITS', 'COUNTS', 'KEYS', 'BESIDE', 'COLOURS', 'Grid', 'read_grid', 'combinations', 'grid_jobs',
            'machine_memory', 'model_memory', 'grid_table', 'grid_totals', 'totals_text', 'plan_jobs', 'chosen',
-           'dry_run', 'run_grid', 'batch_figure', 'batch_text']
+           'may_leave', 'dry_run', 'run_grid', 'batch_figure', 'batch_text']
 
 # %% ../nbs/13c_grid.ipynb #a83d3ea1
 import fnmatch, itertools, sys, time, tomllib
@@ -272,6 +272,17 @@ def chosen(jobs, only:str='')->list:
     for n in take: take += [a for a in by[n].after if a not in take]   # grows while it is read: those before those before
     return [j for j in jobs if j.name in take]
 
+# %% ../nbs/13c_grid.ipynb #792b43c1
+def may_leave(
+    models, s,     # registry names; Settings
+):
+    "`FadaError` where one of the models would send images and the settings forbid it"
+    from fada.ensemble import receivers
+    for name in [] if s.remote else dict.fromkeys(models):
+        if hosts := receivers(model_spec(name)):
+            raise FadaError(f'{name} sends images to {", ".join(hosts)}, and nothing may be sent', '[remote] allowed of settings.ini',
+                            'allowed = yes', 'set it where images may leave this machine, or leave the model out')
+
 # %% ../nbs/13c_grid.ipynb #7b8c5fb9
 def dry_run(
     path, folder=None, only:str='',    # as for `run_grid`
@@ -279,18 +290,20 @@ def dry_run(
     "What a grid would do: each job with planned memory, hours and disk, and whether it is done; and their totals"
     from fada.checkpoints import resolve_device
     g = read_grid(path); s = load_settings(data=g.data); jobs = chosen(grid_jobs(g, folder or s.output/g.name), only)
+    may_leave((j.parameters['model'] for j in jobs if not j.done()), s)
     t = grid_table(jobs, plan_jobs(jobs, resolve_device(s.device)))
     return t, grid_totals(t, g.limits.get('slots', s.jobs))
 
 # %% ../nbs/13c_grid.ipynb #d21a78d2
-def _plan_missing(g, jobs, device)->int:
+def _plan_missing(g, jobs, s)->int:
     """Plan the jobs that are to be done and prove that the question table has their categories, once for the whole grid; returns
     the memory they may take together. Where all is done nothing heavy is imported: a second run is over in seconds."""
     jobs = [j for j in jobs if not j.done()]
     if not jobs: return 0
     from fada.checkpoints import resolve_device
     from fada.data import load_table
-    device = resolve_device(device); plan_jobs(jobs, device)
+    may_leave((j.parameters['model'] for j in jobs), s)
+    device = resolve_device(s.device); plan_jobs(jobs, device)
     load_table(g.data, tuple(sorted({j.parameters['categories'] for j in jobs} - {'all'})) or ('all',))
     return machine_memory(device)
 
@@ -314,7 +327,7 @@ def run_grid(
     from fada.memory import parse_size
     g = read_grid(path); s = load_settings(data=g.data); out = writable_folder(folder or s.output/g.name)
     jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter(); _set_limits(g, jobs, out.resolve()/'.stop', force)
-    memory = _plan_missing(g, jobs, s.device)
+    memory = _plan_missing(g, jobs, s)
     if 'memory' in g.limits: memory = parse_size(g.limits['memory'], 'memory')
     note = lambda results: _note(out, g, results, jobs, start)
     run = lambda slots, memory, executor=None, look=None: heartbeat(
