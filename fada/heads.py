@@ -154,4 +154,4 @@ def raw_map(heads:Heads,
     note = f'{n} sink{"s" if n > 1 else ""} ({place}), {"hidden" if hide_sinks else "shown"}.' if n else 'No sinks found.'
     v = heads.about
     return as_map(v['vlm'], v['image'], a.mean(0), f'raw attention, {which}', 'share of attention', v['question'], v['answer'],
-                  tokens=heads.tokens, per_token=a, note=note)
+                  tokens=heads.tokens, per_token=a, note=note, sinks=sinks)
