@@ -8,7 +8,7 @@ less likely. The time of a map is told as a multiple of the time of the answer.
 """
 import argparse, json, os, sys, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from fada.checked import BLIND, SCORES, TESTED, KEPT, check_maps, controls_of, map_table, verdicts
+from fada.checked import SCORES, check_maps, controls_of, keep_verdicts, map_table, verdicts
 from fada.clinical import DEMO_CATEGORIES
 from fada.heads import look
 from fada.maps import relevancy_map
@@ -33,12 +33,15 @@ def main():
     p.add_argument('--quick', action='store_true', help='two categories, three pairs each: too few for a verdict')
     p.add_argument('--json', action='store_true', help='one JSON document on standard output')
     p.add_argument('--model', default='blip2-nano'); p.add_argument('--weights', help='folder of a model trained here')
+    p.add_argument('--adapter', help='folder of an adapter trained here')
+    p.add_argument('--keep', action='store_true', help='keep the verdicts: panels and reports show them for exactly these weights')
     p.add_argument('--patients', type=int, help='pairs in each category (6)')
     a = p.parse_args()
     try:
-        vlm = load(a.model, weights=a.weights, device='cpu', precision='fp32'); t = times(vlm)
+        vlm = load(a.model, a.adapter, a.weights, device='cpu', precision='fp32'); t = times(vlm)
         scores, counts = check_maps(vlm, DEMO_CATEGORIES[:2] if a.quick else DEMO_CATEGORIES, a.patients or (3 if a.quick else 6), seed=7)
     except FadaError as e: print(e, file=sys.stderr); return 1
+    if a.keep: keep_verdicts(vlm, scores, counts)
     found = verdicts(scores); mean = scores.groupby('what')[list(SCORES)].mean(); ratios = {}
     for m in found:
         for s in SCORES:

@@ -114,20 +114,27 @@ def _raw(vlm, image, question, answer, **kw):
     from fada.heads import look, raw_map
     return raw_map(look(vlm, image, question, answer), **kw)
 
+def _gradients(vlm, image, question, answer, **kw):
+    from fada.gradients import gradient_map
+    return gradient_map(vlm, image, question, answer, **kw)
+
 def _covered(fill):
     def run(vlm, image, question, answer, **kw):
         from fada.occlude import occlusion
         return occlusion(vlm, image, question, answer, fill=fill, **kw)
     return run
 
+_PATCHED = ('qwen2.5-vl','qwen3-vl')   # take an image as a list of patches
+
 MAP_METHODS = {   # name: (model, image, question, answer) → Map
-    'relevancy': relevancy_map, 'raw attention': _raw,
+    'relevancy': relevancy_map, 'raw attention': _raw, 'integrated gradients': _gradients,
     'occlusion, blur': _covered('blur'), 'occlusion, black': _covered('black')}
 
 def methods_for(vlm)->tuple:
     "Names of the methods that work for a model: a service can only be asked again"
     here = getattr(vlm, 'core', None) is not None and not isinstance(vlm.core, str)   # a served model says where it is
-    own = {'raw attention': here, 'relevancy': here and 'attention' in vlm.spec.capabilities}
+    own = {'raw attention': here, 'relevancy': here and 'attention' in vlm.spec.capabilities,
+           'integrated gradients': here and vlm.spec.tiles == 1 and vlm.spec.architecture not in _PATCHED}
     return tuple(m for m in MAP_METHODS if own.get(m, True))
 
 # %% ../nbs/12a_maps.ipynb #01043d9b

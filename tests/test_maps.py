@@ -139,6 +139,51 @@ def test_memory_for_llava():
         assert kept_bytes(32, 32, tokens, 576)+passing_bytes(32, tokens, 576+96+tokens) < 100e6
     assert 2*32*32*700*700 > 100e6   # whole matrices would not be
 
+CHATS = ('llava', 'gemma3', 'qwen2.5-vl', 'qwen3-vl', 'internvl', 'smolvlm', 'paligemma')
+
+def said_by(vlm, image, ids):
+    "Inputs in which a chat model says `ids`, and the rows that say them"
+    from fada.families import append_answers
+    t = append_answers(vlm.inputs([image], [vlm.render(prompt_of(vlm, ASK), True)[0]]), [ids], vlm.tokenizer.pad_token_id, kind=vlm.said_kind)
+    t.pop('labels'); first = t['input_ids'].shape[1]-len(ids)-1
+    return t, slice(first, first+len(ids))
+
+@pytest.mark.parametrize('architecture', [a if a in ('llava', 'paligemma') else pytest.param(a, marks=pytest.mark.slow) for a in CHATS])
+def test_relevancy_carried_down_equals_all_kept(architecture, folder):
+    "Head by head and layer by layer gives what all attention matrices with their gradients give; nothing of the model changes"
+    import torch
+    from fada.attention import captured, carried_down
+    from fada.families import attention_layers, graph_from
+    vlm = open_tiny(architecture, folder); ids = answer_tokens(vlm, ASK, SAY); t, rows = said_by(vlm, Image.fromarray(probe_picture()), ids); kept = []
+    for k, token in enumerate(ids):
+        with captured(vlm.core) as caught, graph_from(vlm.core.get_input_embeddings()), torch.enable_grad():
+            vlm.core(**t).logits[0, rows.start+k].float().log_softmax(-1)[token].backward(); seen = torch.eye(t['input_ids'].shape[1])
+            for _, a in attention_layers(vlm.core, caught): seen = seen+a@seen
+        kept.append(seen[rows.start+k, :rows.stop]); vlm.core.zero_grad(set_to_none=True)
+    how = {n: p.requires_grad for n, p in vlm.core.named_parameters()}; got = carried_down(vlm.core, t, rows, ids)
+    own = torch.nn.functional.one_hot(torch.arange(rows.start, rows.stop), rows.stop); kept = torch.stack(kept)-own
+    assert kept.abs().max() > 0 and torch.allclose(got-own, kept, rtol=1e-3, atol=1e-4*float(kept.abs().max()))
+    assert {n: p.requires_grad for n, p in vlm.core.named_parameters()} == how and all(p.grad is None for p in vlm.core.parameters())
+    assert not any('forward' in m.__dict__ for m in vlm.core.modules())
+
+def test_memory_of_relevancy_for_llava():
+    """A run on the shapes of LLaVA-1.5-7B: beyond the weights under 100 MB on the card, and no more with
+    more layers"""
+    from fada.attention import carried_down
+    from fada.dry import DryRun
+    from fada.families import append_answers
+    from fada.models import model_spec
+    from fada.plan import _shallow, shape_of, shell
+    spec, ids, peaks = model_spec('llava-1.5-7b'), [5]*48, {}
+    for layers in (1, 2):
+        vlm = shell(spec, _shallow(shape_of(spec), layers)); dry = DryRun(vlm.model, device='cuda')
+        def run():
+            t = append_answers(vlm.inputs([Image.new('RGB', (16, 16))], ['i q']), [ids], 0); t.pop('labels'); dry.phase()
+            first = t['input_ids'].shape[1]-len(ids)-1; assert first > 576
+            carried_down(vlm.core, t, slice(first, first+2), ids[:2])
+        dry.run(run); peaks[layers] = dry.peaks[-1]
+    assert 30e6 < peaks[1] == peaks[2] < 100e6, peaks
+
 def test_time_of_maps():
     "Relevancy and raw attention of an answer take at most three times the answer's own time; best of several, alternating"
     import time, torch
