@@ -288,3 +288,57 @@ def test_the_check_tells_a_map_that_knows_from_one_that_does_not():
     assert {c for c, _ in verdict(scores, 'the sector')} >= {'sector', 'the sector (random weights)'}
     assert f'{counts[KEPT]} of {counts[TESTED]} pairs kept' in map_table(scores, counts)
     assert controls_of('x') == (*BLIND, 'x (random weights)')
+
+# ---- for a panel ---------------------------------------------------------------------------------------------------------
+def test_maps_for_a_panel_lie_on_the_image_as_given(folder):
+    "A picture whose sides a processor cuts off: the grid has the picture's shape, what was cut off counts as not seen"
+    from fada.maps import answer_maps, methods_for
+    vlm = open_tiny('llava', folder); ip = vlm.processor.image_processor
+    ip.do_center_crop, ip.size, ip.crop_size = True, dict(shortest_edge=56), dict(height=56, width=56)
+    a = answer_maps(vlm, Image.fromarray(probe_picture()).resize((200, 100)), ASK, SAY)
+    assert a.heat.shape == (len(a.tokens), 24, 48) and a.seen[:, 12:36].all() and not a.seen[:, :12].any() and not a.seen[:, 36:].any()
+    assert (a.heat[:, ~a.seen] == 0).all() and a.heat.max() == 1 and 'not shown the margins' in a.note and 'not evidence' in a.note
+    assert a.methods == methods_for(vlm) and a.badge == 'never checked for this model' and a.map.size == (200, 100)
+
+def test_maps_of_a_service_for_a_panel():
+    from fada.maps import answer_maps
+    image = np.zeros((80, 80), np.uint8); image[20:60, 5:35] = 200
+    a = answer_maps(Service(), image, 1, 'liver, spine', 'occlusion, black', grid=4)
+    assert a.tokens == ['liver, spine'] and a.heat.shape == (1, 48, 48) and a.heat[0, 24, 6] == 1 and a.heat[0, :, 30:].max() == 0
+    with pytest.raises(FadaError, match='no map by'): answer_maps(Service(), image, 1, 'spine', 'raw attention')
+
+def test_a_badge_belongs_to_exactly_these_weights(tmp_path, monkeypatch):
+    "Verdicts are found by base and adapter together; a model trained further was never checked"
+    import pandas as pd
+    from fada.checked import BLIND, SCORES, keep_verdicts
+    from fada.maps import BADGE, NO_BADGE, UNCHECKED, badge_of
+    monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path)); rng = np.random.default_rng(0)
+    rows = lambda what, up: [dict(what=what, patient=p, **{s: (-1 if s.startswith('del') else 1)*up+v for s in SCORES})
+                             for p, v in enumerate(rng.normal(0, .01, 12))]
+    controls = [r for w in (*BLIND, 'good (random weights)', 'bad (random weights)') for r in rows(w, .1)]
+    vlm = Service(); vlm.base, vlm.adapter = 'a'*64, None
+    assert keep_verdicts(vlm, pd.DataFrame(controls+rows('good', .2)+rows('bad', .1)), {}).is_relative_to(tmp_path)
+    assert [badge_of(vlm, m) for m in ('good', 'bad', 'other')] == [BADGE, NO_BADGE, UNCHECKED]
+    vlm.adapter = 'b'*64; assert badge_of(vlm, 'good') == UNCHECKED
+    with pytest.raises(FadaError, match='without a digest'): keep_verdicts(Service(), pd.DataFrame(controls), {})
+
+# ---- integrated gradients ------------------------------------------------------------------------------------------------
+WHOLE = [a for a in SEES if a not in ('qwen2.5-vl', 'qwen3-vl')]
+
+@pytest.mark.parametrize('architecture', [a if a in ('blip2-opt', 'llava') else pytest.param(a, marks=pytest.mark.slow) for a in WHOLE])
+def test_integrated_gradients_add_up(architecture, folder):
+    """Token by token the map sums to what the log-probability gained from black to the picture; a dim one, for random weights are
+    rough on a long way"""
+    from fada.gradients import gradient_map
+    vlm = open_tiny(architecture, folder); image = probe_picture()//8; m = gradient_map(vlm, image, ASK, SAY, grid=8)
+    real, black = answer_logp(vlm, [image, np.zeros_like(image)], ASK, SAY); gained = real-black
+    assert m.per_token.shape == (len(m.tokens), 8, 8) and np.abs(gained).max() > 0
+    assert np.allclose(m.per_token.sum((1, 2)), gained, atol=.05*np.abs(gained).max()+1e-5), (m.per_token.sum((1, 2)), gained)
+
+def test_integrated_gradients_want_one_picture(folder):
+    from fada.gradients import gradient_map
+    from fada.maps import methods_for
+    vlm = open_tiny('qwen3-vl', folder)
+    with pytest.raises(FadaError, match='in parts'): gradient_map(vlm, probe_picture(), ASK, SAY)
+    assert 'integrated gradients' not in methods_for(vlm)
+    with pytest.raises(FadaError, match='no weights at hand'): gradient_map(Service(), probe_picture(), 1, 'spine')
