@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 from .settings import FadaError, progress
 from .clinical import DEMO_CATEGORIES, write_answer
-from .heads import look, raw_map
-from .maps import relevancy_map
+from .maps import MAP_METHODS
 from .metrics import difference, mean_interval
-from .occlude import answer_logp, answer_tokens, cover_with, occlusion, sector_mask
+from .occlude import answer_logp, answer_tokens, cover_with, sector_mask
 from .phantoms import make_twins
 
 # %% ../nbs/12d_checked.ipynb #2f38ac96
@@ -100,11 +99,7 @@ def _span_map(m, span):
     m.heat = np.asarray(m.per_token)[span].mean(0)
     return m.pixels()
 
-METHODS = {
-    'relevancy': lambda vlm, s: _span_map(relevancy_map(vlm, s.image, 1, s.answer), s.span),
-    'occlusion, blur': lambda vlm, s: _span_map(occlusion(vlm, s.image, 1, s.answer), s.span),
-    'occlusion, black': lambda vlm, s: _span_map(occlusion(vlm, s.image, 1, s.answer, fill='black'), s.span),
-    'raw attention': lambda vlm, s: _span_map(raw_map(look(vlm, s.image, 1, s.answer)), s.span)}
+METHODS = {name: (lambda vlm, s, f=f: _span_map(f(vlm, s.image, 1, s.answer), s.span)) for name,f in MAP_METHODS.items()}
 
 def blind_maps(image)->dict:
     "Maps that know nothing of any model: even, towards the middle, the sector"

@@ -7,13 +7,12 @@ __all__ = ['VERDICTS', 'EXPLAIN', 'keep_verdicts', 'badge', 'methods_of', 'metho
 
 # %% ../nbs/12g_explain.ipynb #ff60204b
 import json
+from functools import partial
 from pathlib import Path
 import numpy as np
 from .settings import FadaError, nearest, now, read_json, write_json
 from .checkpoints import state_folder
-from .maps import Map, relevancy_map
-from .occlude import occlusion
-from .heads import look, raw_map
+from .maps import MAP_METHODS, Map
 from .checked import BADGE, KEPT, TESTED, verdicts
 
 # %% ../nbs/12g_explain.ipynb #462c97bb
@@ -25,6 +24,7 @@ def keep_verdicts(vlm, scores, counts,
     folder=None,   # None: where FADA keeps what it knows of models
 )->Path:
     "Keep what `check_maps` found for the weights of a model"
+    if not getattr(vlm, 'base', None): raise FadaError('weights without a digest', vlm.spec.name, 'a model loaded by `load`', '')
     path = Path(folder or state_folder()/'maps')/_key(vlm); path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dict(model=vlm.spec.name, base=vlm.base, adapter=vlm.adapter, when=now(), pairs=counts[TESTED], kept=counts[KEPT],
                           not_beaten={m: [list(x) for x in missing] for m,missing in verdicts(scores).items()}))
@@ -39,17 +39,14 @@ def badge(vlm, method:str)->str:
     return f'{BADGE} ({n})' if not missing else f'not verified for this model: does not beat {", ".join(dict.fromkeys(c for c,_ in missing))} ({n})'
 
 # %% ../nbs/12g_explain.ipynb #668f7e8c
-EXPLAIN = {
-    'relevancy': relevancy_map,
-    'occlusion, blur': lambda vlm, image, question, answer: occlusion(vlm, image, question, answer),
-    'occlusion, black': lambda vlm, image, question, answer: occlusion(vlm, image, question, answer, fill='black'),
-    'raw attention': lambda vlm, image, question, answer: raw_map(look(vlm, image, question, answer)),
-    'raw attention, sinks hidden': lambda vlm, image, question, answer: raw_map(look(vlm, image, question, answer), hide_sinks=True)}
+EXPLAIN = {**MAP_METHODS, 'raw attention, sinks hidden': partial(MAP_METHODS['raw attention'], hide_sinks=True)}
+_PATCHED = ('qwen2.5-vl','qwen3-vl')   # take an image as a list of patches: there is no way from an empty picture to it
 
 def methods_of(spec)->list:
     "Names of the methods for a model of the registry: none where asking may cost money or no image is read"
     if spec.family in ('api','ensemble','classifier','text'): return []
-    return [m for m in EXPLAIN if 'attention' in spec.capabilities or m.startswith('occlusion')]
+    inside,whole = 'attention' in spec.capabilities,spec.tiles == 1 and spec.architecture not in _PATCHED
+    return [m for m in EXPLAIN if m.startswith('occlusion') or (whole if m == 'integrated gradients' else inside)]
 
 def methods(vlm)->list:
     "Names of the methods that work with a model"

@@ -485,20 +485,13 @@ def untile(
 def token_maps(self:Chat, image, prompt, ids):
     """Relevancy of image tokens for each answer token of `ids`: tokens × rows × columns, and the grid of the
     image"""
-    import torch
-    from fada.attention import captured
+    from fada.attention import carried_down
     t = append_answers(self.inputs([_as_rgb(image)], [self.render(prompt, True)[0]]), [ids],
                        self.tokenizer.pad_token_id, kind=self.said_kind); t.pop('labels')
-    at = (t['input_ids'][0] == self.core.config.image_token_id).cpu(); first = len(at)-len(ids); maps = []
-    for k,token in enumerate(ids):
-        with captured(self.core) as caught, graph_from(self.core.get_input_embeddings()), torch.enable_grad():
-            logits = self.core(**t).logits[0,first+k-1]
-            self.core.zero_grad(set_to_none=True); logits.float().log_softmax(-1)[token].backward()
-            seen = torch.eye(len(at))
-            for _,a in attention_layers(self.core, caught): seen = seen+a@seen
-        maps.append(seen[first+k-1][at]); self.core.zero_grad(set_to_none=True)
+    at = (t['input_ids'][0] == self.core.config.image_token_id).cpu(); first = len(at)-len(ids)-1
+    rows = carried_down(self.core, t, slice(first, first+len(ids)), ids)[:,at[:first+len(ids)]]
     g = t.get('image_grid_thw'); merge = getattr(self.core.config.vision_config, 'spatial_merge_size', 1)
-    tiles = self.tile_grid(_as_rgb(image)); rows = torch.stack(maps)
+    tiles = self.tile_grid(_as_rgb(image))
     if tiles != (1, 1): return untile(rows, tiles).numpy()
     return self.on_grid(rows, None if g is None else tuple(int(v)//merge for v in g[0,1:]))
 

@@ -8,6 +8,7 @@ __all__ = ['SINK', 'kept_bytes', 'passing_bytes', 'forced', 'keeper', 'Heads', '
 # %% ../nbs/12c_heads.ipynb #d9c87bcb
 import re
 from dataclasses import dataclass
+from functools import partial
 import numpy as np
 from .settings import FadaError
 from .attention import captured
@@ -27,7 +28,7 @@ def passing_bytes(heads:int, tokens:int, positions:int, size:int=2)->int:
 # %% ../nbs/12c_heads.ipynb #f348dd76
 def forced(vlm, image,
     prompt:str, ids:list,  # what is asked, and token ids of the answer
-)->tuple:                  # (run, columns, rows): a function that does the pass, image columns (bool), rows of the answer
+)->tuple:                  # (run, columns, rows): `partial` of the pass to its pixels, image columns (bool), rows of the answer
     "The pass in which a model of any family is made to say an answer"
     import torch
     core,n = vlm.core,len(ids)
@@ -35,11 +36,13 @@ def forced(vlm, image,
     im = _as_rgb(image); t = vlm.inputs([im], [vlm.render(prompt, True)[0]])
     if core.config.get_text_config().is_encoder_decoder:
         labels = torch.tensor([ids], device=core.device)
-        return lambda: core(**t, labels=labels), (t['input_ids'][0] == core.config.image_token_id).cpu(), slice(0, n)
+        run = lambda pixels: core(**{**t, 'pixel_values': pixels}, labels=labels)
+        return partial(run, t['pixel_values']), (t['input_ids'][0] == core.config.image_token_id).cpu(), slice(0, n)
     from fada.families import append_answers
     t = append_answers(t, [ids], vlm.tokenizer.pad_token_id, kind=vlm.said_kind); t.pop('labels')
     columns = (t['input_ids'][0] == core.config.image_token_id).cpu(); first = len(columns)-n-1
-    return lambda: core(**t), columns, slice(first, first+n)
+    run = lambda pixels: core(**{**t, 'pixel_values': pixels})
+    return partial(run, t['pixel_values']), columns, slice(first, first+n)
 
 def _forced_qformer(vlm, image, prompt, ids):
     "The pass of a model whose language model reads queries"
@@ -47,13 +50,13 @@ def _forced_qformer(vlm, image, prompt, ids):
     core,tok = vlm.core,vlm.processor.tokenizer; two = core.config.text_config.is_encoder_decoder
     p = tok(prompt)['input_ids']; row = torch.tensor([p if two else p+ids], device=core.device); queries = core.query_tokens.shape[1]
     more = dict(labels=torch.tensor([ids], device=core.device)) if two else {}
-    def run():
-        patches = core.vision_model(pixel_values(vlm, [image])).last_hidden_state
+    def run(pixels):
+        patches = core.vision_model(pixels).last_hidden_state
         x = vlm.read(patches, [prompt]) if hasattr(vlm, 'read') else project(vlm, patches)
         x = torch.cat([x, core.get_input_embeddings()(row).to(x.dtype)], 1)
         return core.language_model(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device), **more)
     columns = torch.arange(queries+row.shape[1]) < queries; first = queries+len(p)-1
-    return run, columns, slice(0, len(ids)) if two else slice(first, first+len(ids))
+    return partial(run, pixel_values(vlm, [image])), columns, slice(0, len(ids)) if two else slice(first, first+len(ids))
 
 # %% ../nbs/12c_heads.ipynb #0470d0b5
 _CROSS = r'EncDecAttention|encoder_attn'
@@ -154,4 +157,4 @@ def raw_map(heads:Heads,
     note = f'{n} sink{"s" if n > 1 else ""} ({place}), {"hidden" if hide_sinks else "shown"}.' if n else 'No sinks found.'
     v = heads.about
     return as_map(v['vlm'], v['image'], a.mean(0), f'raw attention, {which}', 'share of attention', v['question'], v['answer'],
-                  tokens=heads.tokens, per_token=a, note=note)
+                  tokens=heads.tokens, per_token=a, note=note, sinks=sinks)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .settings import NOTICE, SYNTHETIC, environment, now, read_json, write_atomic
+from .settings import FadaError, NOTICE, SYNTHETIC, environment, now, read_json, write_atomic
 from .audit import SEVERITIES, audit, finding_text, from_job
 from .clinical import QUESTIONS
 from .compare import (collect, control_table, feature_table, gains, headline, interval_text, plane_table,
@@ -71,11 +71,12 @@ def examples(scored, n=3, seed=0)->list:
 DECIDES = {'Abdomen': 'spine', 'Thorax': 'spine', 'Femur': 'femoral diaphysis', 'Standard_NT': 'skull',
            'Non_standard_NT': 'skull'}
 
-def energy_ratio(heat, mask)->float:
-    "Share of `heat`'s energy inside `mask`, over the mask's share of the picture; 1 is chance"
-    from PIL import Image
-    h = np.asarray(
-        Image.fromarray(np.asarray(heat, np.float32)).resize(mask.shape[::-1], Image.BILINEAR)).clip(0)
+def energy_ratio(
+    heat,   # height × width, on the pixels of the image; NaN where the model was shown nothing
+    mask,   # height × width, bool
+)->float:
+    "Share of a map's energy inside `mask`, over the mask's share of the picture; 1 is chance"
+    h = np.nan_to_num(np.asarray(heat, float)).clip(0)
     return float((h*mask).sum()/max(h.sum(), 1e-12)/max(mask.mean(), 1e-12))
 
 # %% ../nbs/11a_report.ipynb #50f9f749
@@ -83,25 +84,27 @@ def plot_attention(vlm, table, data):
     "Relevancy of the orientation's answer for one image per category; returns the figure"
     import matplotlib.pyplot as plt
     from PIL import Image
-    from fada.attention import overlay, relevancy
     from fada.data import read_image
+    from fada.explain import badge
+    from fada.maps import relevancy_map
+    from fada.plots import draw_map
     rows = table[table.question_id == 2].groupby('category').head(1)
     fig,axs = plt.subplots(-(-len(rows)//3), 3, figsize=(11, 3.9*-(-len(rows)//3)), squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax,r in zip(axs.flat, rows.itertuples()):
         im = read_image(Path(data)/r.image)
-        a = vlm.ask(im, 2)
-        heat,_,_ = relevancy(vlm, im, 2, a.text)
-        note = ''
+        try: m,note = relevancy_map(vlm, im, 2),''
+        except FadaError as e: ax.set_title(f'{r.category}: no map ({e.what})', fontsize=8); continue
         if getattr(r, 'truth', None):
             side = read_json(Path(data)/r.truth)
             labels = np.asarray(Image.open(Path(data)/r.truth.replace('.json','_labels.png')))
             name = DECIDES.get(r.category)
             if name in side['names']:
                 note = (f"\nenergy on {name}: "
-                        f"{energy_ratio(heat, labels == side['names'].index(name)+1):.1f} × chance")
-        overlay(shown(data, r.image, table), heat, ax, f'{r.category}: {a.text}{note}')
-    fig.tight_layout()
+                        f"{energy_ratio(m.pixels(), labels == side['names'].index(name)+1):.1f} × chance")
+        m.image = np.asarray(shown(data, r.image, table))   # as a report may show it: no name, no date
+        draw_map(m, ax=ax, title=f'{r.category}: {m.answer}{note}')
+    fig.suptitle(f'relevancy: {badge(vlm, "relevancy")}', fontsize=9); fig.tight_layout()
     return fig
 
 # %% ../nbs/11a_report.ipynb #5b41fbbd
@@ -361,10 +364,11 @@ def section_examples(s):
 def section_attention(s):
     "Where the answers came from"
     if not s.vlm or 'attention' not in s.vlm.spec.capabilities: return
+    from fada.explain import badge
     return dict(title='Where the answer came from',
                 figures=_figs(s, attention=plot_attention(s.vlm, s.test, s.data)),
-                text='Gradient-weighted relevancy for the answer on orientation, one image a category. Attention is '
-                     'not evidence: a map that looks right proves nothing.')
+                text='Gradient-weighted relevancy for the answer on orientation, one image a category; this method is '
+                     f'{badge(s.vlm, "relevancy")}. Attention is not evidence: a map that looks right proves nothing.')
 
 def section_frame(s):
     "A real frame, unlike every training image"

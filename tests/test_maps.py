@@ -139,6 +139,51 @@ def test_memory_for_llava():
         assert kept_bytes(32, 32, tokens, 576)+passing_bytes(32, tokens, 576+96+tokens) < 100e6
     assert 2*32*32*700*700 > 100e6   # whole matrices would not be
 
+CHATS = ('llava', 'gemma3', 'qwen2.5-vl', 'qwen3-vl', 'internvl', 'smolvlm', 'paligemma')
+
+def said_by(vlm, image, ids):
+    "Inputs in which a chat model says `ids`, and the rows that say them"
+    from fada.families import append_answers
+    t = append_answers(vlm.inputs([image], [vlm.render(prompt_of(vlm, ASK), True)[0]]), [ids], vlm.tokenizer.pad_token_id, kind=vlm.said_kind)
+    t.pop('labels'); first = t['input_ids'].shape[1]-len(ids)-1
+    return t, slice(first, first+len(ids))
+
+@pytest.mark.parametrize('architecture', [a if a in ('llava', 'paligemma') else pytest.param(a, marks=pytest.mark.slow) for a in CHATS])
+def test_relevancy_carried_down_equals_all_kept(architecture, folder):
+    "Head by head and layer by layer gives what all attention matrices with their gradients give; nothing of the model changes"
+    import torch
+    from fada.attention import captured, carried_down
+    from fada.families import attention_layers, graph_from
+    vlm = open_tiny(architecture, folder); ids = answer_tokens(vlm, ASK, SAY); t, rows = said_by(vlm, Image.fromarray(probe_picture()), ids); kept = []
+    for k, token in enumerate(ids):
+        with captured(vlm.core) as caught, graph_from(vlm.core.get_input_embeddings()), torch.enable_grad():
+            vlm.core(**t).logits[0, rows.start+k].float().log_softmax(-1)[token].backward(); seen = torch.eye(t['input_ids'].shape[1])
+            for _, a in attention_layers(vlm.core, caught): seen = seen+a@seen
+        kept.append(seen[rows.start+k, :rows.stop]); vlm.core.zero_grad(set_to_none=True)
+    how = {n: p.requires_grad for n, p in vlm.core.named_parameters()}; got = carried_down(vlm.core, t, rows, ids)
+    own = torch.nn.functional.one_hot(torch.arange(rows.start, rows.stop), rows.stop); kept = torch.stack(kept)-own
+    assert kept.abs().max() > 0 and torch.allclose(got-own, kept, rtol=1e-3, atol=1e-4*float(kept.abs().max()))
+    assert {n: p.requires_grad for n, p in vlm.core.named_parameters()} == how and all(p.grad is None for p in vlm.core.parameters())
+    assert not any('forward' in m.__dict__ for m in vlm.core.modules())
+
+def test_memory_of_relevancy_for_llava():
+    """A run on the shapes of LLaVA-1.5-7B: beyond the weights under 100 MB on the card, and no more with
+    more layers"""
+    from fada.attention import carried_down
+    from fada.dry import DryRun
+    from fada.families import append_answers
+    from fada.models import model_spec
+    from fada.plan import _shallow, shape_of, shell
+    spec, ids, peaks = model_spec('llava-1.5-7b'), [5]*48, {}
+    for layers in (1, 2):
+        vlm = shell(spec, _shallow(shape_of(spec), layers)); dry = DryRun(vlm.model, device='cuda')
+        def run():
+            t = append_answers(vlm.inputs([Image.new('RGB', (16, 16))], ['i q']), [ids], 0); t.pop('labels'); dry.phase()
+            first = t['input_ids'].shape[1]-len(ids)-1; assert first > 576
+            carried_down(vlm.core, t, slice(first, first+2), ids[:2])
+        dry.run(run); peaks[layers] = dry.peaks[-1]
+    assert 30e6 < peaks[1] == peaks[2] < 100e6, peaks
+
 def test_time_of_maps():
     "Relevancy and raw attention of an answer take at most three times the answer's own time; best of several, alternating"
     import time, torch
@@ -243,3 +288,52 @@ def test_the_check_tells_a_map_that_knows_from_one_that_does_not():
     assert {c for c, _ in verdict(scores, 'the sector')} >= {'sector', 'the sector (random weights)'}
     assert f'{counts[KEPT]} of {counts[TESTED]} pairs kept' in map_table(scores, counts)
     assert controls_of('x') == (*BLIND, 'x (random weights)')
+
+# ---- one call ---------------------------------------------------------------------------------------------------------
+def test_an_explanation_lies_on_the_image_as_given(folder):
+    "A picture whose sides a processor cuts off: the map has the picture's pixels, what was cut off has no value"
+    from fada.explain import explain, methods
+    vlm = open_tiny('llava', folder); ip = vlm.processor.image_processor
+    ip.do_center_crop, ip.size, ip.crop_size = True, dict(shortest_edge=56), dict(height=56, width=56)
+    m = explain(vlm, Image.fromarray(probe_picture()).resize((200, 100)), ASK, SAY); p = m.pixels()
+    assert p.shape == (100, 200) and np.isfinite(p[:, 50:150]).all() and np.isnan(p[:, :50]).all() and np.isnan(p[:, 150:]).all()
+    assert m.badge == 'never checked for this model' and m.size == (200, 100) and len(m.per_token) == len(m.tokens)
+    assert methods(vlm)[0] == 'relevancy' and 'raw attention, sinks hidden' in methods(vlm)
+    with pytest.raises(FadaError, match='no map by'): explain(vlm, probe_picture(), ASK, SAY, 'grad-cam')
+
+def test_a_badge_belongs_to_exactly_these_weights(tmp_path, monkeypatch):
+    "Verdicts are found by base and adapter together; a model trained further was never checked"
+    import pandas as pd
+    from fada.checked import BADGE, BLIND, KEPT, SCORES, TESTED
+    from fada.explain import badge, keep_verdicts
+    monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path)); rng = np.random.default_rng(0)
+    rows = lambda what, up: [dict(what=what, patient=p, **{s: (-1 if s.startswith('del') else 1)*up+v for s in SCORES})
+                             for p, v in enumerate(rng.normal(0, .01, 12))]
+    controls = [r for w in (*BLIND, 'good (random weights)', 'bad (random weights)') for r in rows(w, .1)]
+    vlm = Service(); vlm.base, vlm.adapter = 'a'*64, None
+    assert keep_verdicts(vlm, pd.DataFrame(controls+rows('good', .2)+rows('bad', .1)), n := {TESTED: 12, KEPT: 12}).is_relative_to(tmp_path)
+    said = [badge(vlm, m) for m in ('good', 'bad', 'other')]; never = 'never checked for this model'
+    assert said[0].startswith(BADGE) and said[1].startswith('not verified for this model: does not beat uniform') and said[2] == never
+    vlm.adapter = 'b'*64; assert badge(vlm, 'good') == never
+    with pytest.raises(FadaError, match='without a digest'): keep_verdicts(Service(), pd.DataFrame(controls), n)
+
+# ---- integrated gradients ------------------------------------------------------------------------------------------------
+WHOLE = [a for a in SEES if a not in ('qwen2.5-vl', 'qwen3-vl')]
+
+@pytest.mark.parametrize('architecture', [a if a in ('blip2-opt', 'llava') else pytest.param(a, marks=pytest.mark.slow) for a in WHOLE])
+def test_integrated_gradients_add_up(architecture, folder):
+    """Token by token the map sums to what the log-probability gained from black to the picture; a dim one, for random weights are
+    rough on a long way"""
+    from fada.gradients import gradient_map
+    vlm = open_tiny(architecture, folder); image = probe_picture()//8; m = gradient_map(vlm, image, ASK, SAY, grid=8)
+    real, black = answer_logp(vlm, [image, np.zeros_like(image)], ASK, SAY); gained = real-black
+    assert m.per_token.shape == (len(m.tokens), 8, 8) and np.abs(gained).max() > 0
+    assert np.allclose(m.per_token.sum((1, 2)), gained, atol=.05*np.abs(gained).max()+1e-5), (m.per_token.sum((1, 2)), gained)
+
+def test_integrated_gradients_want_one_picture(folder):
+    from fada.gradients import gradient_map
+    from fada.explain import methods
+    vlm = open_tiny('qwen3-vl', folder)
+    with pytest.raises(FadaError, match='in parts'): gradient_map(vlm, probe_picture(), ASK, SAY)
+    assert 'integrated gradients' not in methods(vlm)
+    with pytest.raises(FadaError, match='no weights at hand'): gradient_map(Service(), probe_picture(), 1, 'spine')
