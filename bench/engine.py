@@ -3,13 +3,16 @@
 The baseline is what public pipelines for this task do: one processor call and one `generate` per question; beside it stands
 a plain batched `generate` at the engine's batch size. Answers are compared token by token, and how many agree is reported
 (the exact test, with its tie of 1e-4 between the two best logits, is tests/test_engine.py). Same model, same dtype, same threads, questions of 30 tokens, exactly 12 new
-tokens, greedy, cache on; best of several runs that alternate, because machines are noisy. On a table the loop and the batched
-`generate` may be timed on its first images alone and reckoned for all (`--loop-images`): what they take for an image does not
-change with the number of images. Peak memory is that of torch's allocator on one image, beside what `fada plan` says.
+tokens, greedy, cache on; best of up to five runs that alternate, because machines are noisy, at least two, and no new one after
+`--seconds`. On a table the loop and the batched `generate` are timed on as many of its first images as take the loop some seconds,
+and reckoned for all: what they take for an image does not change with the number of images. Peak memory is that of torch's allocator
+on one image, beside what `fada plan` says. A model that is not on this machine (mini: `fada models get blip2-mini`) is left out, and
+said to be.
 
-Writes bench/results/engine-<processor>-<threads>.json unless --quick.
+Writes bench/results/engine-<processor>-<threads>.json unless --quick; a full run takes under 12 minutes on 2 cores.
 
-    FADA_THREADS=1 OMP_NUM_THREADS=1 python bench/engine.py --quick --json
+    python bench/engine.py --json
+    FADA_THREADS=1 OMP_NUM_THREADS=1 python bench/engine.py --json
 """
 import argparse, json, os, platform, re, sys, tempfile, time
 from contextlib import contextmanager
@@ -125,14 +128,15 @@ def engine_(vlm, images, asked, cached=False, most=16):
 
 def cached(vlm, images, asked): return engine_(vlm, images, asked, True)
 
-def race(ways:dict, times:int)->dict:
-    "Best wall and processor seconds of each way, in runs that alternate; the ways' outputs"
-    out = {k: f() for k,f in ways.items()}; best = {k: [np.inf]*2 for k in ways}
-    for _ in range(times):
+def race(ways:dict, times:int, seconds:float)->tuple:
+    "(best wall and processor seconds of each way, their outputs, runs): runs alternate, at least two, no new one after `seconds`"
+    best,out,start = {k: [np.inf]*2 for k in ways},{},time.perf_counter()
+    for n in range(times):
+        if n >= min(2, times) and time.perf_counter()-start > seconds: return best, out, n
         for k,f in ways.items():
-            w,c = time.perf_counter(),time.process_time(); f()
+            w,c = time.perf_counter(),time.process_time(); out[k] = f()
             best[k] = [min(best[k][0], time.perf_counter()-w), min(best[k][1], time.process_time()-c)]
-    return best, out
+    return best, out, times
 
 # ---- what the machine can do --------------------------------------------------------------------------------------------
 def limits()->dict:
@@ -200,18 +204,19 @@ def agree(vlm, images, asked, out)->dict:
     "How many answers of each way are the loop's, token by token"
     return {k: sum(a == b for a,b in zip(v, out['loop'])) for k,v in out.items()} | dict(of=len(out['loop']))
 
-def use(vlm, images, asked, times:int, loop_images:int=None)->dict:
+def use(vlm, images, asked, times:int, loop_images:int=None, seconds:float=np.inf)->dict:
     "Times, ratios and agreement of all ways on one use; loop and batched `generate` on the first `loop_images`, reckoned for all"
+    for f in (loop, batched, engine_): f(vlm, images[:1], asked)   # what is done once is not timed
     few = images[:loop_images]; more = len(images)/len(few)
     ways = dict(loop=lambda: loop(vlm, few, asked), batched=lambda: batched(vlm, few, asked),
                 engine=lambda: engine_(vlm, images, asked))
-    if len(images) <= vlm.cache_images: ways['cached'] = lambda: cached(vlm, images, asked)
-    best,out = race(ways, times); same = agree(vlm, images, asked, out)
+    if len(images) == 1: ways['cached'] = lambda: cached(vlm, images, asked)
+    best,out,runs = race(ways, times, seconds); same = agree(vlm, images, asked, out)
     for k in ('loop', 'batched'): best[k] = [more*t for t in best[k]]
     ratio = lambda i: {'engine': best['loop'][i]/best['engine'][i], 'against batched generate': best['batched'][i]/best['engine'][i],
                        **({'features cached': best['loop'][i]/best['cached'][i]} if 'cached' in best else {})}
     return dict(ratios=ratio(0), ratios_of_processor_time=ratio(1), seconds={k: b[0] for k,b in best.items()}, same_tokens=same,
-                loop_images=len(few), runs=times)
+                loop_images=len(few), runs=runs)
 
 def against_plan(vlm, images, asked, s:dict)->dict:
     "Peak of torch's allocator on one use, weights included, and what a plan of the same shape says"
@@ -228,47 +233,69 @@ def against_plan(vlm, images, asked, s:dict)->dict:
     return dict(peak_bytes=peak, predicted_bytes=p.peak_bytes, ratio=p.peak_bytes/peak,
                 activations_ratio=(p.peak_bytes-p.weights_bytes)/a['bytes'])
 
-def growth(vlm, side:int, quick:bool)->dict:
-    "Milliseconds a question as questions of one image grow, and as images grow; resident memory with the latter"
+def growth(vlm, side:int, most:tuple)->dict:
+    "Milliseconds a question as questions of one image grow, and as images grow (to each of `most`); resident memory with the latter"
     from fada.linears import best_seconds
     from fada.memory import resident_bytes
     one = pictures(side, 1); out = dict(questions={}, images={})
     for n in (1, 2, 4, 8, 16, 32):
         asked = questions(vlm, n); out['questions'][n] = best_seconds(lambda: engine_(vlm, one, asked), 3)*1e3/n
-    asked = questions(vlm, 8); most = (10, 30, 100) if quick else (10, 100, 1000)
+    asked = questions(vlm, 8)
     for n in most:
         t = time.perf_counter(); part = pictures(side, min(n, 100))
         for k in range(0, n, len(part)): engine_(vlm, part[:n-k], asked)
         out['images'][n] = dict(ms=(time.perf_counter()-t)*1e3/n/8, resident_mib=resident_bytes()/2**20)
     return out
 
-def measure(name:str, quick:bool, grow:bool, times:int=None, loop_images:int=None)->dict:
+LOOP_SECONDS = 8    # that the loop is given on a table, once
+GROW_SECONDS = 20   # that the longest of the tables that grow may take
+FLOORS = dict(nano=(7, 10, 9), mid=(6.5, 10, 7), llava=(4.5, None, 5), mini=(4.5, None, 5))   # one image, its features cached, table
+
+def measure(name:str, quick:bool, times:int, seconds:float, loop_images:int=None)->dict:
     "Everything about one model"
-    vlm,side = MODELS[name](); asked = questions(vlm, 8); s = shape(vlm, asked); top = limits()
-    table = pictures(side, (16 if name == 'nano' else 4) if quick else 64)
-    return dict(shape=s, machine_limits=top, bound=bound(s, 8), one_image=use(vlm, pictures(side, 1), asked, 3 if quick else 5),
-                table=dict(images=len(table), **use(vlm, table, asked, times or (1 if quick else 5), loop_images)),
-                plan=against_plan(vlm, pictures(side, 1), asked, s),
-                engine=dict(one_image=shares(vlm, pictures(side, 1), asked, s, top), table=shares(vlm, table[:16], asked, s, top)),
-                peak_bytes=peak_bytes(), **(dict(growth=growth(vlm, side, quick)) if grow else {}))
+    vlm,side = MODELS[name](); asked = questions(vlm, 8); s = shape(vlm, asked); top = limits(); one = pictures(side, 1)
+    table = pictures(side, (16 if name == 'nano' else 4) if quick else 64); first = use(vlm, one, asked, max(3, times), seconds=seconds)
+    few = loop_images or min(len(table), max(2, int(LOOP_SECONDS/first['seconds']['loop'])))
+    all_ = use(vlm, table, asked, times, few, seconds); each = all_['seconds']['engine']/len(table)
+    sizes = [n for n in ((10, 30, 100) if quick else (10, 100, 1000)) if n*each < GROW_SECONDS or n == 10]
+    return dict(shape=s, machine_limits=top, bound=bound(s, 8), one_image=first, table=dict(images=len(table), **all_),
+                floors=dict(zip(('one image', 'features cached', 'table'), FLOORS[name])), plan=against_plan(vlm, one, asked, s),
+                engine=dict(one_image=shares(vlm, one, asked, s, top), table=shares(vlm, table[:16], asked, s, top)),
+                peak_bytes=peak_bytes(), **({} if quick and name != 'nano' else dict(growth=growth(vlm, side, sizes))))
+
+def missing(name:str)->str:
+    "Why a model cannot be measured here; '' where it can"
+    from fada.checkpoints import check_checkpoint, locate
+    from fada.registry import model_spec
+    from fada.settings import FadaError
+    if name != 'mini': return ''
+    try: check_checkpoint(locate(model_spec('blip2-mini')), None)
+    except FadaError as e: return str(e)
+    return ''
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true', help='fewer repetitions, smaller tables')
     p.add_argument('--json', action='store_true', help='one JSON document on standard output')
-    p.add_argument('--models', default='nano,mid,llava', help=f"of {', '.join(MODELS)}; mini where `fada models get blip2-mini` has run")
-    p.add_argument('--times', type=int, help='runs of each way on the table; default: 5, with --quick 1')
-    p.add_argument('--loop-images', type=int, help='images of the table that loop and batched `generate` are timed on; default: all')
+    p.add_argument('--models', default=','.join(MODELS), help='default: %(default)s')
+    p.add_argument('--times', type=int, help='runs of each way; default: 5, with --quick 1 on the table and 3 on one image')
+    p.add_argument('--seconds', type=float, default=30, help='no new run of a use after so many; default: %(default)s')
+    p.add_argument('--loop-images', type=int, help=f'images of the table that loop and batched `generate` are timed on; default: {LOOP_SECONDS} s of the loop')
     p.add_argument('--out', help='folder of the result; default: bench/results, with --quick none')
-    a = p.parse_args(); found = {}; load_before = os.getloadavg() if hasattr(os, 'getloadavg') else None
+    a = p.parse_args(); found,left_out = {},{}; load_before = os.getloadavg() if hasattr(os, 'getloadavg') else None
     for name in a.models.split(','):
         if name not in MODELS: p.error(f'no model {name!r}: one of {", ".join(MODELS)}')
-        found[name] = measure(name, a.quick, name == 'nano', a.times, a.loop_images)
+        if why := missing(name):
+            left_out[name] = why; print(f'{name} is left out: {why}', file=sys.stderr); continue
+        found[name] = measure(name, a.quick, a.times or (1 if a.quick else 5), a.seconds, a.loop_images)
         if not a.json: tell(name, found[name])
     import torch
-    ratios = {f'{n}, {k}': f[u]['ratios']['engine'] for n,f in found.items() for k,u in (('one image', 'one_image'), ('table', 'table'))}
+    if not found: p.error('no model is left to measure')
+    ratios = {f'{n}, {k}': f[u]['ratios'][w] for n,f in found.items() for k,u,w in (
+        ('one image', 'one_image', 'engine'), ('features cached', 'one_image', 'features cached'), ('table', 'table', 'engine'),
+        ('one image, against batched generate', 'one_image', 'against batched generate'))}
     threads = torch.get_num_threads(); machine = f"{processor()}, {environment()['cores']} cores"
-    out = dict(ratios=ratios, baseline='one processor call and one `generate` per question, same model, same answers', models=found,
+    out = dict(ratios=ratios, baseline='one processor call and one `generate` per question, same model, same answers', models=found, left_out=left_out,
                threads=threads, versions=environment(), machine=machine, load_average=[load_before, os.getloadavg()] if load_before else None)
     folder = Path(a.out) if a.out else None if a.quick else Path(__file__).parent/'results'
     if folder:
@@ -284,10 +311,12 @@ def processor()->str:
 
 def tell(name, f):
     "One model in a few lines"
-    for title,u in (('one image', f['one_image']), (f"{f['table']['images']} images", f['table'])):
+    floor = f['floors']
+    for title,u,low in (('one image', f['one_image'], floor['one image']), (f"{f['table']['images']} images", f['table'], floor['table'])):
         r,c,s = u['ratios'],u['ratios_of_processor_time'],u['same_tokens']
+        cached = f"features cached {r['features cached']:.1f} (asked: {floor['features cached']}); " if 'features cached' in r else ''
         print(f"{name}, {title} × 8: loop {1000*u['seconds']['loop']:.0f} ms, engine {1000*u['seconds']['engine']:.0f} ms, "
-              f"{r['engine']:.1f} times (processor time {c['engine']:.1f}); features cached {r.get('features cached', 0):.1f}; against batched "
+              f"{r['engine']:.1f} times (asked: {low}; processor time {c['engine']:.1f}); {cached}against batched "
               f"generate {r['against batched generate']:.1f}; same tokens {s['engine']} of {s['of']}")
     e = f['engine']['one_image']
     print(f"  bound by arithmetic {f['bound']['arithmetic']:.1f} ({f['bound']['without decode']:.1f} without decode); "

@@ -249,6 +249,18 @@ def test_grid_by_command(tmp_path, root, small_data):
     assert json.loads((out/'evaluate-blip2-nano-Femur-fp32-0'/'metrics.json').read_text())['images'] == 3
     grid.write_text('modles = ["x"]'); r = fada(); assert r.returncode == 1 and 'one of models' in r.stderr and 'Traceback' not in r.stderr
 
+def test_memory_where_no_plan_can_be_made(tmp_path, root, monkeypatch):
+    "A service takes a process and nothing of a card, an ensemble what its parts take; a shape that is not known is said to be so"
+    from dataclasses import replace
+    from fada.grid import BESIDE, Job, grid_table, model_memory, plan_jobs
+    from fada.registry import MODELS
+    monkeypatch.setitem(MODELS, 'strange', replace(MODELS['llava-1.5-7b'], name='strange'))
+    monkeypatch.setitem(MODELS, 'two', replace(MODELS['ensemble'], name='two', parts=(('blip2-nano', 1), ('openai', 2))))
+    jobs = [Job(m, root/'nbs'/'run'/'evaluate.ipynb', dict(model=m, precision='fp32'), tmp_path/m) for m in ('blip2-nano', 'openai', 'strange', 'two')]
+    t = grid_table(jobs, plan_jobs(jobs)); nano, service, strange, two = (j.memory for j in jobs)
+    assert service == BESIDE < nano == two and strange == 0 and t.memory_gib[2] == 'not known' and t.memory_gib[1] == round(BESIDE/2**30, 2)
+    assert model_memory('openai', 'answer', 'fp32', 'cuda') == (0, None) and model_memory('strange', 'answer', 'bf16', 'cuda') == (None, None)
+
 @pytest.mark.parametrize('more,said', [('[[exclude]]\ncategory = "Abdomen"', 'fits no job'), ('[[include]]\ntask = "train"', 'unknown key .task.'),
     ('[[include]]\nmodel = "openai"', 'openai cannot do train'), ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano'),
     ('shards = 0', 'at least 1'), ('shards = "2"', 'at least 1'), ('processes = 1.5', 'at least 1'), ('shards = true', 'at least 1')])
