@@ -84,7 +84,8 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
 class Settings:
     "The run defaults after precedence was applied; `source` says where each value came from"
     data: Path; categories: tuple; phantoms: int; output: Path; model: str; precision: str; device: str
-    seed: int; jobs: int; balance: str; rare_weight: int; max_new_tokens: int; push: bool; remote: bool; remote_text: bool; remote_budget: str
+    seed: int; jobs: int; balance: str; rare_weight: int; max_new_tokens: int
+    push: bool; remote: bool; remote_text: bool; remote_budget: str
     remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int; source: dict
 
 # %% ../nbs/00_settings.ipynb #5f0a2791
