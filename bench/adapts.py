@@ -54,9 +54,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true', help='one category left out, one category of another machine')
     p.add_argument('--json', action='store_true', help='one JSON document on standard output')
+    p.add_argument('--only', help='categories, separated by commas')
     a = p.parse_args(); os.environ.setdefault('FADA_QUIET', '1')
     todo = [(c, False) for c in LEFT_OUT]+[(c, True) for c in DEMO_CATEGORIES]
     if a.quick: todo = [todo[0], todo[2]]
+    if a.only: todo = [(c, look) for c,look in todo if c in a.only.split(',')]
     found = []
     for c,look in todo:
         with tempfile.TemporaryDirectory() as d: found.append(shift(c, look, d))

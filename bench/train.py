@@ -3,18 +3,22 @@
 The baseline is what public scripts do: transformers' Trainer with peft, one question a sample, processor and vision tower at
 every sample, rows padded to the longest. Same model, same weights, same LoRA layers, same rows a step, one epoch; FADA's time holds
 the keeping of features. Runs alternate, the best of each counts. The loss before training is that of both ways, or the
-comparison stops. Beside it: peak memory of one step, arithmetic done against the machine's, cost from 50 to 5,000 images.
+comparison stops. FADA's linear layers take oneDNN where it is faster than torch's own choice (see `fada.linears`), the usual loop runs as
+torch comes. Beside it: peak memory of one step, arithmetic done against the machine's, cost and memory from 50 to 5,000 images.
+
+Writes bench/results/train-<machine>.json unless --quick.
 
     FADA_THREADS=1 OMP_NUM_THREADS=1 python bench/train.py --quick --json
 """
-import argparse, json, os, sys, tempfile, time
+import argparse, json, os, re, sys, tempfile, time
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from engine import MODELS, limits
+from engine import MODELS, limits, processor
 from fada.loop import Fit, LoraRecipe, Material
 from fada.memory import allocator_peak, resident_bytes
-from fada.settings import environment
+from fada.linears import onednn_gains
+from fada.settings import environment, write_json
 from fada.train import add_lora
 from fada.vlm import build_prompt
 
@@ -121,34 +125,51 @@ def arithmetic(vlm, folder, table, seconds)->dict:
     return dict(gflops=done, machine_gflops=top['gflops'], share=done/top['gflops'])
 
 def growth(sizes)->dict:
-    "Seconds an image and memory of one epoch on the nano, as images grow"
-    import gc
+    "Seconds an image, and the most memory held, of one epoch on the nano as images grow, each size in a process of its own"
+    import subprocess
     out = {}
     for n in sizes:
-        vlm,_ = MODELS['nano'](); add_lora(vlm, 8)
-        with tempfile.TemporaryDirectory() as d:
-            table = table_of(Path(d)/'data', max(n, 65) if n > 64 else n); before = resident_bytes()
-            s,k = ours(vlm, Path(d)/'data', table, batch=16); out[n] = dict(images=int(table.image.nunique()), seconds=s, keeping_seconds=k,
-                ms_an_image=1000*s/table.image.nunique(), resident_mib=resident_bytes()/2**20, grown_mib=(resident_bytes()-before)/2**20)
-        del vlm; gc.collect()
+        r = subprocess.run([sys.executable, __file__, '--grow', str(n)], capture_output=True, text=True)
+        if r.returncode: raise SystemExit(f'{n} images: {r.stderr[-400:]}')
+        out[n] = json.loads(r.stdout)
     return out
+
+def grow(n:int)->dict:
+    "One epoch of `n` images of noise"
+    from fada.memory import peak_bytes
+    vlm,_ = MODELS['nano'](); add_lora(vlm, 8)
+    with tempfile.TemporaryDirectory() as d:
+        table = table_of(Path(d)/'data', max(n, 65)); table = table[table.image.isin(table.image.unique()[:n])]
+        ours(vlm, Path(d)/'data', table[table.image.isin(table.image.unique()[:16])], batch=16); before = resident_bytes()   # warm
+        s,k = ours(vlm, Path(d)/'data', table, batch=16)
+    return dict(images=n, seconds=s, keeping_seconds=k, ms_an_image=1000*s/n, before_mib=before/2**20, peak_mib=peak_bytes()/2**20)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true', help='few images, no curve of cost')
     p.add_argument('--json', action='store_true', help='one JSON document on standard output')
+    p.add_argument('--out', help='folder of the result; default: bench/results, with --quick none')
+    p.add_argument('--grow', type=int, help='one size of the curve of cost, as JSON')
     p.add_argument('--models', default='nano,mid,llava', help='of '+', '.join(MODELS)+'; mini needs its weights')
     a = p.parse_args(); os.environ.setdefault('FADA_QUIET', '1')
+    if a.grow: return print(json.dumps(grow(a.grow)))
     found = {n: run(n, dict(nano=32, mid=8, llava=4, mini=8)[n]*(1 if a.quick else 2), 2 if a.quick else 3, not a.quick) for n in a.models.split(',')}
     e = environment()
-    out = dict(ratios={n: f['ratio'] for n,f in found.items()}, baseline="transformers' Trainer with peft, one question a sample, vision tower at every sample",
-               models=found, growth={} if a.quick else growth((50, 500, 5000)), threads=int(os.environ.get('FADA_THREADS') or os.cpu_count()),
-               machine=f"{e['machine']} CPU, {e['cores']} cores", versions=e)
+    grown = {} if a.quick else growth((50, 500, 5000))
+    more = {} if a.quick else {'cost of an image, 5,000 to 500': grown[5000]['ms_an_image']/grown[500]['ms_an_image'],
+                               'memory, 5,000 to 50': grown[5000]['peak_mib']/grown[50]['peak_mib']}
+    out = dict(ratios={n: f['ratio'] for n,f in found.items()} | more, baseline="transformers' Trainer with peft, one question a sample, vision tower at every sample",
+               models=found, growth=grown, library='oneDNN' if onednn_gains() else 'MKL', threads=int(os.environ.get('FADA_THREADS') or os.cpu_count()),
+               machine=f"{processor()}, {e['cores']} cores", load_average=os.getloadavg() if hasattr(os, 'getloadavg') else None, versions=e)
+    folder = Path(a.out) if a.out else None if a.quick else Path(__file__).parent/'results'
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r'\W+', '-', f"train {processor()} {e['cores']} cores {out['threads']} threads").strip('-'); write_json(folder/f'{name}.json', out)
     if a.json: return print(json.dumps(out, indent=1))
     for n,f in found.items():
         print(f"{n:6} {f['ratio']:5.1f} times the usual loop ({f['samples_a_second']['ours']:.1f} against {f['samples_a_second']['usual']:.1f} questions a second; "
               f"packing {f['packing']:.2f} of it, later epochs {f['later_epochs']:.1f}); {f['arithmetic']['share']:.0%} of the machine's arithmetic"
               + (f"; a step holds {f['peak_bytes_of_a_step']['ours']/2**20:.0f} MiB against {f['peak_bytes_of_a_step']['usual']/2**20:.0f}" if 'peak_bytes_of_a_step' in f else ''))
-    for n,g in out['growth'].items(): print(f"  {n} images: {g['ms_an_image']:.1f} ms an image, grown by {g['grown_mib']:.0f} MiB")
+    for n,g in out['growth'].items(): print(f"  {n} images: {g['ms_an_image']:.1f} ms an image, at most {g['peak_mib']:.0f} MiB")
 
 if __name__ == '__main__': sys.exit(main())

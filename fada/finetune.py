@@ -11,7 +11,8 @@ import os, subprocess, sys, tempfile, time
 import numpy as np
 from dataclasses import asdict, fields, replace as changed
 from pathlib import Path
-from .settings import (BALANCES, FadaError, digest, environment, load_settings, nearest, now, read_json, seed_all, writable_folder, write_json)
+from .settings import (BALANCES, FadaError, digest, environment, load_settings, nearest, now, read_json, seed_all,
+                           writable_folder, write_json)
 from .augment import augment
 from .card import write_card
 from .data import load_table, read_image, subset, table_digest
@@ -35,7 +36,8 @@ def lora_recipe(spec, **given)->LoraRecipe:
         least = 0 if k in ('images','patience','seed','weight_decay','augment','cache','packing','checkpointing') else None
         if isinstance(v, (int,float)) and (v < 0 or (least is None and not v)):
             raise FadaError(f'{k} = {v}', '', 'a number above 0' if least is None else 'a number of at least 0', '')
-    if given.get('balance', 'draw') not in BALANCES: raise FadaError(f"balance = {given['balance']!r}", '', ', '.join(BALANCES), '')
+    if given.get('balance', 'draw') not in BALANCES:
+        raise FadaError(f"balance = {given['balance']!r}", '', ', '.join(BALANCES), '')
     return changed(LoraRecipe(rank=h.rank, lr=h.lr, batch=h.batch), **given)
 
 # %% ../nbs/09k_finetune.ipynb #b051f653
@@ -148,17 +150,19 @@ def start_processes(n:int, s, out, weights, options:dict)->dict:
     "Train an adapter by `n` processes of this machine; returns what the bundle's fada.json says"
     names = ('data','categories','model','precision','device','seed','balance','rare_weight','output'); said = ''
     quiet = os.environ.get('FADA_QUIET') == '1'
-    if n > (cards := _cards(s.device)): raise FadaError(f'{n} processes', s.device, f'at most {cards} on this machine', 'lower `processes`')
+    if n > (cards := _cards(s.device)):
+        raise FadaError(f'{n} processes', s.device, f'at most {cards} on this machine', 'lower `processes`')
     with tempfile.TemporaryDirectory() as d:
         order,fault = Path(d)/'job.json',Path(d)/'fault.json'
-        write_json(order, dict(settings={k: v if isinstance(v := getattr(s, k), (int,tuple)) else str(v) for k in names}, out=str(out),
-                               weights=str(weights or ''), options=options, fault=str(fault)))
+        given = {k: v if isinstance(v := getattr(s, k), (int,tuple)) else str(v) for k in names}
+        write_json(order, dict(settings=given, out=str(out), weights=str(weights or ''), options=options, fault=str(fault)))
         run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '--no-python',
                sys.executable, '-c', 'from fada.finetune import join_job; join_job()', str(order)]
         with subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
             for line in p.stderr: said = (said+line)[-4000:]; quiet or print(line, end='', file=sys.stderr)
         if fault.is_file(): raise FadaError(**read_json(fault))
-        if p.returncode: raise FadaError(f'training by {n} processes ended with status {p.returncode}', str(out), '', said.strip()[-400:])
+        if p.returncode:
+            raise FadaError(f'training by {n} processes ended with status {p.returncode}', str(out), '', said.strip()[-400:])
     return read_json(Path(out)/'adapter'/'fada.json')
 
 # %% ../nbs/09k_finetune.ipynb #51d0eb8c

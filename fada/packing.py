@@ -80,5 +80,6 @@ def packed_loss(
     labels = p.labels[:,1:].to(words.device); carries = labels != IGNORE
     each = F.cross_entropy(words.head(hidden[:,:-1][carries]).float(), labels[carries], reduction='none')
     if weights is None: return each.sum(), len(each)
-    w = torch.tensor([weights[i][b] for i,b in zip(carries.nonzero()[:,0].tolist(), p.block[:,1:].to(carries.device)[carries].tolist())])
+    image,token = carries.cpu().nonzero(as_tuple=True); question = p.block[image,token+1]
+    w = torch.tensor([weights[i][b] for i,b in zip(image.tolist(), question.tolist())])
     return (each*w.to(each)).sum(), float(w.sum())

@@ -48,8 +48,9 @@ def push_adapter(
     from fada.checkpoints import _hub_errors
     from fada.registry import dossier, model_spec
     from fada.vlm import _inside
-    folder = Path(_inside(folder, 'adapter')); spec = model_spec(read_json(folder/'fada.json')['model']); share = dossier(spec).share
-    if not settings.push: raise FadaError('an adapter may not leave this machine', '[hub] push of settings.ini', 'push = yes', 'see settings.ini')
+    folder = Path(_inside(folder, 'adapter')); spec = model_spec(read_json(folder/'fada.json')['model'])
+    if not settings.push:
+        raise FadaError('an adapter may not leave this machine', '[hub] push of settings.ini', 'push = yes', 'see settings.ini')
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo): raise FadaError(f'{repo!r} is no repository', '', 'owner/name', '')
     api = HfApi()
     with tempfile.TemporaryDirectory() as d:
@@ -61,7 +62,7 @@ def push_adapter(
                 raise FadaError('the repository is public', repo, 'a private one', 'name another, or say --public')
             done = api.upload_folder(repo_id=repo, folder_path=d, commit_message=f'LoRA for {spec.name}')
         except _hub_errors() as e: raise push_error(e, repo) from None
-    return dict(url=f'{api.endpoint}/{repo}', private=private, files=files, commit=done.oid, terms=share)
+    return dict(url=f'{api.endpoint}/{repo}', private=private, files=files, commit=done.oid, terms=dossier(spec).share)
 
 def push_error(e, repo:str)->FadaError:
     "What went wrong at the hub, and what to do about it"

@@ -66,9 +66,12 @@ def class_counts(table:pd.DataFrame, p=None, weights=None)->dict:
     return out
 
 def rarest(recall:dict)->dict:
-    "{class: [found, of]} of the rarest class of each question, as `class_recall` counts them; where there is but one, none"
-    few = [min(c.items(), key=lambda kv: kv[1][1]) for c in recall.values() if len(c) > 1]
-    return dict(few)
+    "{class: [found, of]} of what is rare in each question, as `class_recall` counts: abnormal, else the rarest of several classes"
+    out = {}
+    for counts in recall.values():
+        if len(counts) == 1 and 'abnormal' not in counts: continue
+        rare = 'abnormal' if 'abnormal' in counts else min(counts, key=lambda c: counts[c][1]); out[rare] = counts[rare]
+    return out
 
 def class_recall(scored:pd.DataFrame)->dict:
     "{question: {class: [found, of]}} of generated answers"

@@ -162,6 +162,21 @@ def test_confidence_is_calibrated(tmp_path, small_data):
     assert np.allclose(after, [calibrated(p, c['fit']) for p in before]) and not np.allclose(after, before)
     assert 'calibrated on' in (tmp_path/'README.md').read_text()
 
+def test_a_composed_model_learns_its_new_parts_first(tmp_path, small_data, monkeypatch):
+    "Q-Former and projection alone for half as many steps, LoRA untouched meanwhile; then both"
+    sys.path.insert(0, str(Path(__file__).parent))
+    from tiny import tiny
+    from fada import loop
+    from fada.registry import part_of
+    name, _, weights = tiny('blip2-llama', tmp_path); real = loop.Fit.take; moved = []
+    def take(self):
+        named = {n: p for n, p in self.vlm.model.named_parameters() if p.requires_grad}; before = {n: p.detach().clone() for n, p in named.items()}
+        real(self); moved.append({'lora' if 'lora_' in n else part_of(n) for n, p in named.items() if not p.detach().equal(before[n])})
+    monkeypatch.setattr(loop.Fit, 'take', take)
+    vlm = load(name, weights=weights, device='cpu', precision='fp32', max_new_tokens=4)
+    about = finetune(vlm, small_data, ['Femur'], tmp_path/'a', skip_preflight=True, **QUICK)
+    assert len(about['losses']) == 9 and moved[:3] == [{'qformer', 'projection'}]*3 and moved[4] == {'qformer', 'projection', 'lora'}
+
 def edited(data, out, change):
     "A copy of a data folder with another question table"
     import shutil
