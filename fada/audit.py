@@ -193,8 +193,11 @@ def check_controls(r):
                           f"score {m['score']['mean']:.2f}; the folder's commonest answer has "
                           f"{m['controls'][KNOWS_FOLDER]['mean']:.2f}: who knows the folder need not look")
     if quiet and r.answered.patient.nunique() >= MIN_CLUSTERS:
+        beside = sorted({*r.rows.condition}-{'plain'})
+        asked = '' if any(not c.startswith('majority') for c in beside) else (
+            '; the model was shown no other image: whether it looked is not known')
         yield Finding('survives-without-image', 'green', None, None,
-                      'every control is beaten on every question that can be ranked')
+                      f"every control is beaten on every question that can be ranked: {', '.join(beside)}{asked}")
 
 def _top(s): c = s.fillna('').astype(str).str.strip().str.lower().value_counts(); return c.index[0], int(c.iloc[0])
 NEARLY,FEW = .95,10   # share of one answer; rows below which nothing is called constant

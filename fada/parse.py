@@ -20,15 +20,18 @@ def _finder(table):
     words = '|'.join(re.escape(s).replace(r'\ ', r'[\s-]+') for s in sorted(known, key=lambda s: (-len(s), s)))
     return re.compile(rf'(?<![\w-])(?:{words})(?![\w-])'), known
 
-_GAP = r'(?:\s*(?:clear|clearly|definite|obvious|significant|gross|evidence of|signs? of|visible|identifiable|presence of|the|an?|any|of|or|and|nor|fetal|seen|#+|/|,))*\s*$'
-_BEFORE = re.compile(r'\b(?:no|not|without|neither|nor|absent|absence|missing|lack(?:s|ing)?|(?:unable|fails?|failed) to \w+|'
-                     r'(?:cannot|can\'?t|could not) \w+)\b' + _GAP)
-_SEEN = (r'(?:well |clearly |fully )?(?:be )?(?:seen|visible|visuali[sz]ed|shown|identified|identifiable|evident|present|appreciated|'
-         r'demonstrated|required|needed|indicated|necessary)')
+_GAP = (r'(?:\s*(?:clear|clearly|definite|obvious|significant|gross|evidence of|signs? of|visible|identifiable|'
+        r'presence of|the|an?|any|of|or|and|nor|fetal|seen|#+|/|,))*\s*$')
+_BEFORE = re.compile(r'\b(?:no|not|without|neither|nor|absent|absence|missing|lack(?:s|ing)?|'
+                     r'(?:unable|fails?|failed) to \w+|(?:cannot|can\'?t|could not) \w+)\b' + _GAP)
+_SEEN = (r'(?:well |clearly |fully )?(?:be )?(?:seen|visible|visuali[sz]ed|shown|identified|identifiable|evident|'
+         r'present|appreciated|demonstrated|required|needed|indicated|necessary)')
 _AFTER = re.compile(r'^[\s#/]*(?:(?:and|or|nor|the|both)[\s#/]*)*(?:(?:is|are|was|were|has been|have been)\s+)?'
                     rf'(?:(?:not|cannot|can\'?t|could not)\s+{_SEEN}|absent|missing)\b')
 
 # %% ../nbs/01b_parse.ipynb #a8d4931a
+_CLAUSES = re.compile(r'[.;:!?](?!\d)|,\s*(?!\s*n?or\b)|\b(?:but|although|however|while|whereas|though)\b')
+
 def terms(
     text:str,      # lower case
     finder,        # of a vocabulary table, see `_finder`
@@ -36,7 +39,7 @@ def terms(
     "Terms that `text` affirms and those it denies; what is said both ways counts as affirmed"
     pattern,known = finder; yes,no = set(),set()
     if not pattern.search(text): return yes, no
-    for clause in re.split(r'[.;:!?](?!\d)|,\s*(?!\s*n?or\b)|\b(?:but|although|however|while|whereas|though)\b', text):
+    for clause in _CLAUSES.split(text):
         hits = list(pattern.finditer(clause)); masked = pattern.sub(lambda m: '#'*len(m[0]), clause)
         for m in hits:
             denied = _BEFORE.search(masked[:m.start()]) or _AFTER.match(masked[m.end():])
@@ -51,13 +54,15 @@ _FINDINGS,_REASONS = _finder(FINDINGS),_finder(REASONS)
 
 # %% ../nbs/01b_parse.ipynb #e0e0361e
 _WEEK = r'(?:weeks?|wks?|w)'
-_POINT = rf'(\d{{1,2}})\s*(?:\+\s*(\d)(?:\s*/\s*7)?|(?:\s+([0-6])/7)|{_WEEK}\s*(?:and\s*)?(\d)\s*(?:days?|d)\b)?\s*{_WEEK}?'
+_POINT = (r'(\d{1,2})\s*(?:\+\s*(\d)(?:\s*/\s*7)?|(?:\s+([0-6])/7)|'
+          rf'{_WEEK}\s*(?:and\s*)?(\d)\s*(?:days?|d)\b)?\s*{_WEEK}?')
 _RANGE = re.compile(rf'(?<![\d.]){_POINT}\s*(?:-|–|—|to|until)\s*{_POINT}|between\s+{_POINT}\s*and\s*{_POINT}')
 _ONE = re.compile(rf'(?<![\d.]){_POINT}(?![\d.])')
 _TRIMESTER = {'first': (4,13), '1st': (4,13), 'second': (14,27), '2nd': (14,27), 'third': (28,41), '3rd': (28,41)}
 WEEKS = (4, 45)  # what a pregnancy can have
-_UNKNOWN = re.compile(r'not (?:be )?(?:determin\w+|assess\w+|possible to|estimat\w+|known|applicable)|(?:cannot|can\'?t|could not|unable to) '
-                      r'(?:be )?(?:reliably |accurately )?(?:determin|assess|estimat|establish|evaluat|judge|tell|measure)\w*|undetermined|'
+_UNKNOWN = re.compile(r'not (?:be )?(?:determin\w+|assess\w+|possible to|estimat\w+|known|applicable)|'
+                      r'(?:cannot|can\'?t|could not|unable to) (?:be )?(?:reliably |accurately )?'
+                      r'(?:determin|assess|estimat|establish|evaluat|judge|tell|measure)\w*|undetermined|'
                       r'indeterminate|insufficient (?:information|data)|no scale')
 
 def _days(week, *days):
@@ -84,9 +89,9 @@ _PARAMETERS = _finder({**PARAMETERS, 'AC': ('abdominal circumference', 'abdomina
                        (*PARAMETERS['cervical length'], 'cervix length'),
                        'cardiothoracic ratio': (*PARAMETERS['cardiothoracic ratio'],
                        'cardio-thoracic ratio'), 'FL': (*PARAMETERS['FL'], 'length of the femur')})
-_VALUE = re.compile(r'^[\s#:=(),]*(?:(?:is|are|of|about|approximately|approx\.?|measures|measuring|measured|at|the|around|ca\.?|~|size|'
-                    r'value|length|thickness)[\s#:=()]*){0,4}(\d+(?:\.\d+)?)(?:\s*(?:-|–|to)\s*(\d+(?:\.\d+)?))?\s*(mm|cm|millimet\w+|'
-                    r'centimet\w+|deg\w*|°)?')
+_VALUE = re.compile(r'^[\s#:=(),]*(?:(?:is|are|of|about|approximately|approx\.?|measures|measuring|measured|at|the|'
+                    r'around|ca\.?|~|size|value|length|thickness)[\s#:=()]*){0,4}(\d+(?:\.\d+)?)'
+                    r'(?:\s*(?:-|–|to)\s*(\d+(?:\.\d+)?))?\s*(mm|cm|millimet\w+|centimet\w+|deg\w*|°)?')
 
 def _biometry(t):
     "`parameters` and the numbers said of them in `mm`, `degrees`, `ratio`, `unitless`"
@@ -147,7 +152,8 @@ def _normality(t):
     bad = [not _BEFORE.search(re.sub(r'\bother\b|\b\w+al\b(?=\s*$)', '#', t[:m.start()].rpartition('.')[2]))
            and not _AFTER.match(t[m.end():])
            for m in _ABNORMAL.finditer(t)]
-    good = bool(_NORMAL.search(t)) or re.search(r'within normal limits|\bwnl\b', t) is not None or (bool(bad) and not any(bad)) or bool(denied)
+    within = re.search(r'within normal limits|\bwnl\b', t) is not None
+    good = bool(_NORMAL.search(t)) or within or (bool(bad) and not any(bad)) or bool(denied)
     if 'not normal' in t: bad.append(True)
     if any(bad) and _NORMAL.search(t): return {}
     if any(bad) or good: return dict(normal=not any(bad), findings=[])
@@ -188,8 +194,8 @@ def read_answer(
     question_id:int,  # 1–8
     text:str,         # an answer in free words
 )->dict:              # {} where nothing could be read
-    """Read free text into structure: as `clinical.parse_answer`, besides `denied` (1), `presentation` (2), `unitless` (4), `days` (5),
-    and `undetermined` where the text says that the picture cannot tell"""
+    """Read free text into structure: as `clinical.parse_answer`, besides `denied` (1), `presentation` (2),
+    `unitless` (4), `days` (5), and `undetermined` where the text says that the picture cannot tell"""
     if question_id not in QUESTIONS:
         raise FadaError(f'unknown question {question_id}', '', 'a number from 1 to 8', '')
     t = ' '.join(str('' if text is None else text).lower().replace('’', "'").split())
@@ -202,7 +208,8 @@ def made_up(
     scale:bool=False,         # whether millimetres can be known
     dated:bool=False,         # whether age by dates is known
 )->bool:
-    "Whether an answer gives what nobody can know: millimetres without a scale, an age or growth without dates, a presentation"
+    """Whether an answer gives what nobody can know: millimetres without a scale, an age or growth without dates, a
+    presentation"""
     if question_id == 4:
         known = scale or any(truth.get(k) for k in ('mm','unitless'))
         return not known and any(found.get(k) for k in ('mm','unitless'))

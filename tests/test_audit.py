@@ -126,6 +126,14 @@ def test_planted_fault_is_named(fault, id, severity, data, tmp_path):
     found = findings(write(a, tmp_path/'a.jsonl'), data, near=False)
     assert any(f.id == id and f.severity == severity and f.evidence for f in found), found
 
+def test_controls_that_were_not_asked_are_not_claimed(data, tmp_path):
+    "Beside the commonest answers alone, a green finding says what it does not know"
+    said = {name: next(f.evidence for f in findings(write(a, tmp_path/f'{name}.jsonl'), data, near=False)
+                       if f.id == 'survives-without-image')
+            for name, a in (('all', honest(data)), ('few', no_controls(honest(data), None)))}
+    assert 'blank' in said['all'] and 'not known' not in said['all']
+    assert 'blank' not in said['few'] and 'whether it looked is not known' in said['few']
+
 def changed(data, out, change):
     "A copy of the data's table, its images linked, after `change(table)`"
     out.mkdir()
