@@ -81,7 +81,8 @@ def opened(browser, lab, tmp_path_factory):
 @pytest.fixture
 def page(opened):
     "The viewer as it was first shown"
-    p = opened[0]; tell(p, ''); tell(p, 'again'); p.wait_for_function("() => document.querySelectorAll('.fada-viewer .tokens button').length === 5")
+    p = opened[0]; p.wait_for_timeout(250); tell(p, ''); tell(p, 'again');   # the last test's choices have been told by now
+    p.wait_for_function("() => document.querySelectorAll('.fada-viewer .tokens button').length === 5")
     p.wait_for_selector('.fada-viewer .told:has-text("frame 1 of 12")'); drawn(p); return p
 
 @pytest.fixture
