@@ -43,6 +43,14 @@ class AnswersLog:
             else: damaged += 1
         return records, damaged
 
+    def answered(self)->dict:
+        "{key: record} of all that was answered; what failed is asked again"
+        return {r['key']: r for r in self.read()[0] if not r.get('error')}
+
+    def share(self, rows, batch:int):
+        "The rows that are asked into this log: all of them"
+        return rows
+
 # %% ../nbs/10b_answers.ipynb #78707a39
 def _lock(fd):
     "Exclusive lock where the system has one; freed when the file is closed"

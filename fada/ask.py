@@ -401,7 +401,8 @@ def judge(self:AskPanel, row:int, side:int, kind:str, final:str=''):
     try: j = self.session.judge(s.get('turn', 0), self.who.value, kind, final)
     except FadaError as e: return self.say(str(e))
     words = {'accept': 'accepted', 'reject': 'rejected', 'edit': f'changed to “{j["final"]}”'}[kind]
-    s['judged'] = [*s['judged'], f'{words} by {j["who"]}']; self._draw()   # a list of its own: the one before is compared with it; self.say('kept')
+    s['judged'] = [*s['judged'], f'{words} by {j["who"]}']; self._draw()   # a list of its own: the one before is compared with it
+    self.say('kept')
 
 @patch
 def write(self:AskPanel):

@@ -8,7 +8,7 @@ __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categori
            'Checkpointing', 'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs',
            'paper', 'batch', 'card', 'push', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check',
            'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
-           'measure', 'doctor']
+           'measure', 'doctor', 'notebooks']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -205,6 +205,9 @@ def evaluate(
     examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
     answers:Annotated[Optional[str],
                       typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
+    shard:Annotated[str, typer.Option(help='2/4: answer the second of four parts only, for --merge.')]='',
+    merge:Annotated[Optional[list[str]],
+                    typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -214,11 +217,13 @@ def evaluate(
                   device=device, seed=seed)
     from fada.evaluate import evaluate_answers, evaluate_job, job_name
     folder = Path(out) if out else s.output/'run'/(f'answers-{Path(answers).stem}' if answers
-                                                   else job_name(s, weights, adapter))
+                                                   else job_name(s, weights, adapter)
+                                                   + (f"-part{shard.replace('/', 'of')}" if shard else ''))
     if answers: m = evaluate_answers(answers, folder, s.data if data else None, s.categories, split, s.seed)
     else:
         m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
-                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples)
+                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples,
+                         shard=shard, shards=merge or ())
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
@@ -322,19 +327,17 @@ def batch(
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Print the jobs with planned memory and hours; run none.')]=False,
     only:Annotated[str, typer.Option(help='Names of jobs, with wildcards, by commas; what they need comes along.')]='',
     force:Annotated[bool, typer.Option('--force', help='Do again what is done.')]=False,
-    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: this machine.')]='',
+    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: [cluster] of settings.ini, else this machine.')]='',
     json:Json=False, quiet:Quiet=False,
 ):
     """Run what is missing of a grid of trainings and evaluations; exit status 1 where a job is not done.
 
     Example: fada batch night.toml --dry-run"""
     _settings(quiet)
-    from fada.grid import batch_text, dry_run as rehearse, run_grid
+    from fada.grid import batch_text, dry_run as rehearse, run_grid, totals_text
     if dry_run:
-        t = rehearse(grid, out, only)
-        said = f'\n{len(t)} jobs, {(t.state != "done").sum()} to do'
-        if (t.memory_gib == 'not known').any(): said += '; memory that is not known counts as none'
-        return _show(t.to_dict('records'), json, t.to_string(index=False)+said)
+        t,totals = rehearse(grid, out, only)
+        return _show(dict(jobs=_rows(t), totals=totals), json, t.to_string(index=False, na_rep='not known')+'\n'+totals_text(totals))
     about = run_grid(grid, out, only, force, scheduler, **({'say': lambda line: None} if quiet else {}))
     _show(about, json, batch_text(about))
     if set(about['states']) - {'done', 'reused'}: raise typer.Exit(1)
@@ -784,6 +787,18 @@ def doctor(model:Model=None, precision:Precision=None, device:Device=None, json:
     found = examine(model=model, precision=precision, device=device)
     _show(dict(ready=ready(found), findings=[asdict(f) for f in found]), json, '\n'.join(f.line() for f in found))
     if not ready(found): raise typer.Exit(1)
+
+# %% ../nbs/16_cli.ipynb #96ea4994
+@app.command()
+def notebooks(folder:Annotated[str, typer.Argument(help='Where they go; what is there stays.')],
+              json:Json=False, quiet:Quiet=False):
+    """Copy the run and app notebooks, the tutorials and a settings.ini into a folder.
+
+    Example: fada notebooks work"""
+    _settings(quiet)
+    from fada.book import copy_notebooks
+    r = copy_notebooks(folder)
+    _show(r, json, f"{len(r['written'])} files in {folder}, {len(r['kept'])} were there already; next: jupyter lab {folder}")
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()

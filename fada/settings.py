@@ -82,6 +82,14 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'remote_parallel': ('remote',  'parallel',       int,  '4',             'requests under way at a time'),
     'remote_timeout': ('remote',   'timeout',        int,  '60',            'seconds a reply may take'),
     'remote_retries': ('remote',   'retries',        int,  '5',             'further tries after a fault'),
+    'cluster_scheduler': ('cluster', 'scheduler',    str,  '',              'address of a Dask scheduler'),
+    'cluster_jobqueue': ('cluster', 'jobqueue',      str,  '',              'slurm, to ask it for workers'),
+    'cluster_queue':  ('cluster',  'queue',          str,  '',              'partition to ask for'),
+    'cluster_workers': ('cluster', 'workers',        int,  '2',             'workers to ask for, a slot each'),
+    'cluster_cores':  ('cluster',  'cores',          int,  '4',             'cores of a worker'),
+    'cluster_memory': ('cluster',  'memory',         str,  '32GB',          'main memory of a worker'),
+    'cluster_cards':  ('cluster',  'cards',          int,  '1',             'cards of a worker, 0 or more'),
+    'cluster_hours':  ('cluster',  'hours',          int,  '12',            'longest life of a worker'),
 }
 
 # %% ../nbs/00_settings.ipynb #e9b63963
@@ -91,7 +99,9 @@ class Settings:
     data: Path; categories: tuple; phantoms: int; output: Path; model: str; precision: str; device: str
     seed: int; jobs: int; balance: str; rare_weight: int; max_new_tokens: int; fetal_sex: bool; sentence_model: Path|None
     push: bool; remote: bool; remote_text: bool; remote_budget: str
-    remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int; source: dict
+    remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int
+    cluster_scheduler: str; cluster_jobqueue: str; cluster_queue: str; cluster_workers: int; cluster_cores: int
+    cluster_memory: str; cluster_cards: int; cluster_hours: int; source: dict
 
 # %% ../nbs/00_settings.ipynb #5f0a2791
 def _convert(name, text, base, where):
@@ -115,11 +125,12 @@ def _convert(name, text, base, where):
     if kind is int:
         try: value = int(str(text))
         except ValueError: raise bad('a whole number') from None
-        if value < (0 if name == 'seed' else 1):
-            raise bad('a number of at least ' + ('0' if name == 'seed' else '1'))
+        least = 0 if name in ('seed', 'cluster_cards') else 1
+        if value < least: raise bad(f'a number of at least {least}')
         return value
     for key,allowed in (('precision', PRECISIONS), ('balance', BALANCES)):
         if name == key and text not in allowed: raise bad('one of ' + ', '.join(allowed))
+    if name == 'cluster_jobqueue' and text not in ('', 'slurm'): raise bad('slurm, or nothing')
     return str(text).strip()
 
 # %% ../nbs/00_settings.ipynb #f26c43c1

@@ -230,6 +230,9 @@ def test_the_key_is_nowhere(small_data, tmp_path):
 
 @pytest.mark.parametrize('command,remote,said', [
     (('ask', 'IMAGE'), dict(allowed='no'), '[remote] allowed'),
+    pytest.param(('ask', 'IMAGE', '--model', 'both'), dict(allowed='no'), '[remote] allowed', marks=pytest.mark.slow),
+    (('batch', 'GRID:ours'), dict(allowed='no'), 'ours sends images to this machine'),
+    (('batch', 'GRID:both', '--dry-run'), dict(allowed='no'), '[remote] allowed'),
     (('ask', 'IMAGE'), dict(budget='0 tokens'), 'the budget of 0 tokens'),
     (('ask', 'IMAGE'), dict(budget='3 USD'), 'its price is not known'),
     pytest.param(('evaluate', '--data', 'DATA'), dict(allowed='no'), '[remote] allowed', marks=pytest.mark.slow),
@@ -243,6 +246,9 @@ def test_bad_input_on_the_command_line(command, remote, said, small_data, tmp_pa
     try:
         folder = project(tmp_path/'p', d.url, **remote)
         put = dict(IMAGE=str(next(small_data.rglob('*.png'))), DATA=str(small_data))
+        for name in ('ours', 'both'):
+            put[f'GRID:{name}'] = str(grid := folder/f'{name}.toml')
+            grid.write_text(f'models = ["{name}"]\ntasks = ["baseline"]\ncategories = ["Femur"]\ndata = "{small_data}"\n')
         r = run(folder, *[put.get(w, w) for w in command])
     finally: d.close()
     assert r.returncode == 1 and said in r.stderr+r.stdout and d.log == []

@@ -6,15 +6,21 @@ const make = (tag, attributes = {}, text = '') => {
   e.textContent = text; return e; };
 const ACTS = [['where', 'where?', 'where the answer depended on the image (Enter)'], ['accept', '✓', 'accept (a)'], ['edit', '✎', 'edit (e)'], ['reject', '✗', 'reject (r)']];
 
-function guard(limit, tell) {                        // a file too large for the page is refused here: sent, it would break the line without a word
-  return e => { const f = e.target.files?.[0]; if (e.target.type !== 'file' || !f || f.size <= limit) return;
-    e.stopImmediatePropagation(); e.preventDefault(); e.target.value = ''; tell({kind: 'too large', bytes: f.size}); }; }
+function guard(mine, limit, tell) {                  // a file too large for the page is refused here: sent, it would break the line without a word
+  const check = e => { const f = e.target.files?.[0]; if (!f || f.size <= limit) return;
+    e.stopImmediatePropagation(); e.target.value = ''; tell({kind: 'too large', bytes: f.size}); };
+  return e => { if (!mine(e.target)) return;         // the file field of ipywidgets is in no document: it is met when a press of its button opens it
+    const field = HTMLInputElement.prototype, open = field.click; setTimeout(() => { field.click = open; });
+    field.click = function () { if (this.type === 'file') this.addEventListener('change', check, {capture: true, once: true}); return open.call(this); }; }; }
 
 function render({model, el}) {
   const root = make('div', {class: 'fada-answers', 'data-lm-suppress-shortcuts': 'true'}), table = make('table'); root.append(table); el.append(root);
   let chosen = 0, side = 0;
   const send = (kind, row, where, text = '') => model.send({kind, row, side: where, text});
-  const limit = guard(model.get('largest'), m => model.send(m)); document.addEventListener('change', limit, true);
+  const panel = () => root.closest('.fada-ask'), limit = guard(e => panel()?.contains(e), model.get('largest'), m => model.send(m));
+  // Lab looks at the focused element itself: without the mark two presses of d on a button delete the cell
+  const quiet = e => { if (panel()?.contains(e.target)) e.target.setAttribute('data-lm-suppress-shortcuts', 'true'); };
+  document.addEventListener('click', limit, true); document.addEventListener('focusin', quiet);
 
   function edit(cell, row, where, said) {            // a field in place of the buttons
     const field = make('input', {type: 'text', 'aria-label': 'the right answer'}); field.value = said.text; cell.append(field); field.focus(); field.select();
@@ -57,6 +63,6 @@ function render({model, el}) {
     else return;
     e.preventDefault(); });
   model.on('change:rows', draw); model.on('change:titles', draw); draw();
-  return () => { document.removeEventListener('change', limit, true); model.off('change:rows', draw); model.off('change:titles', draw); }; }
+  return () => { document.removeEventListener('click', limit, true); document.removeEventListener('focusin', quiet); model.off('change:rows', draw); model.off('change:titles', draw); }; }
 
 export default {render};

@@ -1,0 +1,184 @@
+"""The ask panel on hard ground: what leaves the machine, what an export holds, and, in a real JupyterLab, a cine and a
+service whose answers are markup."""
+import io, json, os, re, sys, zipfile
+from pathlib import Path
+import numpy as np
+import pytest
+from PIL import Image
+sys.path.insert(0, str(Path(__file__).parent))
+from services import Door, picture, reply
+from test_browser import _open, browser, lab, shots     # noqa: fixtures
+from fada.ask import AskPanel, Picture, offered_here, uploaded
+from fada.session import Session
+from fada.settings import FadaError, load_settings
+
+BAIT = '<img src=x onerror="document.title=1">'
+SECRETS = ('DOE', 'JANE', 'Doe', 'Jane', 'HIDDEN-7', 'SN-4711', '19900101', 'St. Elsewhere')
+
+def cine(frames=5, side=96):
+    "Frames of a sector in which a bright bar wanders"
+    y, x = np.mgrid[:side, :side]; out = []
+    for k in range(frames):
+        a = np.where((y > 8) & (abs(x-side/2) < 8+y*.45), 40, 0).astype(np.uint8); a[30:60, 20+10*k:26+10*k] = 220; out.append(a)
+    return np.stack(out)
+
+def write_dicom(path, frames):
+    "A multi-frame ultrasound file with a scale, a patient, and private tags"
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage, generate_uid
+    ds = Dataset(); ds.file_meta = FileMetaDataset(); ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.Modality = 'DOE^JANE', 'Doe-1', '19900101', 'US'
+    ds.InstitutionName, ds.DeviceSerialNumber = 'St. Elsewhere', 'SN-4711'
+    block = ds.private_block(0x0011, 'ACME JANE', create=True); block.add_new(1, 'LO', 'HIDDEN-7'); block.add_new(2, 'PN', 'Doe^Jane')
+    ds.NumberOfFrames, ds.Rows, ds.Columns = frames.shape; ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, 'MONOCHROME2'
+    ds.BitsAllocated = ds.BitsStored = 8; ds.HighBit, ds.PixelRepresentation = 7, 0; ds.PixelData = frames.tobytes()
+    r = Dataset(); r.RegionLocationMinX0 = r.RegionLocationMinY0 = 0; r.RegionLocationMaxX1, r.RegionLocationMaxY1 = frames.shape[2]-1, frames.shape[1]-1
+    r.PhysicalUnitsXDirection = r.PhysicalUnitsYDirection = 3; r.PhysicalDeltaX = r.PhysicalDeltaY = .02
+    r.RegionSpatialFormat = r.RegionDataType = 1; r.RegionFlags = 0; ds.SequenceOfUltrasoundRegions = [r]
+    ds.save_as(path, enforce_file_format=True); return path
+
+@pytest.fixture(scope='module')
+def settings(tmp_path_factory):
+    d = tmp_path_factory.mktemp('panel'); (d/'settings.ini').write_text('[output]\nfolder = outputs\n[data]\nfolder = none\n')
+    return load_settings(d)
+
+@pytest.fixture(scope='module')
+def nano(settings): return offered_here(settings)
+
+def asked(panel, *questions): panel.run(list(questions)); panel.wait(); return panel.state.value
+
+def test_an_export_holds_nobody(nano, settings, tmp_path):
+    "Patient, private tags and file name of a DICOM are in no file of the export; frame and scale are; frames are told apart"
+    path = write_dicom(tmp_path/'Doe_Jane_19900101.dcm', cine()); p = uploaded(path.name, path.read_bytes())
+    assert p.mm_per_px == pytest.approx(.2) and len(p.get()) == 5
+    panel = AskPanel(nano, [p], Session(tmp_path/'session')); panel.who.value = 'Ada'; assert 'done' in asked(panel, 6)
+    panel.views[0].frame = 3; assert 'done' in asked(panel, 6, 'Is <b>Jane</b> here?'.replace('Jane', 'it')); panel.told(dict(kind='accept', row=0, side=0))
+    panel.write(); kept = panel.session.turns
+    assert [t.frame for t in kept] == [0, 3, 3] and kept[0].pixels_sha256 != kept[1].pixels_sha256 and kept[0].mm_per_px == pytest.approx(.2)
+    with zipfile.ZipFile(tmp_path/'session'/'session.zip') as z: files = {n: z.read(n) for n in z.namelist()}
+    assert {'again.ipynb', 'answers.csv', 'turns.jsonl', 'corrections.jsonl'} < set(files) and sum(n.endswith('.png') for n in files) == 2
+    for name, data in files.items():
+        for secret in SECRETS: assert secret.encode() not in data and secret not in name, (secret, name)
+        if name.endswith('.png'): assert not Image.open(tmp_path/'session'/name).info
+
+def test_markup_stays_text_wherever_it_goes(nano, tmp_path):
+    "In image name, question, judge and file name: no `<img` reaches a widget that renders markup"
+    import ipywidgets as w
+    frame = Image.fromarray(cine()[0]).convert('RGB')
+    panel = AskPanel({f'a{BAIT}': next(iter(nano.values()))}, [Picture(f'x{BAIT}', lambda: frame, {6: BAIT})], Session(tmp_path/'s'))
+    asked(panel, f'{BAIT} ?', 6); panel.who.value = BAIT; panel.told(dict(kind='edit', row=1, side=0, text=BAIT)); panel.write()
+    panel.told(dict(kind='accept', row=7, side=0)); panel.told(dict(kind='edit', row=1, side=0, text=''))
+    def every(x): return [x, *(y for c in getattr(x, 'children', ()) for y in every(c))]
+    pages = [x.value for x in every(panel.widget) if isinstance(x, w.HTML)]; assert len(pages) >= 5
+    assert not any(re.search('<img', h) for h in pages) and sum('&lt;img' in h for h in pages) >= 2
+
+def test_what_is_not_known_is_not_shown_as_known(nano, tmp_path):
+    "Millimetres without scale, an age without dates, the sex of a fetus: not determinable, with the reason; the model is not asked about sex"
+    from fada.vlm import Answer
+    class Sure:
+        core = None; spec = None
+        def ask(self, image, questions): self.asked = list(questions); return [Answer('q', said[q], q if isinstance(q, int) else None, confidence=.9) for q in questions]
+    said = {4: 'femur length, 31 mm', 5: '22 weeks', 7: 'growth restriction', 6: 'good', 'What is it?': 'a boy', 'How long?': 'the femur has 31.5 mm'}
+    sure = Sure(); offer = nano['blip2-nano'].__class__(lambda: sure)
+    frame = Image.fromarray(cine()[0]).convert('RGB')
+    panel = AskPanel({'sure': offer}, [Picture('x', lambda: frame)], Session(tmp_path/'s')); panel._tell_methods = lambda vlm: None
+    asked(panel, *said, 'Is it a girl?'); assert 'Is it a girl?' not in sure.asked
+    rows = {r['question']: r['said'][0] for r in panel.rows}; text = {k: v['text'] for k, v in rows.items()}
+    assert [t for t in text.values()].count('not determinable') >= 5 and rows['How is the image quality?']['text'] == 'good'
+    assert 'scale' in rows['Which biometric measurements can be taken?']['reason'] and '31 mm' in rows['Which biometric measurements can be taken?']['note']
+    assert 'fetal_sex' in rows['Is it a girl?']['reason'] and 'fetal_sex' in rows['What is it?']['reason']
+    assert 'boy' not in json.dumps([t.__dict__ for t in panel.session.turns])
+    open_ = AskPanel({'sure': offer}, [Picture('x', lambda: frame, mm_per_px=.2)], Session(tmp_path/'t'), fetal_sex=True); open_._tell_methods = lambda vlm: None
+    asked(open_, 4, 'What is it?'); assert [r['said'][0]['text'] for r in open_.rows] == ['femur length, 31 mm', 'a boy']
+
+@pytest.fixture(scope='module')
+def written():
+    "A phantom with a name written beside its sector"
+    from PIL import ImageDraw
+    from fada.phantoms import make_phantom
+    im = Image.fromarray(make_phantom('Femur', (99, 1, 0)).image).convert('RGB')
+    wide = Image.new('RGB', (im.width+120, im.height)); wide.paste(im, (120, 0)); ImageDraw.Draw(wide).text((4, 4), 'DOE^JANE 1990', fill='white'); return wide
+
+@pytest.mark.parametrize('allowed', ['yes', 'no'])
+def test_a_service_is_asked_after_consent_only(allowed, written, tmp_path, monkeypatch):
+    "Nothing leaves before `Send it`; whom it goes to is said; what is written on the picture stays; the setting has the last word"
+    sent = []
+    def upstream(body): sent.append(picture(body)); return reply(f'femur {BAIT}', 60 if picture(body) else 10)
+    d = Door(upstream)
+    try:
+        (tmp_path/'settings.ini').write_text(f'[model]\nname = ours\n[remote]\nallowed = {allowed}\nrequests_per_minute = 60000\n')
+        (tmp_path/'models.toml').write_text('[ours]\nlike = "openai"\ncheckpoint = "served"\nprompt = "{question}"\n'
+                                            f'[ours.service]\nurl = "{d.url}/v1"\nkey = "OUR_KEY"\n')
+        monkeypatch.chdir(tmp_path); monkeypatch.setenv('OUR_KEY', 'k')
+        panel = AskPanel(offered_here(load_settings()), [Picture('x', lambda: written)], Session(tmp_path/'s'))
+        said = asked(panel, 6); assert d.log == []
+        if allowed == 'no':
+            if panel.consent.layout.display == '': panel.send.click(); panel.wait()
+            assert '[remote] allowed' in panel.state.value and d.log == []; return
+        assert 'waiting for your word' in said and f':{d.url.rsplit(":", 1)[1]}' in panel.consent.children[0].value and panel.consent.layout.display == ''
+        panel.keep_back.click(); panel.wait(); assert 'not sent' in panel.state.value and d.log == [] and not panel.session.turns
+        asked(panel, 6); panel.send.click(); panel.wait(); assert 'done' in panel.state.value, panel.rows
+        before = len(d.log); assert 'done' in asked(panel, 3) and len(d.log) == before+1     # it was agreed to once
+        assert panel.consent.layout.display == 'none' and panel.rows[0]['said'][0]['text'] == f'femur {BAIT}'
+        shown = np.asarray(Image.open(io.BytesIO(sent[-1]))); assert not Image.open(io.BytesIO(sent[-1])).info and len(shown)
+        assert shown[:30, :100].max() == 0 < np.asarray(written)[:30, :100].max()
+    finally: d.close()
+
+CELL = '''import os; os.chdir(PROJECT)
+from PIL import Image
+import numpy as np
+from fada.ask import AskPanel, Picture, offered_here
+from fada.session import Session
+from fada.settings import load_settings
+from fada.phantoms import make_phantom
+here, there = offered_here(load_settings(model='blip2-nano')), offered_here(load_settings())
+frames = [Image.fromarray(make_phantom('Femur', (99, 1, k)).image).convert('RGB') for k in range(4)]
+AskPanel({**here, 'once more': here['blip2-nano'], **there}, [Picture('cine', lambda: frames, mm_per_px=.2)], Session('session')).widget'''
+
+@pytest.mark.browser
+def test_a_cine_two_models_and_a_service_in_jupyterlab(browser, lab, shots, tmp_path):
+    "Dark theme, keys: frames, one scrubber for two models, a service that answers in markup after consent; no key deletes a cell"
+    from test_app import CONTRAST, said, tab_to
+    d = Door(lambda body: reply(f'femur {BAIT}', 60 if picture(body) else 10))
+    try:
+        (tmp_path/'settings.ini').write_text('[model]\nname = ours\n[remote]\nallowed = yes\nkeep_text = yes\nrequests_per_minute = 60000\n')
+        (tmp_path/'models.toml').write_text('[ours]\nlike = "openai"\ncheckpoint = "served"\nprompt = "{question}"\n'
+                                            f'[ours.service]\nurl = "{d.url}/v1"\nkey = "OUR_KEY"\n')
+        put(lab, 'panel.ipynb', "import os; os.environ['OUR_KEY'] = 'k'\n"+CELL.replace('PROJECT', repr(str(tmp_path))))
+        theme(lab, 'JupyterLab Dark'); page = _open(browser, lab, 'panel.ipynb'); kept = lambda: page.locator('.fada-ask').count() == 1 and page.locator('canvas.picture').count() == 2
+        pixels = lambda k: page.locator('canvas.picture').nth(k).evaluate('e => e.toDataURL()'); settle = lambda: page.wait_for_timeout(300)
+        pick = lambda label, value: page.locator(f'.widget-dropdown:has(label:text-is("{label}")) select').select_option(value)
+        picture_ = page.locator('canvas.picture').first; page.wait_for_function("document.querySelector('canvas.picture').dataset.ruler?.endsWith('mm')")
+        first = pixels(0); picture_.focus(); page.keyboard.press('PageDown'); settle(); second = pixels(0); assert second != first
+        page.keyboard.press('PageUp'); settle(); assert pixels(0) == first; page.keyboard.press('PageDown'); page.keyboard.press('PageDown')
+        pick('beside it', 'once more'); said(page, 'blip2-nano beside once more')
+        page.fill('input[placeholder^="a question"]', 'What is the fetal orientation?'); page.keyboard.press('Tab')
+        ask = page.locator('button:text-is("Ask")'); ask.focus(); page.keyboard.press('d'); page.keyboard.press('d'); settle(); assert kept()
+        page.keyboard.press('Enter'); said(page, 'done', 60); assert page.locator('.fada-answers tr').nth(1).locator('td').count() == 4
+        bare = pixels(0), pixels(1); tab_to(page, '.fada-answers tr'); page.keyboard.press('Enter'); page.wait_for_selector('.tokens:visible button >> nth=2', timeout=60_000); said(page, 'done')
+        settle(); whole = pixels(0), pixels(1); assert whole[0] != bare[0] and whole[1] != bare[1]
+        page.locator('.tokens').first.locator('button').nth(1).click(); settle(); one = pixels(0), pixels(1); assert one[0] != whole[0] and one[1] != whole[1]
+        page.keyboard.press('d'); page.keyboard.press('d'); assert kept()
+        page.screenshot(path=shots/'panel_dark_1280.png'); assert page.evaluate(CONTRAST, '.fada-ask') == []
+        pick('beside it', 'none'); pick('model', 'ours'); said(page, 'ours: ready'); ask.click(); page.wait_for_selector(f'.fada-ask b:has-text(":{d.url.rsplit(":", 1)[1]}")')
+        assert d.log == []; page.screenshot(path=shots/'panel_consent.png'); page.click('button:has-text("Send it")')
+        page.wait_for_selector('.fada-answers b:has-text("femur <img src=x")', timeout=60_000); said(page, 'done'); page.click('text=history of this session')
+        page.wait_for_selector('li:has-text("femur <img src=x")'); assert page.title() != '1' and d.log
+        page.set_viewport_size(dict(width=800, height=1000)); settle(); page.screenshot(path=shots/'panel_dark_800.png'); page.close()
+        turns = [json.loads(l) for l in (tmp_path/'session'/'turns.jsonl').read_text().splitlines()]
+        assert [(t['frame'], t['model']['name']) for t in turns] == [(2, 'blip2-nano'), (2, 'blip2-nano'), (2, 'ours')]
+    finally: theme(lab, 'JupyterLab Light'); d.close()
+
+def put(lab, name, source):
+    "Give Lab a notebook of one cell"
+    cell = dict(cell_type='code', id='one', metadata={}, outputs=[], execution_count=None, source=source)
+    book = dict(cells=[cell], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')), nbformat=4, nbformat_minor=5)
+    _send(f'{lab}/api/contents/app/{name}', dict(type='notebook', format='json', content=book))
+
+def theme(lab, name): _send(f'{lab}/lab/api/settings/@jupyterlab/apputils-extension:themes', dict(raw=json.dumps(dict(theme=name))))
+
+def _send(url, body):
+    from urllib.request import Request, urlopen
+    urlopen(Request(url+'?token=t0ken', json.dumps(body).encode(), method='PUT'), timeout=20)
