@@ -81,7 +81,8 @@ def opened(browser, lab, tmp_path_factory):
 @pytest.fixture
 def page(opened):
     "The viewer as it was first shown"
-    p = opened[0]; tell(p, ''); tell(p, 'again'); p.wait_for_function("() => document.querySelectorAll('.fada-viewer .tokens button').length === 5")
+    p = opened[0]; p.wait_for_timeout(250); tell(p, ''); tell(p, 'again');   # the last test's choices have been told by now
+    p.wait_for_function("() => document.querySelectorAll('.fada-viewer .tokens button').length === 5")
     p.wait_for_selector('.fada-viewer .told:has-text("frame 1 of 12")'); drawn(p); return p
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_cine(page, heard):
       document.querySelector('.fada-viewer button[aria-label=play]').click();
       const look = () => { seen.add(text.textContent); performance.now()-began < 1500 ? requestAnimationFrame(look) : done([...seen]); }; look(); })""")
     assert len(seen) >= 8, seen
-    during = len(heard.path.read_text().splitlines())-lines; page.locator('.fada-viewer button[aria-label=pause]').click()
+    during = len(heard.path.read_text().splitlines())-lines; page.locator('.fada-viewer button[aria-label=pause]').click(); drawn(page)
     k = int(page.locator('.fada-viewer .bar .number').first.inner_text().split()[0])-1; heard(page, 'frame', k); assert during == 0
 
 def test_ruler_and_line_in_mm_and_pixels(page, shots):

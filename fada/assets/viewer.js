@@ -85,16 +85,15 @@ function coloured(values, columns, [low, high],
 class View {
   constructor(model, el) {
     this.model = model; this.get = name => model.get(name); this.listeners = []; this.drawn = 0; this.playing = null;
-    this.untold = new Set();
     this.build(el); this.listen(); this.newFrames(); this.newHeat(); this.refresh();
   }
 
   // What is chosen here is set at once, and told to the kernel when the hand rests
   set(changes, tell = true) {
-    for (const [k, v] of Object.entries(changes)) { this.model.set(k, v); this.untold.add(k); }
+    for (const [k, v] of Object.entries(changes)) this.model.set(k, v);
     if (!tell) return;
     clearTimeout(this.telling);
-    this.telling = setTimeout(() => { this.untold.clear(); this.model.save_changes(); }, 150);
+    this.telling = setTimeout(() => this.model.save_changes(), 150);
   }
 
   build(el) {
@@ -177,9 +176,11 @@ class View {
   newFrames() {
     this.play(false); this.picture = new Picture(this.get('frames')); this.bitmap = this.base = this.line = null;
     this.failed = false;
-    // what the kernel had not heard of belongs to the last picture
+    // another picture starts whole: what was chosen for the last one, and came too late for the kernel to undo, goes
     const start = { frame: 0, zoom: 1, pan: [0, 0], window: WINDOW, level: LEVEL };
-    for (const k of this.untold) if (k in start) this.model.set(k, start[k]);
+    const late = Object.entries(start).filter(([k, v]) => `${this.get(k)}` !== `${v}`);
+    if (late.length && this.begun) this.set(Object.fromEntries(late));
+    this.begun = true;
     this.newFrame();
   }
 
@@ -259,8 +260,7 @@ class View {
   geometry() {   // picture on stage: `at` is its left top corner, `scale` screen pixels a picture pixel
     const w = this.base.width, h = this.base.height, W = this.canvas.clientWidth, H = this.canvas.clientHeight;
     const scale = Math.min(W / w, H / h) * clamp(this.get('zoom'), 1, 32);
-    const room = [Math.max(0, .5 - W / (2 * scale * w)),
-      Math.max(0, .5 - H / (2 * scale * h))];   // as far as it may move
+    const room = [W / w, H / h].map(r => Math.max(0, .5 - r / (2 * scale)));   // as far as it may move
     const pan = this.get('pan').map((p, i) => clamp(p, -room[i], room[i]));
     return { w, h, W, H, scale, room, pan,
       at: [W / 2 - (.5 + pan[0]) * w * scale, H / 2 - (.5 + pan[1]) * h * scale] };
@@ -268,8 +268,8 @@ class View {
 
   zoomBy(factor, point) {   // what lies under `point` stays there
     if (!this.base) return;
-    const g = this.geometry(), zoom = clamp(this.get('zoom') * factor, 1, 32),
-      f = zoom / clamp(this.get('zoom'), 1, 32), p = point ?? [g.W / 2, g.H / 2];
+    const g = this.geometry(), was = clamp(this.get('zoom'), 1, 32), zoom = clamp(was * factor, 1, 32), f = zoom / was;
+    const p = point ?? [g.W / 2, g.H / 2];
     const pan = [[g.W, g.w], [g.H, g.h]].map(([S, s], i) => g.pan[i] + (p[i] - S / 2) / (g.scale * s) * (1 - 1 / f));
     this.set({ zoom, pan }); this.set({ pan: this.geometry().pan });
   }
@@ -289,8 +289,8 @@ class View {
 
   press(e) {
     this.canvas.focus({ preventScroll: true }); e.preventDefault(); this.canvas.setPointerCapture(e.pointerId);
-    this.held = { how: e.button === 2 ? 'grey' : e.shiftKey && this.base ? 'line' : 'move', x: e.clientX,
-      y: e.clientY };
+    const how = e.button === 2 ? 'grey' : e.shiftKey && this.base ? 'line' : 'move';
+    this.held = { how, x: e.clientX, y: e.clientY };
     if (this.held.how === 'line') { const p = this.inPicture(e.offsetX, e.offsetY); this.line = [...p, ...p]; }
   }
 
@@ -305,14 +305,14 @@ class View {
   release() { this.held = null; }
 
   // ---- measuring, in pixels of the frame
-  inPicture(x, y) { const g = this.geometry(); return [clamp((x - g.at[0]) / g.scale, 0, g.w),
-    clamp((y - g.at[1]) / g.scale, 0, g.h)]; }
+  inPicture(x, y) {
+    const g = this.geometry(); return [clamp((x - g.at[0]) / g.scale, 0, g.w), clamp((y - g.at[1]) / g.scale, 0, g.h)];
+  }
 
   measure() {   // a line across the middle quarter of what is in sight; or, where there is one, its other end
     if (!this.base) return;
-    const g = this.geometry();
-    this.line = this.line ? [...this.line.slice(2),
-      ...this.line.slice(0, 2)] : [...this.inPicture(.375 * g.W, g.H / 2), ...this.inPicture(.625 * g.W, g.H / 2)];
+    const { W, H } = this.geometry(), l = this.line;
+    this.line = l ? [l[2], l[3], l[0], l[1]] : [...this.inPicture(.375 * W, H / 2), ...this.inPicture(.625 * W, H / 2)];
     this.refresh();
   }
 
@@ -329,11 +329,11 @@ class View {
 
   // ---- keys; true: taken
   key(e) {
-    const t = e.target, arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1],
-      ArrowDown: [0, 1] }[e.key];
+    const t = e.target;
+    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key];
     if (this.tokens.contains(t)) {
-      const by = arrow ? arrow[0] + arrow[1] : { Home: -1 - this.token(),
-        End: this.maps.length - 2 - this.token() }[e.key];
+      const ends = { Home: -1 - this.token(), End: this.maps.length - 2 - this.token() };
+      const by = arrow ? arrow[0] + arrow[1] : ends[e.key];
       if (by !== undefined) { this.choose(by); return true; }
     }
     if (t === this.canvas) {
