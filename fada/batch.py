@@ -227,6 +227,7 @@ def _watch(p, job:Job, every:float=.2):
             why = f'it took {m/2**30:.1f} GiB of main memory, more than {job.limit/2**30:.1f}'
         if why: _end(p); asked = time.monotonic()
 
+# %% ../nbs/13_batch.ipynb #8e006215
 def _execute(job:Job, parameters:dict, env:dict, lock:int)->tuple:
     "Run a notebook in a process group of its own, which inherits the lock; returns (exit status, why it was ended)"
     part = job.part; order = part/'order.json'
@@ -275,6 +276,7 @@ def _settle(job:Job, begun:str, seconds:float, retried:bool):
     if job.folder.exists(): job.folder.rename(old)
     job.part.rename(job.folder); shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/13_batch.ipynb #e91c7782
 def run_job(job:Job, threads:int=1)->Result:
     "Run one job in a process group of its own unless it is done; its output goes to run.log in its folder"
     known = check_parameters(job.notebook, job.parameters)
@@ -367,6 +369,7 @@ def run_jobs(
         if not executor: pool.shutdown()
     return [w.results[j.name] for j in jobs]
 
+# %% ../nbs/13_batch.ipynb #f190f556
 def _result(future, job:Job)->Result:
     "What a future brought; an exception fails its job alone"
     try: return future.result()

@@ -135,14 +135,6 @@ def _scored(out, parts, none, everything, damaged, data)->Results:
                    none, everything, folder=data)
 
 # %% ../nbs/10_evaluate.ipynb #f7df0ee5
-def _ask_all(vlm, data, everything, rows, log, split, seed, control_images)->list:
-    "Answers of all rows, then, where `control_images` of them are wanted, those of the controls: a list of tables"
-    parts = [ask_table(vlm, data, rows, 'plain', log)]
-    if not control_images: return parts
-    return parts + ask_controls(vlm, data, rows, subset(rows, control_images, seed),
-                                everything[everything.split == split].drop_duplicates('image'),
-                                everything[everything.split == 'train'], log, seed)
-
 def evaluate(
     vlm, data,                    # model, data folder
     out,                          # job folder: takes answers.jsonl, scores.parquet and metrics.json
@@ -172,13 +164,6 @@ def evaluate(
     more = dict(damaged_lines=damaged, **took, **({'spending': spending(records)} if vlm.paid else {}))
     if preset: more['preset'] = dict(name=preset, can_show=what_45_can_show(len(rows)))
     return write_results(out, found, vlm.identity(), split, seed, dict(more, examples=examples))
-
-def _scored(out, parts, none, everything, damaged, data)->Results:
-    "The answers with their scores; half-written lines of the log are set aside"
-    aside = [dict(place='answers.jsonl', reason=f'damaged: {damaged} half-written line(s)')] if damaged else []
-    columns = ['place','reason','image','question','prediction']
-    return Results(out.name, score_table(pd.concat(parts, ignore_index=True)), pd.DataFrame(aside, columns=columns),
-                   none, everything, folder=data)
 
 # %% ../nbs/10_evaluate.ipynb #ce0f27dc
 def spending(
@@ -298,19 +283,6 @@ def evaluate_job(
                     adapter=str(adapter or ''), precision=s.precision, categories=list(s.categories), seed=s.seed,
                     examples=options.get('examples', 0), preset=options.get('preset', ''), data=str(s.data), **about))
     return metrics
-
-def _loaded(s, weights, adapter)->tuple:
-    "(model, how long its loading took and what it holds)"
-    import logging
-    # its remark on an optional CPU kernel is not the user's business
-    logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)
-    # imported before the clock of loading starts: a library's own import is no part of a model's load time
-    import bitsandbytes, peft
-    from transformers import Blip2ForConditionalGeneration, Blip2Processor
-    with measured() as loading:
-        vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
-    return vlm, dict(load_seconds=loading['seconds'], load_grown_bytes=loading['grown_bytes'],
-                     weights_bytes=sum(map(held_bytes, vlm.cores)))
 
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5
 SHOWN = ('majority in category','majority','blank','shuffled same','shuffled other','no image')
