@@ -339,11 +339,12 @@ def run_jobs(
     executor=None,        # a `concurrent.futures.Executor`, such as Dask's; None: threads of this process
     tell=None,            # called with the results so far whenever one is added
     look=None,            # called every second; what it raises ends the batch
+    threads:int=0,        # of each process here; 0: the cores shared by those that run
 )->list:                  # of Result, in the order of `jobs`
     """Run `jobs`, each after those it depends on; one that fails does not stop the rest, Ctrl-C stops them
     all and loses nothing that is done"""
     _check_order(jobs); _stop.clear(); w = _Waiting(jobs, max(1, workers), memory)
-    threads = 0 if executor else max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
+    if not executor: threads = threads or max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
     def add(r):
         w.results[r.job.name] = r
         if say:

@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'AXES', 'LIMITS', 'COUNTS', 'KEYS', 'BESIDE', 'COLOURS', 'Gr
            'batch_figure', 'batch_text']
 
 # %% ../nbs/13c_grid.ipynb #a83d3ea1
-import fnmatch, itertools, sys, time, tomllib
+import fnmatch, itertools, os, sys, time, tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -315,10 +315,12 @@ def run_grid(
     memory = _plan_missing(g, jobs, s.device)
     if 'memory' in g.limits: memory = parse_size(g.limits['memory'], 'memory')
     note = lambda results: _note(out, g, results, jobs, start)
-    run = lambda slots, memory, executor=None, look=None: heartbeat(
-        lambda: run_jobs(jobs, slots, say, memory, executor, note, look), jobs, say)
+    # by slots, not by what else is to be done: sums come out by threads, and a job's answers are its own
+    slots = g.limits.get('slots', s.jobs); threads = max(1, (os.cpu_count() or 1)//slots)
+    run = lambda slots, memory, executor=None, look=None, threads=0: heartbeat(
+        lambda: run_jobs(jobs, slots, say, memory, executor, note, look, threads), jobs, say)
     where = cluster_of(s, scheduler, say) if not all(j.done() for j in jobs) else None
-    if not where: results = run(g.limits.get('slots', s.jobs), memory)
+    if not where: results = run(slots, memory, threads=threads)
     else:
         with where as c: results = run(c.slots, c.memory, c.executor, c.look)
     return _note(out, g, {r.job.name: r for r in results}, jobs, start, figure=True)
