@@ -228,6 +228,7 @@ def _watch(p, job:Job, every:float=.2):
             why = f'it took {m/2**30:.1f} GiB of main memory, more than {job.limit/2**30:.1f}'
         if why: _end(p); asked = time.monotonic()
 
+# %% ../nbs/13_batch.ipynb #8e006215
 def _execute(job:Job, parameters:dict, env:dict, lock:int)->tuple:
     "Run a notebook in a process group of its own, which inherits the lock; returns (exit status, why it was ended)"
     part = job.part; order = part/'order.json'
@@ -276,6 +277,7 @@ def _settle(job:Job, begun:str, seconds:float, retried:bool):
     if job.folder.exists(): job.folder.rename(old)
     job.part.rename(job.folder); shutil.rmtree(old, ignore_errors=True)
 
+# %% ../nbs/13_batch.ipynb #e91c7782
 def run_job(job:Job, threads:int=1)->Result:
     "Run one job in a process group of its own unless it is done; its output goes to run.log in its folder"
     known = check_parameters(job.notebook, job.parameters)
@@ -338,11 +340,12 @@ def run_jobs(
     executor=None,        # a `concurrent.futures.Executor`, such as Dask's; None: threads of this process
     tell=None,            # called with the results so far whenever one is added
     look=None,            # called every second; what it raises ends the batch
+    threads:int=0,        # of each process here; 0: the cores shared by those that run
 )->list:                  # of Result, in the order of `jobs`
     """Run `jobs`, each after those it depends on; one that fails does not stop the rest, Ctrl-C stops them
     all and loses nothing that is done"""
     _check_order(jobs); _stop.clear(); w = _Waiting(jobs, max(1, workers), memory)
-    threads = 0 if executor else max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
+    if not executor: threads = threads or max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
     def add(r):
         w.results[r.job.name] = r
         if say:
@@ -368,6 +371,7 @@ def run_jobs(
         if not executor: pool.shutdown()
     return [w.results[j.name] for j in jobs]
 
+# %% ../nbs/13_batch.ipynb #f190f556
 def _result(future, job:Job)->Result:
     "What a future brought; an exception fails its job alone"
     try: return future.result()

@@ -20,7 +20,7 @@ def _stamp(dask_worker=None)->dict:
     return dict({k: v for k,v in own.items() if k not in ('cores', 'system', 'machine')}, code=code[:12])
 
 def _same_everywhere(stamps:dict, ours:dict):
-    "Prove that all workers run what this machine runs; `FadaError` names the first that does not, and in what it differs"
+    "Prove that all workers run what this machine runs; `FadaError` names one that does not, and how it differs"
     for worker,theirs in stamps.items():
         other = [f'{k} {theirs.get(k)} (here {v})' for k,v in ours.items() if theirs.get(k) != v]
         if other:
@@ -47,6 +47,7 @@ class Joined:
     memory: int      # bytes of main memory that its workers may take together
     look: object     # a function that raises `FadaError` when the scheduler is gone
 
+# %% ../nbs/13b_cluster.ipynb #a28ee1d4
 def _dashboard(client, info)->str: return client.dashboard_link if 'dashboard' in info.get('services', {}) else 'none'
 
 @contextmanager
@@ -96,8 +97,10 @@ def slurm_workers(
 ):                         # context of `Joined`
     "Ask Slurm for the workers of [cluster] and join them when the first has come; they go when the batch ends"
     if not shutil.which('sbatch'):
-        raise FadaError('Slurm is not here', '[cluster] jobqueue = slurm', 'the command sbatch', 'run this on a login node')
-    with slurm_cluster(s.cluster_cores, s.cluster_memory, s.cluster_hours, s.cluster_cards, s.cluster_queue or None) as c:
+        raise FadaError('Slurm is not here', '[cluster] jobqueue = slurm', 'the command sbatch',
+                        'run this on a login node')
+    asked = s.cluster_cores, s.cluster_memory, s.cluster_hours, s.cluster_cards, s.cluster_queue or None
+    with slurm_cluster(*asked) as c:
         c.scale(s.cluster_workers); say(f'{s.cluster_workers} workers asked of Slurm; waiting for the first')
         while not c.scheduler_info['workers']: time.sleep(1)
         with joined(c.scheduler_address, say, expected=s.cluster_workers) as there: yield there
@@ -130,8 +133,9 @@ def node_script(
 )->str:                  # for `sbatch`
     "The Slurm script of one training on several nodes: accelerate's launcher on each"
     each = processes or max(1, s.cluster_cards)
-    kind = '--cpu' if not s.cluster_cards else '--multi_gpu' if nodes*each > 1 else '--num_cpu_threads_per_process=1'
-    words = [sys.executable, '-m', 'accelerate.commands.launch', kind, '--num_machines', str(nodes),
+    # the launcher's `--cpu` starts one process, whatever number is asked; without cards this one takes gloo
+    kind = ['--multi_gpu'] if nodes*each > 1 else []
+    words = [sys.executable, '-m', 'accelerate.commands.launch', *kind, '--num_machines', str(nodes),
              '--num_processes', str(nodes*each), '--mixed_precision', 'no', '--dynamo_backend', 'no',
              '--main_process_port', str(port)]
     launch = shlex.join(words)+' --main_process_ip "$FIRST" --machine_rank "$SLURM_NODEID" -m '
@@ -140,5 +144,5 @@ def node_script(
             '-p': s.cluster_queue, '--gres': f'gpu:{s.cluster_cards}' if s.cluster_cards else ''}
     head = [f"#SBATCH {k}{'=' if k.startswith('--') else ' '}{v}" for k,v in asks.items() if v != '']
     first = 'export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-    return '\n'.join(['#!/usr/bin/env bash', *head, first,
-                      "srun bash -c "+shlex.quote(launch+shlex.join(['fada.cli', 'train', *_words(job.parameters)])), ''])
+    run = shlex.quote(launch+shlex.join(['fada.cli', 'train', *_words(job.parameters)]))
+    return '\n'.join(['#!/usr/bin/env bash', *head, first, f'srun bash -c {run}', ''])

@@ -167,13 +167,6 @@ def evaluate(
     if preset: more['preset'] = dict(name=preset, can_show=what_45_can_show(len(rows)))
     return write_results(out, found, vlm.identity(), split, seed, dict(more, examples=examples))
 
-def _scored(out, parts, none, everything, damaged, data)->Results:
-    "The answers with their scores; half-written lines of the log are set aside"
-    aside = [dict(place='answers.jsonl', reason=f'damaged: {damaged} half-written line(s)')] if damaged else []
-    columns = ['place','reason','image','question','prediction']
-    return Results(out.name, score_table(pd.concat(parts, ignore_index=True)), pd.DataFrame(aside, columns=columns),
-                   none, everything, folder=data)
-
 # %% ../nbs/10_evaluate.ipynb #ce0f27dc
 def spending(
     records,      # of an answers log
@@ -294,19 +287,6 @@ def evaluate_job(
                     adapter=str(adapter or ''), precision=s.precision, categories=list(s.categories), seed=s.seed,
                     examples=options.get('examples', 0), preset=options.get('preset', ''), data=str(s.data), **about))
     return metrics
-
-def _loaded(s, weights, adapter)->tuple:
-    "(model, how long its loading took and what it holds)"
-    import logging
-    # its remark on an optional CPU kernel is not the user's business
-    logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)
-    # imported before the clock of loading starts: a library's own import is no part of a model's load time
-    import bitsandbytes, peft
-    from transformers import Blip2ForConditionalGeneration, Blip2Processor
-    with measured() as loading:
-        vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
-    return vlm, dict(load_seconds=loading['seconds'], load_grown_bytes=loading['grown_bytes'],
-                     weights_bytes=sum(map(held_bytes, vlm.cores)))
 
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5
 SHOWN = ('majority in category','majority','blank','shuffled same','shuffled other','no image')

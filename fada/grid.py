@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'AXES', 'LIMITS', 'COUNTS', 'KEYS', 'BESIDE', 'COLOURS', 'Gr
            'may_leave', 'dry_run', 'run_grid', 'batch_figure', 'batch_text']
 
 # %% ../nbs/13c_grid.ipynb #a83d3ea1
-import fnmatch, itertools, sys, time, tomllib
+import fnmatch, itertools, os, sys, time, tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,7 +130,8 @@ def _job(g, folder, row, task, code):
     p = dict(data=g.data, output=str(folder/name), model=row['model'], categories=row['category'], weights=g.weights,
              precision=row['precision'], seed=row['seed'], **g.parameters.get(what, {}))
     own = [Path(g.weights)/f for f in ('model.safetensors', 'config.json')] if g.weights else []
-    after,inputs,outputs,slots = (),[code, Path(g.data)/'questions.parquet', *own, *_models_files()],['metrics.json'],1
+    inputs = [code, Path(g.data)/'questions.parquet', *own, *_models_files()]
+    after,outputs,slots = (),['metrics.json'],1
     if task == 'train':
         require(model_spec(row['model']), 'train'); outputs = ['adapter/adapter_model.safetensors']
         if g.processes > 1: p['processes'] = slots = g.processes
@@ -143,7 +144,7 @@ def _job(g, folder, row, task, code):
 
 # %% ../nbs/13c_grid.ipynb #f24fd60b
 def _in_parts(j:Job, n:int)->list:
-    "An evaluation as `n` jobs that ask a part each, and one that puts their logs together and has the name of the whole"
+    "An evaluation as `n` jobs that ask a part each, and one with its name that puts their logs together"
     if n == 1 or Path(j.notebook).stem != 'evaluate': return [j]
     folders = [j.folder.with_name(f'{j.name}-part{k}of{n}') for k in range(1, n+1)]
     asked = [replace(j, name=f.name, folder=f, parameters=dict(j.parameters, output=str(f), shard=f'{k}/{n}'),
@@ -152,6 +153,7 @@ def _in_parts(j:Job, n:int)->list:
     return [*asked, replace(j, parameters=dict(j.parameters, shards=[str(f) for f in folders]),
                             inputs=j.inputs+logs, after=(*j.after, *(a.name for a in asked)))]
 
+# %% ../nbs/13c_grid.ipynb #b5c09231
 def _after_what_is_there(jobs:dict, folder):
     "An evaluation whose training is no job of this grid needs one that was done; `FadaError` where there is none"
     for j in jobs.values():
@@ -167,7 +169,8 @@ def grid_jobs(
 )->list:             # of Job
     "The jobs of a grid, a training before the evaluation that needs it; `FadaError` for none and for too many"
     folder,code = Path(folder).resolve(),code_digest(DECIDING)
-    wanted = [(row, t) for row in combinations(g) for t in TASKS if t in g.tasks]; out = [_plain(x) for x in g.exclude]
+    wanted = [(row, t) for row in combinations(g) for t in TASKS if t in g.tasks]
+    out = [_plain(x) for x in g.exclude]
     for x in out:
         if not any(_excludes(x, *w) for w in wanted):
             raise FadaError(f'exclude {x} fits no job', str(g.path), 'a combination of the grid', 'correct it')
@@ -211,30 +214,33 @@ def model_memory(name:str, task:str, precision:str, device:str, **how)->tuple:
 # %% ../nbs/13c_grid.ipynb #a93db631
 def _kind(j):
     "What jobs of about the same length have in common: task, part or whole, model, precision"
-    return j.name.split('-')[0], '-part' in j.name, bool(j.parameters.get('shards')), *(j.parameters[k] for k in ('model', 'precision'))
+    p = j.parameters; return j.name.split('-')[0], '-part' in j.name, bool(p.get('shards')), p['model'], p['precision']
 
 def _seen_hours(jobs)->dict:
     "{kind: median hours} of the jobs of a batch that are done, whatever their settings"
     from statistics import median
     seen = {}
     for j in jobs:
-        if (mark := j.folder/'done.json').is_file(): seen.setdefault(_kind(j), []).append(read_json(mark)['seconds']/3600)
+        mark = j.folder/'done.json'
+        if mark.is_file(): seen.setdefault(_kind(j), []).append(read_json(mark)['seconds']/3600)
     return {k: median(v) for k,v in seen.items()}
 
 def grid_table(jobs, planned=None):
-    "The jobs with memory, hours (of one like it that is done, else as planned), disk, and whether they are done: a data frame"
+    "The jobs with state, memory, hours (of one like it that is done, else as planned) and disk: a data frame"
     import pandas as pd
-    state = lambda j: 'done' if j.done() else 'changed' if j.folder.exists() else 'begun' if j.part.exists() else 'to do'
+    def state(j):
+        return 'done' if j.done() else 'changed' if j.folder.exists() else 'begun' if j.part.exists() else 'to do'
     seen = _seen_hours(jobs); planned = planned or [dict(hours=None, disk=0)]*len(jobs)
     return pd.DataFrame([dict(job=j.name, state=state(j), memory_gib=round(j.memory/2**30, 2) if j.known else None,
                               hours=seen.get(_kind(j), p['hours']), slots=j.slots, disk_mib=round(p['disk']/2**20, 1),
                               after=', '.join(j.after)) for j,p in zip(jobs, planned)])
 
 def grid_totals(t, slots:int=1)->dict:
-    "Of the jobs of `grid_table` that are to be done: number, hours on `slots`, of how many nobody knows them, memory, disk"
+    "Of the jobs of `grid_table` that are to be done: number, hours on `slots` where known, memory, disk"
     todo = t[t.state != 'done']; known = todo.hours.notna()
     memory = todo.memory_gib.dropna().astype(float); peak = memory.nlargest(slots).sum()
-    return dict(jobs=len(t), to_do=len(todo), hours=round(float((todo.hours*todo.slots).sum())/slots, 2), hours_unknown=int((~known).sum()), memory_unknown=int(todo.memory_gib.isna().sum()),
+    return dict(jobs=len(t), to_do=len(todo), hours=round(float((todo.hours*todo.slots).sum())/slots, 2), hours_unknown=int((~known).sum()),
+                memory_unknown=int(todo.memory_gib.isna().sum()),
                 largest_gib=float(memory.max()) if len(memory) else 0., together_gib=round(float(peak), 2),
                 disk_mib=round(float(todo.disk_mib.sum()), 1))
 
@@ -265,11 +271,12 @@ def plan_jobs(jobs, device:str='cpu')->list:
 
 # %% ../nbs/13c_grid.ipynb #20d4c968
 def chosen(jobs, only:str='')->list:
-    "Jobs whose name fits one of the comma-separated patterns of `only`, with those before them; all where it is empty"
+    "Jobs whose name fits a pattern of `only`, with those before them; all where it is empty"
     if not only: return jobs
-    by = {j.name: j for j in jobs}; take = [n for n in by if any(fnmatch.fnmatch(n, p.strip()) for p in only.split(','))]
+    by = {j.name: j for j in jobs}
+    take = [n for n in by if any(fnmatch.fnmatch(n, p.strip()) for p in only.split(','))]
     if not take: raise FadaError(f'no job fits --only {only}', 'the grid', nearest(only, by), '')
-    for n in take: take += [a for a in by[n].after if a not in take]   # grows while it is read: those before those before
+    for n in take: take += [a for a in by[n].after if a not in take]   # grows while it is read
     return [j for j in jobs if j.name in take]
 
 # %% ../nbs/13c_grid.ipynb #792b43c1
@@ -315,11 +322,12 @@ def _set_limits(g, jobs, stop:Path, force:bool):
         j.fresh,j.stop,j.seconds = force,stop,3600*g.limits.get('hours', 0)
         j.limit = parse_size(g.limits['job_memory'], 'job_memory') if 'job_memory' in g.limits else 0
 
+# %% ../nbs/13c_grid.ipynb #c5a0a409
 def run_grid(
     path,                    # of the grid file
     folder=None,             # of the batch; None: its name below [output] folder
     only:str='', force:bool=False,
-    scheduler:str='',        # address of a Dask scheduler; empty: as [cluster] of settings.ini says, else this machine
+    scheduler:str='',        # address of a Dask scheduler; empty: as [cluster] of settings.ini says
     say=lambda line: print(line, file=sys.stderr, flush=True),
 )->dict:                     # counts by state, jobs, seconds, report
     "Run what is missing or changed of a grid; `FadaError` before any job starts for whatever can be told then"
@@ -330,10 +338,12 @@ def run_grid(
     memory = _plan_missing(g, jobs, s)
     if 'memory' in g.limits: memory = parse_size(g.limits['memory'], 'memory')
     note = lambda results: _note(out, g, results, jobs, start)
-    run = lambda slots, memory, executor=None, look=None: heartbeat(
-        lambda: run_jobs(jobs, slots, say, memory, executor, note, look), jobs, say)
+    # by slots, not by what else is to be done: sums come out by threads, and a job's answers are its own
+    slots = g.limits.get('slots', s.jobs); threads = max(1, (os.cpu_count() or 1)//slots)
+    run = lambda slots, memory, executor=None, look=None, threads=0: heartbeat(
+        lambda: run_jobs(jobs, slots, say, memory, executor, note, look, threads), jobs, say)
     where = cluster_of(s, scheduler, say) if not all(j.done() for j in jobs) else None
-    if not where: results = run(g.limits.get('slots', s.jobs), memory)
+    if not where: results = run(slots, memory, threads=threads)
     else:
         with where as c: results = run(c.slots, c.memory, c.executor, c.look)
     return _note(out, g, {r.job.name: r for r in results}, jobs, start, figure=True)
@@ -342,10 +352,11 @@ def run_grid(
 def _note(out, g, results, jobs, start, figure=False)->dict:
     "Write batch.json; at the end the figure too"
     states = Counter(r.state for r in results.values())
-    about = dict(kind='batch', grid=str(g.path), made=now(), jobs=len(jobs), states=dict(states), seconds=round(time.perf_counter()-start, 1),
-                 results=[dict(job=n, state=r.state, seconds=round(r.seconds, 1), reason=r.reason, retried=r.retried, started=r.started,
-                               notebook=str(next((p for p in (r.job.folder/'run.ipynb', r.job.part/'run.ipynb') if p.is_file()), '')))
-                          for n,r in results.items()])
+    ran = lambda j: next((str(p) for p in (j.folder/'run.ipynb', j.part/'run.ipynb') if p.is_file()), '')
+    rows = [dict(job=n, state=r.state, seconds=round(r.seconds, 1), reason=r.reason, retried=r.retried,
+                 started=r.started, notebook=ran(r.job)) for n,r in results.items()]
+    about = dict(kind='batch', grid=str(g.path), made=now(), jobs=len(jobs), states=dict(states),
+                 seconds=round(time.perf_counter()-start, 1), results=rows)
     write_json(out/'batch.json', about)
     if figure: batch_figure(about).savefig(out/'batch.png', dpi=110)
     return dict(about, folder=str(out))
@@ -360,14 +371,16 @@ def batch_figure(about:dict):
     for k,r in enumerate(rows):
         at = r['started']-zero if r['started'] else 0
         ax.barh(k, r['seconds'] or .3, left=at, color=COLOURS[r['state']])
-    ax.set_yticks(range(len(rows)), [r['job'] for r in rows], fontsize=7); ax.invert_yaxis(); ax.set_xlabel('seconds since the first start')
+    ax.set_yticks(range(len(rows)), [r['job'] for r in rows], fontsize=7); ax.invert_yaxis()
+    ax.set_xlabel('seconds since the first start')
     there = [s for s in COLOURS if s in about['states']]
-    ax.legend([ax.barh(0, 0, color=COLOURS[s]) for s in there], [f"{s} {about['states'][s]}" for s in there], fontsize=7)
+    bars = [ax.barh(0, 0, color=COLOURS[s]) for s in there]
+    ax.legend(bars, [f"{s} {about['states'][s]}" for s in there], fontsize=7)
     return fig
 
 def batch_text(about:dict)->str:
     "The outcome in a few lines: counts, then every job that is not done, with its reason"
     head = ', '.join(f'{n} {s}' for s,n in about['states'].items())
-    bad = [f"{r['job']}: {r['state']}: {r['reason']}" + (f"; notebook {r['notebook']}" if r['notebook'] and r['state'] == 'failed' else '')
-           for r in about['results'] if r['state'] not in ('done', 'reused')]
+    seen = lambda r: f"; notebook {r['notebook']}" if r['notebook'] and r['state'] == 'failed' else ''
+    bad = [f"{r['job']}: {r['state']}: {r['reason']}{seen(r)}" for r in about['results'] if r['state'] not in ('done', 'reused')]
     return '\n'.join([f"{head} in {about['seconds']:.0f} s; {about['folder']}/batch.json", *bad])

@@ -53,7 +53,8 @@ def read_shards(folders)->list:
     "What the parts in `folders` say of themselves, in their order; `FadaError` unless they are all of one evaluation"
     for f in map(Path, folders):
         if not (f/'shard.json').is_file():
-            raise FadaError('no finished part of an evaluation', str(f), 'shard.json', 'run this part, then merge again')
+            raise FadaError('no finished part of an evaluation', str(f), 'shard.json',
+                            'run this part, then merge again')
     found = sorted((dict(read_json(Path(f)/'shard.json'), folder=Path(f)) for f in folders), key=lambda p: p['k'])
     of,there = found[0]['of'],[p['k'] for p in found]
     if any(p['of'] != of for p in found) or there != list(range(1, of+1)):
@@ -96,8 +97,8 @@ class MergedLog(AnswersLog):
 
     def write(self, parts):
         "Write the records of the tables that were asked, in their order"
-        have = self.answered()
-        write_atomic(self.path, ''.join(json.dumps(have[k], default=str)+'\n' for p in parts if 'key' in p for k in p.key))
+        have = self.answered(); keys = [k for p in parts if 'key' in p for k in p.key]
+        write_atomic(self.path, ''.join(json.dumps(have[k], default=str)+'\n' for k in keys))
 
     def took(self)->dict:
         "Seconds of all parts together, and the largest peak of memory"
@@ -111,6 +112,7 @@ def log_of(
     shards=(),      # folders of all parts: of the whole
 )->AnswersLog:
     "The log that an evaluation asks into"
-    if shard and shards: raise FadaError('a part cannot be merged', f'shard {shard}', 'shard or shards', 'leave one out')
+    if shard and shards:
+        raise FadaError('a part cannot be merged', f'shard {shard}', 'shard or shards', 'leave one out')
     path = Path(out)/'answers.jsonl'
     return ShardLog(path, shard) if shard else MergedLog(path, shards) if shards else AnswersLog(path)

@@ -291,3 +291,14 @@ def test_shards_and_processes_of_a_grid(tmp_path, root):
     assert whole.name == 'evaluate-blip2-nano-Femur-fp32-0' and whole.parameters['shards'] == [str(one.folder), str(two.folder)]
     assert whole.after == (lora.name, one.name, two.name) and two.folder/'answers.jsonl' in whole.inputs
     assert [j.name for j in chosen(jobs, whole.name)] == [j.name for j in jobs]
+
+def test_a_script_for_nodes_says_what_the_notebook_would_be_told(root):
+    "Each parameter of the training notebook is an option of `fada train`, so that none is lost on the way into the script"
+    from typer.main import get_command
+    from fada.batch import notebook_parameters
+    from fada.cli import app
+    from fada.cluster import _words
+    options = {o for p in get_command(app).commands['train'].params for o in p.opts}
+    base = ('vision_steps', 'answer_steps')   # of the embedded base, which one process trains
+    told = set(_words({k: True for k in notebook_parameters(root/'nbs'/'run'/'train.ipynb') if k not in base}))
+    assert told <= options, told-options

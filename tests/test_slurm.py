@@ -36,7 +36,7 @@ def free_ports(n):
     for s in held: s.close()
     return ports
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def slurm(tmp_path_factory):
     "munge, controller and one node; the folder with their configuration"
     d = tmp_path_factory.mktemp('slurm'); port, other = free_ports(2); host = socket.gethostname().split('.')[0]
@@ -79,3 +79,18 @@ def test_a_batch_asks_slurm_for_its_workers(slurm, tmp_path, root, small_data):
         time.sleep(.5)
     assert not left
     again = fada(); assert json.loads(again.stdout)['states'] == dict(reused=1) and 'asked of Slurm' not in again.stderr
+
+def test_a_training_of_two_processes_by_its_script(slurm, tmp_path, root, small_data):
+    "The script that the grid's job gives is taken by sbatch and trains one adapter with two processes, through accelerate's launcher"
+    from fada.cluster import node_script
+    from fada.grid import grid_jobs, read_grid
+    from fada.settings import load_settings, read_json
+    d, env = slurm; (tmp_path/'nbs').symlink_to(root/'nbs'); grid = tmp_path/'g.toml'
+    grid.write_text(f'models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\ndata = "{small_data}"\ntasks = ["train"]\n'
+                    '[parameters.train]\nsteps = 2\nbatch = 4\nimages = 6\nskip_preflight = true\n')
+    job, = grid_jobs(read_grid(grid), tmp_path/'o'); port, = free_ports(1)
+    s = load_settings(cluster_queue='night', cluster_cards='0', cluster_cores=2, cluster_memory='3GB', cluster_hours=1)
+    script = tmp_path/'train.sh'; script.write_text(node_script(job, s, nodes=1, processes=2, port=port))
+    r = subprocess.run(['sbatch', '--wait', '--output', str(tmp_path/'log'), str(script)], cwd=root, env=dict(env, OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=400)
+    assert r.returncode == 0, r.stderr+(tmp_path/'log').read_text()[-2000:]
+    about = read_json(job.folder/'adapter'/'fada.json'); assert about['processes'] == 2 and (job.folder/'adapter'/'adapter_model.safetensors').is_file()
