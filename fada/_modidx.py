@@ -259,6 +259,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'fada.book._markdown_page': ('book.html#_markdown_page', 'fada/book.py'),
                            'fada.book._members': ('book.html#_members', 'fada/book.py'),
                            'fada.book._patched': ('book.html#_patched', 'fada/book.py'),
+                           'fada.book._said': ('book.html#_said', 'fada/book.py'),
                            'fada.book._table': ('book.html#_table', 'fada/book.py'),
                            'fada.book._targets': ('book.html#_targets', 'fada/book.py'),
                            'fada.book._visible': ('book.html#_visible', 'fada/book.py'),

@@ -166,14 +166,14 @@ def finding_ids(
     found:dict = {}
     for f in ast.parse(Path(path).read_text(encoding='utf-8')).body:
         if not isinstance(f, ast.FunctionDef) or not f.name.startswith('check_'): continue
-        named = [t for t in ast.walk(f) if isinstance(t, ast.Tuple) and t.elts and isinstance(t.elts[0], ast.Constant)
-                 and re.fullmatch(r'[a-z]+(-[a-z]+)+', str(t.elts[0].value))]   # ids that a loop or a list holds
-        each = [[c.value for c in t.elts if isinstance(c, ast.Constant)] for t in named]
+        rows = [[getattr(e, 'value', '') for e in t.elts] for t in ast.walk(f) if isinstance(t, ast.Tuple) and t.elts]
+        each = [r for r in rows
+                if r[0] and (re.fullmatch(r'[a-z]+(-[a-z]+)+', str(r[0])) or {*map(str, r)} & set(SEVERITIES))]
         for call in (n for n in ast.walk(f) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'Finding'):
             may = {n.value for n in ast.walk(call.args[1]) if isinstance(n, ast.Constant)}
             for i,*more in [[call.args[0].value]] if isinstance(call.args[0], ast.Constant) else each:
                 before = found.get(i, ('', set()))[1]
-                found[i] = (f.name, before | set(SEVERITIES) & (may or set(more)), ast.get_docstring(f))
+                found[i] = (f.name, before | set(SEVERITIES) & (may or {*map(str, more)}), ast.get_docstring(f))
     return found
 
 def audit_reference(path)->str:
@@ -230,11 +230,15 @@ class Page:
     "A page of the book before its links are set"
     page: str; title: str; body: str
 
+def _said(doc:str)->str:
+    "A docstring as HTML: text, with what stands between backticks as code"
+    return re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(doc))
+
 def api_html(found)->str:
     "Symbols with their signatures, to stand below a chapter"
     if not found: return ''
     one = lambda s: (f'<div class="api" id="{s.anchor}"><pre><code>{html.escape(s.signature)}</code></pre>'
-                     f'<p>{html.escape(s.doc)}</p></div>')
+                     f'<p>{_said(s.doc)}</p></div>')
     return '<h2 id="reference">Reference</h2>'+''.join(map(one, found))
 
 # %% ../nbs/17_book.ipynb #0473b1dc
@@ -266,7 +270,7 @@ PAGES = ('install', 'ethics', 'card-phantoms', 'card-nano', 'card-mini')   # of 
 
 def _index_page(found)->str:
     "All public symbols by name"
-    first = lambda s: html.escape(s.doc.splitlines()[0] if s.doc else '')
+    first = lambda s: _said(s.doc.splitlines()[0] if s.doc else '')
     rows = ''.join(f'<tr><td><a href="{page}#{s.anchor}"><code>{html.escape(s.name)}</code></a></td>'
                    f'<td>{s.module}</td><td>{first(s)}</td></tr>'
                    for s,page in sorted(found, key=lambda x: x[0].name.lower()))
