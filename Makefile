@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all setup bench lab readme clean help
+.PHONY: demo test test-all setup bench lab readme docs quarto lint wheel clean help
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -38,8 +38,21 @@ test-all: $(READY) ## the tests, the slow, browser and fault ones too
 bench: $(READY)  ## measured comparisons; each prints a ratio from one run
 	@for b in bench/*.py; do echo "== $$b"; $(BIN)/python $$b --quick || exit 1; done
 
-lab: $(READY)    ## JupyterLab on the notebooks
-	@$(BIN)/jupyter lab nbs
+lab: $(READY)    ## JupyterLab, beginning with the app notebooks
+	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/app/ask.ipynb
+
+docs: $(READY)   ## the notebooks as a book that opens offline: _docs/index.html
+	@$(BIN)/python -m fada.book _docs
+
+quarto: $(READY) ## the same by nbdev, where quarto is installed
+	@command -v quarto >/dev/null || { echo "error: quarto is not installed; expected its command on PATH; get it from quarto.org, or run: make docs"; exit 1; }
+	@$(BIN)/nbdev-docs
+
+lint: $(READY)   ## ruff and mypy, over what they are set to in pyproject.toml
+	@$(BIN)/ruff check && $(BIN)/mypy
+
+wheel: $(READY)  ## dist/: a wheel and a source archive
+	@$(BIN)/python -m build --no-isolation --outdir dist
 
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb > README.md

@@ -43,6 +43,14 @@ class AnswersLog:
             else: damaged += 1
         return records, damaged
 
+    def answered(self)->dict:
+        "{key: record} of all that was answered; what failed is asked again"
+        return {r['key']: r for r in self.read()[0] if not r.get('error')}
+
+    def share(self, rows, batch:int):
+        "The rows that are asked into this log: all of them"
+        return rows
+
 # %% ../nbs/10b_answers.ipynb #78707a39
 def _lock(fd):
     "Exclusive lock where the system has one; freed when the file is closed"
@@ -148,8 +156,8 @@ def _take(r:dict)->tuple:
 def read_answers(
     path,          # JSONL, JSON, CSV or TSV
 )->tuple:          # (answers, set aside): two tables
-    """Read answers given elsewhere, or an answers log: (one row per answer, what was set aside with place, field and reason).
-    `FadaError` where the file holds no answer at all"""
+    """Read answers given elsewhere, or an answers log: (one row per answer, what was set aside with place, field and
+    reason). `FadaError` where the file holds no answer at all"""
     path = Path(path)
     if not path.is_file():
         raise FadaError('no answers', str(path), 'a JSONL, JSON, CSV or TSV file', 'check the path')
@@ -169,7 +177,8 @@ def read_answers(
 
 # %% ../nbs/10b_answers.ipynb #50be0f48
 def _once(answers)->tuple:
-    "(one row per image, question and condition, records of the others): an answer wins over an error, else the first counts"
+    """(one row per image, question and condition, records of the others): an answer wins over an error, else the
+    first counts"""
     for c in ('category','model','reference','patient','confidence'):
         if c not in answers: answers[c] = None
     answers['confidence'] = pd.to_numeric(answers.confidence, errors='coerce')
@@ -201,7 +210,7 @@ def _found_images(names, images)->dict:
 def beside_table(
     answers:pd.DataFrame,   # as `read_answers`
     table:pd.DataFrame,     # question rows that were to be answered
-)->tuple:                   # (rows of the table with prediction, error, condition …; set aside; table rows without an answer)
+)->tuple:                   # (rows with prediction, error, condition …; set aside; table rows without an answer)
     "Set answers beside the questions they answer"
     at = _found_images(answers.image, table.image.unique())
     a = answers.assign(image=[at.get(n, n) for n in answers.image]); here = a.image.isin(at.values())
@@ -218,9 +227,9 @@ def beside_table(
                      question=r.asked,
                      prediction=r.prediction) for r in lost.itertuples()]
     other = (rows.said_category.notna() & rows.category.notna() & (rows.said_category != rows.category))
-    strange += [dict(place=r.place,
-                     reason=f'category {r.said_category!r} where the table has {r.category!r} (the table counts)', image=r.image,
-                     question=r.asked, prediction=r.prediction) for r in rows[other].itertuples()]
+    strange += [dict(place=r.place, image=r.image, question=r.asked, prediction=r.prediction,
+                     reason=f'category {r.said_category!r} where the table has {r.category!r} (the table counts)')
+                for r in rows[other].itertuples()]
     rows = rows[rows._merge == 'both'].drop(columns=['_merge','said_category']).reset_index(drop=True)
     done = rows[rows.condition == 'plain'][['image','question_id']].assign(_done=True)
     left = table.merge(done, on=['image','question_id'], how='left')

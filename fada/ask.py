@@ -352,7 +352,7 @@ def _again(self:AskPanel, name)->dict:
 @patch
 def _name(self:AskPanel, vlm, name):
     "Say what answered"
-    spec = getattr(vlm, 'spec', None); parts = [name, getattr(vlm, 'precision', None), getattr(vlm, 'why', ''), 'adapter' if getattr(vlm, 'adapter', None) else '']
+    parts = [name, getattr(vlm, 'precision', None), getattr(vlm, 'why', ''), 'adapter' if getattr(vlm, 'adapter', None) else '']
     self.about.value = f'<small>{html.escape(" · ".join(str(p) for p in parts if p))}</small>'
 
 # %% ../nbs/15_ask.ipynb #f509e81f
@@ -387,7 +387,7 @@ def _where(self:AskPanel, row:int, side:int):
 def where(self:AskPanel, row:int, side:int):
     "Lay the map of an answer over its image; beside it that of the other model, by the same method"
     from fada.explain import explain
-    r = self.rows[row]; a = r['said'][side]
+    r = self.rows[row]
     for k,name in enumerate(self.names):
         s = r['said'][k]
         if not s.get('answer') or not (k == side or len(self.names) > 1): continue

@@ -75,9 +75,10 @@ def _logged(folder:Path, rows, identity:dict):
                                                          reason=f'damaged: {damaged} half-written line(s)')],
                                                    columns=_NONE.columns)
     if not mine: return rows.assign(asked=rows.question), aside
-    log = pd.DataFrame(mine).reindex(columns=['image','question_id','condition','question','versions']).rename(columns=dict(question='asked'))
-    return rows.merge(log.drop_duplicates(['image','question_id','condition'], keep='last'),
-                      on=['image','question_id','condition'], how='left'), aside
+    key = ['image','question_id','condition']
+    log = pd.DataFrame(mine).reindex(columns=[*key, 'question', 'versions'])
+    log = log.rename(columns=dict(question='asked')).drop_duplicates(key, keep='last')
+    return rows.merge(log, on=key, how='left'), aside
 
 def from_job(folder, data=None)->Results:
     "The results of an evaluation's folder"
@@ -133,7 +134,8 @@ def check_coverage(r):
                       f'{failed} of {n} questions failed and have no score: {why}')
     if left:
         yield Finding('not-answered', 'red' if left > .05*n else 'amber', None, None,
-                      f'{left} of {n} questions of the table have no answer, in {r.missing.category.nunique()} categories')
+                      f'{left} of {n} questions of the table have no answer, '
+                      f'in {r.missing.category.nunique()} categories')
     for kind,g in r.aside.groupby(r.aside.reason.str.split(':').str[0]) if len(r.aside) else ():
         yield Finding('set-aside', 'amber', None, None,
                       f'{len(g)} set aside ({kind}); first: {g.place.iloc[0]}: {g.reason.iloc[0]}')
@@ -141,9 +143,11 @@ def check_coverage(r):
         yield Finding('coverage', 'green', None, None, f'all {n} questions answered')
 
 # %% ../nbs/10c_audit.ipynb #ee464862
-ERROR = re.compile(r'traceback|\berror:|exception\b|out of memory|\btimed? ?out\b|rate limit|connection (?:refused|reset)|http \d{3}|nonetype|'
-                   r'not found$|failed to (?:load|process|generate|open)|no such file|cuda\b|\bnull\b|^error\b|<(?:pad|unk|image)>|api key', re.I)
-REFUSAL = re.compile(r"i(?:'m| am) (?:sorry|unable|not able)|i cannot (?:provide|assist|help)|as an ai\b|can(?:'t|not) (?:provide|give) medical", re.I)
+ERROR = re.compile(r'traceback|\berror:|exception\b|out of memory|\btimed? ?out\b|rate limit|http \d{3}|nonetype|'
+                   r'connection (?:refused|reset)|not found$|failed to (?:load|process|generate|open)|no such file|'
+                   r'cuda\b|\bnull\b|^error\b|<(?:pad|unk|image)>|api key', re.I)
+REFUSAL = re.compile(r"i(?:'m| am) (?:sorry|unable|not able)|i cannot (?:provide|assist|help)|as an ai\b|"
+                     r"can(?:'t|not) (?:provide|give) medical", re.I)
 
 def check_errors(r):
     "Error strings and refusals that stand where answers belong, and answers that are none"
@@ -221,7 +225,8 @@ def check_category(r):
         if len(part) < 5 or len(other) < .2*len(part): continue
         quiet = False
         yield Finding('other-category', 'red' if len(other) >= .4*len(part) else 'amber', 3, c,
-                      f'{len(other)} of {len(part)} images of {c} are called another plane: {_shares(other, len(part), 2)}')
+                      f'{len(other)} of {len(part)} images of {c} are called another plane: '
+                      f'{_shares(other, len(part), 2)}')
     if quiet and len(g): yield Finding('other-category', 'green', 3, None, 'planes named are those of the category')
 
 # %% ../nbs/10c_audit.ipynb #6a68f093
@@ -231,13 +236,15 @@ def check_normality(r):
     n = normality(r.answered)
     if n['abnormal'] and not n['found']:
         yield Finding('sensitivity-zero', 'red', 7, None,
-                      f"none of {n['abnormal']} abnormal images was found; {n['cleared']} of {n['normal']} normal ones "
-                      f"were cleared, so that {n['cleared']/(n['normal']+n['abnormal']):.0%} of the answers are right")
+                      f"none of {n['abnormal']} abnormal images was found; {n['cleared']} of {n['normal']} normal "
+                      f"ones were cleared, so that {n['cleared']/(n['normal']+n['abnormal']):.0%} of the answers are "
+                      'right')
     if n['normal'] and not n['cleared']:
         yield Finding('specificity-zero', 'red', 7, None, f"none of {n['normal']} normal images was cleared")
     if n['abnormal'] and n['found'] and n['cleared']:
         yield Finding('sensitivity-zero', 'green', 7, None,
-                      f"{n['found']} of {n['abnormal']} abnormal found, {n['cleared']} of {n['normal']} normal cleared")
+                      f"{n['found']} of {n['abnormal']} abnormal found, "
+                      f"{n['cleared']} of {n['normal']} normal cleared")
 
 # %% ../nbs/10c_audit.ipynb #0efcc544
 def check_reading(r):
@@ -246,12 +253,14 @@ def check_reading(r):
     for q,g in good.groupby('question_id'):
         bad = g[~g.parsed.astype(bool)]
         if len(bad) > .05*len(g):
-            loud = True; yield Finding('not-read', 'red' if len(bad) > .2*len(g) else 'amber', int(q), None,
-                          f'{len(bad)} of {len(g)} answers could not be read: {_shares(bad.prediction.fillna(""), len(g))}')
+            loud = True; said = _shares(bad.prediction.fillna(''), len(g))
+            yield Finding('not-read', 'red' if len(bad) > .2*len(g) else 'amber', int(q), None,
+                          f'{len(bad)} of {len(g)} answers could not be read: {said}')
         made = g[g.made_up.astype(bool)] if 'made_up' in g else g[:0]
         if len(made):
-            loud = True; yield Finding('made-up', 'red' if len(made) > .05*len(g) else 'amber', int(q), None,
-                          f'{len(made)} of {len(g)} answers give what cannot be known: {_shares(made.prediction, len(g))}')
+            loud = True; said = _shares(made.prediction, len(g))
+            yield Finding('made-up', 'red' if len(made) > .05*len(g) else 'amber', int(q), None,
+                          f'{len(made)} of {len(g)} answers give what cannot be known: {said}')
         if not r.references and q == 5: yield from _ages_without_dates(g)
     if not loud:
         yield Finding('not-read', 'green', None, None,
@@ -288,8 +297,8 @@ def check_leaks(r, near=False):
     found = [('leak-image', f'{len(inside)} images are of the training split', len(inside))]
     for id,column,word in (('leak-patient','patient','patients'), ('leak-pixels','pixels_sha256','pictures')):
         both = set(train[column]) & set(test[column])
-        found.append((id,
-                      f"{len(both)} {word} are in training and test: {', '.join(str(b)[:16] for b in sorted(both)[:3])}", len(both)))
+        some = ', '.join(str(b)[:16] for b in sorted(both)[:3])
+        found.append((id, f'{len(both)} {word} are in training and test: {some}', len(both)))
     if near and r.folder:
         pairs = _near(r, train, test)
         found.append(('leak-near', f'{len(pairs)} test pictures look like a training picture: {pairs[:2]}',
@@ -331,11 +340,11 @@ def check_prompts(r):
                              else None).dropna().unique() if 'identity' in g else []
     if len(prompts) > 1:
         yield Finding('other-prompt', 'red', None, None, f'{len(prompts)} prompts in one log: {list(prompts)[:2]}')
-    lacking = sorted(set(r.plain.category)-set(r.adapter.get('categories', r.plain.category))-({*CATEGORIES}
-                                                                                               if r.adapter.get('categories') == ['all'] else set()))
+    trained = r.adapter.get('categories', ['all'])
+    lacking = [] if trained == ['all'] else sorted(set(r.plain.category)-set(trained))
     if lacking:
         yield Finding('trained-elsewhere', 'red', None, None,
-                      f"the adapter was trained on {', '.join(r.adapter['categories'])}, not on {', '.join(lacking)}")
+                      f"the adapter was trained on {', '.join(trained)}, not on {', '.join(lacking)}")
 
 # %% ../nbs/10c_audit.ipynb #bfc386a1
 def check_models(r):
@@ -363,7 +372,8 @@ def check_size(r):
     g = r.answered[r.answered.score.notna()]; p = primary(g); quiet = True
     if p['low'] is None or p['high']-p['low'] > 2*WIDE:
         quiet = False
-        width = 'no interval can be given' if p['low'] is None else f"the interval is {p['low']:.2f} to {p['high']:.2f}"
+        width = ('no interval can be given' if p['low'] is None
+                 else f"the interval is {p['low']:.2f} to {p['high']:.2f}")
         yield Finding('few-samples', 'red' if p['low'] is None else 'amber', None, None,
                       f"{g.image.nunique()} images of {p['clusters']} patients: {width}")
     small = g.groupby('category').image.nunique(); small = small[small < FEW_IMAGES]
@@ -384,7 +394,8 @@ def check_size(r):
 def check_references(r):
     "Questions whose references are all alike, and categories whose folder tells the answer"
     if not r.references:
-        yield Finding('references-missing', 'amber', None, None, 'no references: nothing is scored, the answers alone were looked at')
+        yield Finding('references-missing', 'amber', None, None,
+                      'no references: nothing is scored, the answers alone were looked at')
         return
     quiet = True
     for q,g in r.plain.groupby('question_id'):

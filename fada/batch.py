@@ -104,11 +104,13 @@ class Job:
     inputs: list = field(default_factory=list)  # files and values that decide the result besides
     outputs: list = field(default_factory=list) # files that must be there for the job to count as done
     after: tuple = ()       # names of jobs that must be done before
-    memory: int = 0         # bytes it is planned to need; 0: not known
+    memory: int = 0         # bytes it is planned to need; 0: none, or not known
     seconds: float = 0      # it may take; 0: as long as it likes
     limit: int = 0          # bytes of main memory it may take; 0: as much as it likes
+    slots: int = 1          # processes that it starts: each takes a slot
     stop: Path = None       # a file: when it appears, the job ends
     fresh: bool = False     # do it again, from the beginning, whatever is there
+    known: bool = True      # whether its memory could be planned
 
     @property
     def part(self):
@@ -311,12 +313,13 @@ class _Waiting:
     "Jobs that wait: for those before them, for a free slot and for the memory that they are planned to need"
     def __init__(self, jobs, slots, memory):
         self.jobs,self.slots,self.memory,self.results,self.running = list(jobs),slots,memory,{},{}
-    def taken(self): return sum(j.memory for j in self.running.values())
+    def fits(self, j):
+        "Whether there are slots and memory for a job beside those that run"
+        slots,memory = (sum(getattr(r, k) for r in (j, *self.running.values())) for k in ('slots', 'memory'))
+        return slots <= self.slots and (not self.memory or not self.running or memory <= self.memory)
     def next(self):
         "The next job that may start, or None"
-        for j in self.jobs:
-            if len(self.running) < self.slots and all(a in self.results for a in j.after) and (
-                not self.memory or not self.running or self.taken()+j.memory <= self.memory): return j
+        return next((j for j in self.jobs if all(a in self.results for a in j.after) and self.fits(j)), None)
     def hopeless(self):
         "(job, why it will never run) of those whose predecessor failed or that are larger than all memory"
         for j in list(self.jobs):
@@ -324,6 +327,7 @@ class _Waiting:
             if bad: yield j, f'{bad[0]}: {self.results[bad[0]].state}'
             elif self.memory and j.memory > self.memory:
                 yield j, f'it is planned to need {j.memory/2**30:.1f} GiB, there are {self.memory/2**30:.1f}'
+            elif j.slots > self.slots: yield j, f'it starts {j.slots} processes, there are {self.slots} slots'
 
 # %% ../nbs/13_batch.ipynb #6e032fd7
 def run_jobs(
@@ -333,11 +337,12 @@ def run_jobs(
     memory:int=0,         # bytes that the jobs may be planned to need together; 0: not watched
     executor=None,        # a `concurrent.futures.Executor`, such as Dask's; None: threads of this process
     tell=None,            # called with the results so far whenever one is added
+    look=None,            # called every second; what it raises ends the batch
 )->list:                  # of Result, in the order of `jobs`
     """Run `jobs`, each after those it depends on; one that fails does not stop the rest, Ctrl-C stops them
     all and loses nothing that is done"""
     _check_order(jobs); _stop.clear(); w = _Waiting(jobs, max(1, workers), memory)
-    threads = 0 if executor else max(1, (os.cpu_count() or 1)//max(1, min(workers, len(jobs))))
+    threads = 0 if executor else max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
     def add(r):
         w.results[r.job.name] = r
         if say:
@@ -350,7 +355,9 @@ def run_jobs(
             while gone := list(w.hopeless()):
                 for j,why in gone: w.jobs.remove(j); add(Result(j, 'not run', 0., why))
             while j := w.next(): w.jobs.remove(j); w.running[pool.submit(run_job, j, threads or _threads())] = j
-            for f in wait(w.running, timeout=1, return_when=FIRST_COMPLETED)[0]: add(_result(f, w.running.pop(f)))
+            ended = wait(w.running, timeout=1, return_when=FIRST_COMPLETED)[0]
+            if look: look()   # a scheduler that is gone takes its futures along: that is no failure of their jobs
+            for f in ended: add(_result(f, w.running.pop(f)))
     except BaseException:  # Ctrl-C above all: nothing may be left running
         _stop.set()
         for j in jobs:
@@ -376,19 +383,20 @@ def stop_running():
 
 # %% ../nbs/13_batch.ipynb #5d4062cf
 def run_notebooks(start='.')->Path:
-    "The folder `nbs/run` of the project that `start` lies in"
+    "The folder `nbs/run` of the project that `start` lies in, else the one that came with the package"
     for d in (Path(start).resolve(), *Path(start).resolve().parents,
               Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('.')):
         if (d/'nbs'/'run'/'train.ipynb').is_file(): return d/'nbs'/'run'
-    raise FadaError('the run notebooks are not here', str(Path(start).resolve()), 'nbs/run of a clone',
-                    'run this from a clone of the project')
+    if '__file__' in globals() and (own := Path(__file__).parent/'notebooks'/'run').is_dir(): return own
+    raise FadaError('the run notebooks are not here', str(Path(start).resolve()), 'nbs/run of a clone, or fada/notebooks',
+                    'install the package again, or run this from a clone of the project')
 
 # %% ../nbs/13_batch.ipynb #9dd69ab7
 # modules whose code decides a result
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
             'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','parse','stats','metrics',
             'scores','train','base','planes','packing','resume','watch','loop','preflight','augment','route','finetune',
-            'answers','controls','audit','twins','evaluate','vocabulary','public','annotate','remote','refine','ensemble')
+            'answers','shards','controls','audit','twins','evaluate','vocabulary','public','annotate','remote','refine','ensemble')
 
 # %% ../nbs/13_batch.ipynb #290f3243
 def heartbeat(

@@ -26,7 +26,10 @@ def _limits(about, spec)->list:
     notes = [f['said'] for f in about['preflight'] if f['level'] == 'note'] if checked else ['trained without preflight']
     worst = about['checks'][-1]; rare = '' if worst['sensitivity'] is None else (
         f"Of {worst['abnormal']} abnormal validation images {worst['sensitivity']:.0%} were found.")
-    return [NOTICE, *(['Its base was trained on synthetic images only.'] if spec.embedded else []),
+    c = about.get('calibration'); sure = ('Confidence is the mean token probability, not calibrated.' if c is None else
+        f"Confidence was calibrated on {c['answers']} validation answers: mean error {c['error_before']:.3f} before, {c['error_after']:.3f} "
+        'after, on the same answers.')
+    return [NOTICE, sure, *(['Its base was trained on synthetic images only.'] if spec.embedded else []),
             *map(_plain, notes), *([rare] if rare else []),
             *([f"{len(about['lost_images'])} images vanished during training."] if about['lost_images'] else []),
             *([f"{len(about['skipped_steps'])} steps without finite numbers were left out."] if about['skipped_steps'] else []),
@@ -54,9 +57,11 @@ def model_card(
     from fada.registry import model_spec
     spec = model_spec(about['model']); r = about['recipe']
     settings = _table(['setting','value'], [[k, _plain(v)] for k,v in r.items()])
-    classes = _table(['question','class','images','share drawn'],
-                     [[q, _plain(c), v['images'], v['drawn']] for q,cs in about['classes'].items() for c,v in cs.items()])
     kept = next(c for c in about['checks'] if c['step'] == about['kept_step'])
+    found = lambda q, c: '{} of {}'.format(*kept['recall'][q][c]) if c in kept.get('recall', {}).get(q, ()) else ''
+    classes = _table(['question','class','images','share drawn','weight in the loss','found in validation'],
+                     [[q, _plain(c), v['images'], v['drawn'], v.get('weight', 1), found(q, c)]
+                      for q,cs in about['classes'].items() for c,v in cs.items()])
     scores = _scores(metrics) if metrics else (
         'Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was kept, '
         f"validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); no controls stand beside that.")

@@ -172,7 +172,7 @@ def resolve_device(device:str='auto')->str:
     if device == 'cpu': return device
     if not torch.cuda.is_available(): raise FadaError(f'no CUDA device for {device!r}', '',
                                                       'a CUDA build of torch and a card',
-                                                      'set device = auto in settings.ini')
+                                                      'take --device auto, or device = auto in settings.ini')
     n = int(device.partition(':')[2] or 0)
     if n >= torch.cuda.device_count(): raise FadaError(f'no CUDA device number {n}', '',
                                                        f'cuda:0 to cuda:{torch.cuda.device_count()-1}',
@@ -249,8 +249,8 @@ def _quiet():
     from transformers.utils import logging
     logging.disable_progress_bar(); logging.set_verbosity_error()
     log.getLogger('bitsandbytes').setLevel(log.CRITICAL)  # it remarks on an optional CPU kernel
-    # peft asks transformers in its old words
-    warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning)
+    # peft, and older transformers, use words that newer transformers deprecate
+    warnings.filterwarnings('ignore', '.*gradient_checkpointing', FutureWarning)
 
 def general_nf4(model):
     """Keep bitsandbytes' general nf4 path on CPUs: its packed one (AVX512-BF16) fails at widths such as 4304

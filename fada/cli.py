@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'UNLIKE_TEXT',
            'data_app', 'Folder', 'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config',
-           'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs', 'paper',
-           'batch', 'card', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check', 'data_verify',
-           'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan', 'measure',
-           'doctor']
+           'Checkpointing', 'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs',
+           'paper', 'batch', 'card', 'push', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check',
+           'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
+           'measure', 'doctor', 'notebooks']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -157,7 +157,8 @@ def train(
     batch:Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]=None,
     accumulate:Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]=1,
     images:Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]=0,
-    abnormal_weight:Annotated[float, typer.Option(help='How many times as often an abnormal image is drawn.')]=3.,
+    balance:Annotated[Optional[str], typer.Option(help='What rare answers are given: draw, loss or none. Default: settings.ini.')]=None,
+    abnormal_weight:Annotated[Optional[float], typer.Option(help='How many times as often, or at most as much. Default: settings.ini.')]=None,
     checks:Annotated[int, typer.Option(help='Validations, spread over the steps.')]=4,
     patience:Annotated[int, typer.Option(help='Checks without a better score until training stops; 0: never.')]=3,
     keep_every:Annotated[int, typer.Option(help='Steps between checkpoints: what a power cut may cost.')]=20,
@@ -166,6 +167,7 @@ def train(
     augment:Annotated[bool, typer.Option('--augment', help='Change pictures without changing their answers; no cache then.')]=False,
     optimiser:Annotated[str, typer.Option(help='adamw; on a card also adamw8bit and paged8bit.')]='adamw',
     checkpointing:Annotated[bool, typer.Option('--checkpointing', help='Gradient checkpointing: less memory, more arithmetic.')]=False,
+    processes:Annotated[int, typer.Option(help='That train an adapter together on this machine, one a card.')]=1,
     skip_preflight:Annotated[bool, typer.Option('--skip-preflight', help='Begin without the checks; noted in the adapter.')]=False,
     replace:Annotated[bool, typer.Option('--replace', help='Delete what another run left in the folder.')]=False,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
@@ -178,8 +180,8 @@ def train(
     from fada.finetune import train_job
     out = (Path(out) if out
            else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
-    about = train_job(s, out, task, weights, **({} if task != 'lora' else dict(
-        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, abnormal_weight=abnormal_weight,
+    about = train_job(s, out, task, weights, processes=processes, **({} if task != 'lora' else dict(
+        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, balance=balance, abnormal_weight=abnormal_weight,
         checks=checks, patience=patience, keep_every=keep_every, packing=packing, cache=cache, augment=augment,
         optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)))
     if os.environ.get('RANK', '0') != '0': return   # one of several processes speaks
@@ -203,6 +205,9 @@ def evaluate(
     examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
     answers:Annotated[Optional[str],
                       typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
+    shard:Annotated[str, typer.Option(help='2/4: answer the second of four parts only, for --merge.')]='',
+    merge:Annotated[Optional[list[str]],
+                    typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -212,11 +217,13 @@ def evaluate(
                   device=device, seed=seed)
     from fada.evaluate import evaluate_answers, evaluate_job, job_name
     folder = Path(out) if out else s.output/'run'/(f'answers-{Path(answers).stem}' if answers
-                                                   else job_name(s, weights, adapter))
+                                                   else job_name(s, weights, adapter)
+                                                   + (f"-part{shard.replace('/', 'of')}" if shard else ''))
     if answers: m = evaluate_answers(answers, folder, s.data if data else None, s.categories, split, s.seed)
     else:
         m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
-                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples)
+                         controls=controls, paid_controls=paid_controls, preset=preset, examples=examples,
+                         shard=shard, shards=merge or ())
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
@@ -283,7 +290,7 @@ def runs(
                      typer.Option(help='Output folder. Default: [output] folder of settings.ini.')]=None,
     kind:Annotated[Optional[str], typer.Option(help='evaluate, train or twins.')]=None, model:Model=None,
     category:Annotated[Optional[str], typer.Option(help='Jobs about this category.')]=None,
-    state:Annotated[Optional[str], typer.Option(help='finished or unfinished.')]=None,
+    state:Annotated[Optional[str], typer.Option(help='finished, unfinished or damaged.')]=None,
     since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
     run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
     remove:Annotated[bool, typer.Option('--prune',
@@ -320,17 +327,17 @@ def batch(
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Print the jobs with planned memory and hours; run none.')]=False,
     only:Annotated[str, typer.Option(help='Names of jobs, with wildcards, by commas; what they need comes along.')]='',
     force:Annotated[bool, typer.Option('--force', help='Do again what is done.')]=False,
-    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: this machine.')]='',
+    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: [cluster] of settings.ini, else this machine.')]='',
     json:Json=False, quiet:Quiet=False,
 ):
     """Run what is missing of a grid of trainings and evaluations; exit status 1 where a job is not done.
 
     Example: fada batch night.toml --dry-run"""
     _settings(quiet)
-    from fada.grid import batch_text, dry_run as rehearse, run_grid
+    from fada.grid import batch_text, dry_run as rehearse, run_grid, totals_text
     if dry_run:
-        t = rehearse(grid, out, only)
-        return _show(t.to_dict('records'), json, t.to_string(index=False)+f'\n{len(t)} jobs, {(t.state != "done").sum()} to do')
+        t,totals = rehearse(grid, out, only)
+        return _show(dict(jobs=_rows(t), totals=totals), json, t.to_string(index=False, na_rep='not known')+'\n'+totals_text(totals))
     about = run_grid(grid, out, only, force, scheduler, **({'say': lambda line: None} if quiet else {}))
     _show(about, json, batch_text(about))
     if set(about['states']) - {'done', 'reused'}: raise typer.Exit(1)
@@ -345,6 +352,19 @@ def card(adapter:Annotated[str, typer.Argument(help='Folder of an adapter bundle
     Example: fada card outputs/femur --job outputs/run/evaluate-femur"""
     from fada.card import write_card
     path = write_card(adapter, job); _show(dict(card=str(path)), json, str(path))
+
+@app.command()
+def push(adapter:Annotated[str, typer.Argument(help='Folder of an adapter bundle, or of the job that trained it.')],
+         repo:Annotated[str, typer.Argument(help='Repository of the hub: owner/name.')],
+         public:Annotated[bool, typer.Option('--public', help='Let everybody see it. Default: private.')]=False,
+         json:Json=False, quiet:Quiet=False):
+    """Put an adapter on a hub, where [hub] push of settings.ini allows it; names of images stay behind.
+
+    Example: fada push outputs/femur our-group/femur"""
+    s = _settings(quiet)
+    from fada.push import push_adapter
+    about = push_adapter(adapter, repo, s, public)
+    _show(about, json, f"{about['url']} ({'private' if about['private'] else 'public'}): {', '.join(about['files'])}\nMay it be shared: {about['terms']}.")
 
 @app.command()
 def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None,
@@ -513,7 +533,7 @@ def data_check(
     json: Json = False,
     quiet: Quiet = False,
 ):
-    """Say everything odd about a folder; no table is written.
+    """Say everything odd about a folder, the gravest first; no table is written. Exit status 1 where `fada prepare` would stop.
 
     Example: fada data check /scans --report findings.csv"""
     s = _settings(quiet)
@@ -522,6 +542,7 @@ def data_check(
     if report: c.findings.to_csv(report, index=False)
     _show(dict(c.summary, findings=c.findings.to_dict('records'), agreement=c.agreement.to_dict('records')),
           json, c.text())
+    if c.refused: raise FadaError('`fada prepare` would stop here', folder, '', c.refused)
 
 # %% ../nbs/16_cli.ipynb #70ca80bc
 @data_app.command('verify')
@@ -547,7 +568,9 @@ def data_template(folder:Folder,
     _settings(quiet)
     from fada.export import template
     r = template(folder, name)
-    _show(r, json, f"{r['images']} images in {r['file']}")
+    left = [f"left out: {x['file']}: {x['reason']}" for x in r['left_out']]
+    more = [f'… and {len(left)-12} more, see --json'] if len(left) > 12 else []
+    _show(r, json, '\n'.join([f"{r['images']} images in {r['file']}", *left[:12], *more]))
 
 # %% ../nbs/16_cli.ipynb #41582ea0
 @data_app.command('export')
@@ -690,19 +713,23 @@ Batch = Annotated[Optional[int], typer.Option(help='Images at a time. Default: 1
 NewTokens = Annotated[Optional[int],
                       typer.Option(help='Longest answer. Default: [generate] max_new_tokens.')]
 Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
+Checkpointing = Annotated[bool, typer.Option('--checkpointing/--no-checkpointing',
+                                             help='Train with gradient checkpointing: less memory, more arithmetic.')]
 Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models that take images of any size.')]
 
 @app.command()
 def plan(
     model:Annotated[list[str], typer.Argument(help='Names from `fada models`.')],
-    task:Task='answer',
+    task:Annotated[Optional[str], typer.Option(help='answer or train. Default: both.')]=None,
     precision:Annotated[str, typer.Option(help='One or several, by commas.')]='bf16,int8,nf4',
     gpu:Annotated[Optional[str],
                    typer.Option(help='Size of the card, as 8GiB. Default: the card here, else 8GiB.')]=None,
     questions:Questions=8, batch:Batch=None,
     reserve:Annotated[str, typer.Option(help='For desktop and other processes.')]='1.5GB',
     steps:Annotated[Optional[int], typer.Option(help='Training steps, for the hours. Default: as `fada train`.')]=None,
-    rank:Annotated[Optional[int], typer.Option(help='Rank of the adapter. Default: as `fada train`.')]=None, new_tokens:NewTokens=None,
+    rank:Annotated[Optional[int], typer.Option(help='Rank of the adapter. Default: as `fada train`.')]=None,
+    accumulate:Annotated[int, typer.Option(help="Parts that a training step's images go through in.")]=1,
+    checkpointing:Checkpointing=False, new_tokens:NewTokens=None,
     side:Side=None, config:Config=None,
     figure:Annotated[Optional[str],
                      typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
@@ -710,17 +737,21 @@ def plan(
 ):
     """Predict memory by part and training hours before any download, and what would fit.
 
-    Example: fada plan medgemma-4b llava-1.5-7b --task answer --gpu 8GiB"""
+    Example: fada plan medgemma-4b llava-1.5-7b --gpu 8GiB"""
     s = _settings(quiet, max_new_tokens=new_tokens)
     from dataclasses import asdict
-    from fada.plan import plan as work, plan_figure, plan_text
+    from fada.plan import TASKS, plan as work, plan_figure, plan_text
     from fada.registry import model_spec
     wanted = [p.strip() for p in precision.split(',') if p.strip()] or ['']
     asked = precision != 'bf16,int8,nf4'   # a default that a model lacks is left out, an asked one is an error
-    plans = [work(m, task, p, gpu, questions, batch, reserve, s.max_new_tokens, steps, rank, side, config)
-             for m in model for p in wanted if asked or p in model_spec(m).precisions or not model_spec(m).precisions]
+    has = lambda m, p: asked or p in model_spec(m).precisions or not model_spec(m).precisions
+    does = lambda m, t: task or t == 'answer' or 'train' in model_spec(m).capabilities
+    plans = [work(m, t, p, gpu, questions, batch, reserve, s.max_new_tokens, steps, rank, side, config,
+                  accumulate=accumulate, checkpointing=checkpointing)
+             for m in model for t in ([task] if task else TASKS) if does(m, t) for p in wanted if has(m, p)]
     if figure: plan_figure(plans, figure, cards=(plans[0].gpu_bytes,))
-    _show([asdict(p) for p in plans], json, '\n'.join(plan_text(p) for p in plans))
+    rest = [f'{m}, train: cannot be trained here' for m in model if not does(m, 'train')]
+    _show([asdict(p) for p in plans], json, '\n'.join([*map(plan_text, plans), *rest]))
 
 # %% ../nbs/16_cli.ipynb #8a5d7d73
 @app.command()
@@ -729,7 +760,7 @@ def measure(
     task:Task='answer', precision:Precision=None, device:Device=None, questions:Questions=8, batch:Batch=None,
     new_tokens:NewTokens=None, side:Side=None, weights:Weights=None,
     random:Annotated[bool, typer.Option('--random', help='Random weights of the true shape: no download.')]=False,
-    config:Config=None, json:Json=False, quiet:Quiet=False,
+    config:Config=None, checkpointing:Checkpointing=False, json:Json=False, quiet:Quiet=False,
 ):
     """Run a model for true: load time, seconds a question, peak memory, and how far off the plan was.
 
@@ -739,7 +770,7 @@ def measure(
     from fada.memory import in_gib
     from fada.plan import measure_model
     r = measure_model(model, task, s.precision, s.device, questions, batch, s.max_new_tokens, side=side, weights=weights,
-                      random=random, config=config)
+                      random=random, config=config, checkpointing=checkpointing)
     _show(r, json, f"{model}, {task}, {s.precision} on {r['machine']}{', random weights' if random else ''}: loaded in "
           f"{r['load_seconds']:.1f} s, {r['seconds_per_question']:.2f} s a question, peak {in_gib(r['peak_bytes'])}, predicted "
           f"{in_gib(r['predicted_bytes'])} ({100*r['error']:+.1f} %)")
@@ -756,6 +787,18 @@ def doctor(model:Model=None, precision:Precision=None, device:Device=None, json:
     found = examine(model=model, precision=precision, device=device)
     _show(dict(ready=ready(found), findings=[asdict(f) for f in found]), json, '\n'.join(f.line() for f in found))
     if not ready(found): raise typer.Exit(1)
+
+# %% ../nbs/16_cli.ipynb #96ea4994
+@app.command()
+def notebooks(folder:Annotated[str, typer.Argument(help='Where they go; what is there stays.')],
+              json:Json=False, quiet:Quiet=False):
+    """Copy the run and app notebooks, the tutorials and a settings.ini into a folder.
+
+    Example: fada notebooks work"""
+    _settings(quiet)
+    from fada.book import copy_notebooks
+    r = copy_notebooks(folder)
+    _show(r, json, f"{len(r['written'])} files in {folder}, {len(r['kept'])} were there already; next: jupyter lab {folder}")
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()

@@ -79,12 +79,14 @@ def systems(jobs)->dict:
 def interval_text(m:dict, digits:int=2)->str:
     "Mean with its interval as text; 'too few patients' where there is none"
     if m['mean'] is None: return '–'
-    return f"{m['mean']:.{digits}f} " + ('(too few patients)' if m['low'] is None
-                                         else f"[{m['low']:.{digits}f}, {m['high']:.{digits}f}]")
+    said = lambda v: f'{round(v, digits)+0.:.{digits}f}'   # no minus before a zero
+    return f"{said(m['mean'])} " + ('(too few patients)' if m['low'] is None
+                                    else f"[{said(m['low'])}, {said(m['high'])}]")
 
 # %% ../nbs/11_compare.ipynb #1d78af30
 def quality_table(jobs)->pd.DataFrame:
-    "Per system: images, the endpoint (each question counting alike), the mean of rows, each main score, with 95 % intervals"
+    """Per system: images, the endpoint (each question counting alike), the mean of rows, each main score, with 95 %
+    intervals"""
     rows = []
     for name,scored in systems(jobs).items():
         plain = scored[scored.condition == 'plain']
@@ -97,8 +99,9 @@ def quality_table(jobs)->pd.DataFrame:
 
 # %% ../nbs/11_compare.ipynb #99d96b5e
 def control_table(scored)->pd.DataFrame:
-    """Per question: the score, what each control scores, the smallest paired gain over a control, and whether all are beaten
-    (95 % interval above zero). The folder's majority answer is set apart: it counts only where the system knows the folder too."""
+    """Per question: the score, what each control scores, the smallest paired gain over a control, and whether all are
+    beaten (95 % interval above zero). The folder's majority answer is set apart: it counts only where the system
+    knows the folder too."""
     rows = []; known = knows_folder(scored, scored.adapter.any())
     mean = lambda c: '–' if c['mean'] is None else f"{c['mean']:.2f}"   # no reference could be read: nothing to score
     for q,m in summary(scored).items():
@@ -129,8 +132,8 @@ def gains(jobs)->pd.DataFrame:
 
 # %% ../nbs/11_compare.ipynb #34276f2d
 def plane_table(run, jobs)->pd.DataFrame:
-    """Question 3 beside a plain classifier, on the images that both answered: the plane alone (standard or not left aside) and
-    both, each with the system's gain over it; empty where the run trained no classifier"""
+    """Question 3 beside a plain classifier, on the images that both answered: the plane alone (standard or not left
+    aside) and both, each with the system's gain over it; empty where the run trained no classifier"""
     from fada.planes import plane_of
     done = [Path(run)/j.name/'planes.parquet' for j in jobs if j.config.get('task') == 'planes']
     if not done: return pd.DataFrame()
@@ -156,8 +159,8 @@ def _predicted(jobs)->dict:
     return {(p.model, p.precision): p.peak_bytes for p in kept_plans() if p.task == 'answer' and p.model in asked}
 
 def resource_table(jobs)->pd.DataFrame:
-    """Per evaluation job: weights, peak memory of its process, peak predicted on a card, load time, time per question, cost; training
-    time from its own job"""
+    """Per evaluation job: weights, peak memory of its process, peak predicted on a card, load time, time per
+    question, cost; training time from its own job"""
     trained = {j.name: j.config['seconds'] for j in jobs if j.config['kind'] == 'train'}
     rows,plans = [],_predicted(jobs); known = lambda v, f: '–' if v is None else f(v)
     for j in jobs:
@@ -176,7 +179,8 @@ def resource_table(jobs)->pd.DataFrame:
 
 # %% ../nbs/11_compare.ipynb #db074bc0
 def feature_table(jobs)->pd.DataFrame:
-    "What each model that was asked can do: family, training, attention, precisions, image read once for all questions, licence"
+    """What each model that was asked can do: family, training, attention, precisions, image read once for all
+    questions, licence"""
     from fada.registry import registry
     known = registry(); tick = lambda v: '✓' if v else ''
     rows = [{'model': m, 'family': s.family, 'train': tick('train' in s.capabilities),
@@ -188,10 +192,16 @@ def feature_table(jobs)->pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #cdf4bd96
+def _legend_above(fig, names, height):
+    "Legend over the axes, in as many columns as the names leave room for"
+    columns = max(1, min(3, 100//(max(map(len, names))+8))); lines = -(-len(names)//columns)
+    fig.legend(fontsize=8, loc='upper left', ncol=columns, frameon=False)
+    fig.set_size_inches(8.5, height+.2*lines); fig.tight_layout(rect=(0, 0, 1, height/(height+.2*lines)))
+
 def plot_systems(jobs):
     "Forest plot: each question's score with its interval, one colour per system; returns the figure"
     import matplotlib.pyplot as plt
-    every = systems(jobs); fig,ax = plt.subplots(figsize=(8.5,4.2))
+    every = systems(jobs); fig,ax = plt.subplots()
     for k,(name,scored) in enumerate(every.items()):
         plain = scored[scored.condition == 'plain']
         ms = {q: main_score(g) for q,g in plain.groupby('question_id')}
@@ -204,9 +214,7 @@ def plot_systems(jobs):
                     capsize=3, label=name)
     ax.set_yticks(range(len(QUESTIONS)), [f'{q} {o.key}' for q,o in QUESTIONS.items()]); ax.invert_yaxis()
     ax.set(xlabel='main score with 95 % interval (clustered on patient)', xlim=(0,1.03))
-    ax.grid(axis='x', alpha=.3)
-    ax.legend(fontsize=8, loc='lower left', bbox_to_anchor=(0,1), ncol=3, frameon=False)
-    fig.tight_layout()
+    ax.grid(axis='x', alpha=.3); _legend_above(fig, every, max(4, 1+8*.1*len(every)))
     return fig
 
 # %% ../nbs/11_compare.ipynb #1404d8a6
@@ -250,7 +258,8 @@ def plot_forest(every):
 
 # %% ../nbs/11_compare.ipynb #33d90631
 def plot_confusion(m, title=''):
-    "Confusion of planes, true by said, the last column what was not read or no plane; returns the figure, None without any"
+    """Confusion of planes, true by said, the last column what was not read or no plane; returns the figure, None
+    without any"""
     import matplotlib.pyplot as plt
     if not m or not m.get('confusion'): return None
     c,names = np.array(m['confusion']),m['classes']; share = c/np.maximum(c.sum(1, keepdims=True), 1)
@@ -264,39 +273,43 @@ def plot_confusion(m, title=''):
     fig.tight_layout()
     return fig
 
+# %% ../nbs/11_compare.ipynb #248ddc5a
 def plot_bland_altman(points, title=''):
-    "Difference against mean of said and true mm, with limits of agreement; returns the figure, None below three points"
+    """Difference against mean of said and true mm, with limits of agreement; returns the figure, None below three
+    points"""
     import matplotlib.pyplot as plt
     if len(points or ()) < 3: return None
     t,f = (np.array([p[k] for p in points], float) for k in (1, 2)); d = f-t; mid,sd = d.mean(),d.std(ddof=1)
-    fig,ax = plt.subplots(figsize=(6,3.6))
+    fig,ax = plt.subplots(figsize=(7.2,3.6))
     for name in sorted({p for p,*_ in points}):
         at = np.array([p == name for p,*_ in points])
         ax.plot((t+f)[at]/2, d[at], 'o', ms=4, alpha=.6, label=name)
     for y,style in ((mid,'-'), (mid-1.96*sd,'--'), (mid+1.96*sd,'--')): ax.axhline(y, color='0.4', ls=style, lw=1)
     ax.set(xlabel='mean of said and true, mm', ylabel='said − true, mm')
     ax.set_title(f'{title}: bias {mid:.1f} mm, limits {mid-1.96*sd:.1f} to {mid+1.96*sd:.1f} mm', fontsize=9)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.01,1), frameon=False)
     fig.tight_layout()
     return fig
 
+# %% ../nbs/11_compare.ipynb #fc1daddd
 def plot_reliability(details, title=''):
     "Share right against confidence, a line for each question; returns the figure, None without confidence"
     import matplotlib.pyplot as plt
     seen = {q: d['calibration'] for q,d in details.items() if d.get('calibration', {}).get('n')}
     if not seen: return None
-    fig,ax = plt.subplots(figsize=(5,4.4)); ax.plot([0,1], [0,1], ':', color='0.5')
+    fig,ax = plt.subplots(figsize=(7.2,4.4)); ax.plot([0,1], [0,1], ':', color='0.5')
     for q,c in seen.items():
         ax.plot([b['confidence'] for b in c['bins']], [b['right'] for b in c['bins']], 'o-', ms=4, lw=1,
                 label=f"{q} {QUESTIONS[int(q)].key} (error {c['ece']:.2f})")
     ax.set(xlabel='confidence', ylabel='score', xlim=(0,1), ylim=(0,1.02)); ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1.01,1), frameon=False)
     fig.tight_layout()
     return fig
 
 # %% ../nbs/11_compare.ipynb #9b415fc0
 def plot_resources(jobs):
-    "Bars of load time, time per question and weights of the systems that ran here; returns the figure, None without any"
+    """Bars of load time, time per question and weights of the systems that ran here; returns the figure, None without
+    any"""
     import matplotlib.pyplot as plt
     seen = {}
     for j in jobs:
@@ -317,28 +330,35 @@ def plot_resources(jobs):
 
 # %% ../nbs/11_compare.ipynb #469d8507
 def _found(plain)->str:
-    "What a system made of question 7, with counts"
+    "What a system made of question 7, with counts; '' where it was not asked"
     n = normality(plain)
-    return f"Abnormal images found: {n['found']} of {n['abnormal']}; normal ones cleared: {n['cleared']} of {n['normal']}."
+    if not n['abnormal']+n['normal']: return ''
+    return (f" Abnormal images found: {n['found']} of {n['abnormal']}; "
+            f"normal ones cleared: {n['cleared']} of {n['normal']}.")
+
+def _beside_first(other, o, plain, name)->str:
+    "A system against the first, in a line"
+    both = plain.merge(o, on=['image','question_id'], suffixes=('','_b'))
+    return (f"{other}: mean of the questions {interval_text(primary(o))}; against {name} "
+            f"{interval_text(primary(both.assign(score=both.score_b), both.score), 3)} (paired).{_found(o)}")
+
+def _beaten(scored)->str:
+    "On which questions a system beats its controls, in a line"
+    told,each = knows_folder(scored, scored.adapter.any()),summary(scored)
+    if not any(m['controls'] for m in each.values()): return 'No control stands beside these scores.'
+    beats = [f'{q} {m["key"]}' for q,m in each.items() if beats_controls(m, told)]
+    return (f"Beats every control{'' if told else ' that, like it, is not told the folder'}, pooled over categories, "
+            f"on: {', '.join(beats) or 'no question'}.")
 
 def headline(jobs)->list:
-    "The run in at most five lines, each from its own figures"
-    every = systems(jobs)
-    name,scored = next(iter(every.items()))
-    plain = scored[scored.condition == 'plain']
-    m = summary(scored)
-    beats = [f'{q} {v["key"]}' for q,v in m.items()
-             if beats_controls(v, knows_folder(scored, scored.adapter.any()))]
-    if not plain.score.notna().any(): return [f'{name}: {plain.image.nunique()} images, no references: nothing is scored.']
-    told = knows_folder(scored, scored.adapter.any())
-    lines = [f"{name}: {plain.image.nunique()} test images of {plain.patient.nunique()} patients, "
-             f"mean of the questions {interval_text(primary(plain))}. {_found(plain)}",
-             f"Beats every control{'' if told else ' that, like it, is not told the folder'}, pooled over categories, on: "
-             f"{', '.join(beats) or 'no question'}."]
-    for other in list(every)[1:]:
-        o = every[other]
-        o = o[o.condition == 'plain']
-        both = plain.merge(o, on=['image','question_id'], suffixes=('','_b'))
-        lines.append(f"{other}: mean of the questions {interval_text(primary(o))}; against {name} "
-                     f"{interval_text(primary(both.assign(score=both.score_b), both.score), 3)} (paired). {_found(o)}")
-    return lines[:5]
+    "The run in at most five lines, each from its own figures; what a preset's sample can show comes first"
+    every = systems(jobs); name,scored = next(iter(every.items())); plain = scored[scored.condition == 'plain']
+    if not plain.score.notna().any():
+        return [f'{name}: {plain.image.nunique()} images, no references: nothing is scored.']
+    known = not plain.patient.astype(str).str.startswith('image:').any()
+    who = f'{plain.patient.nunique()} patients' if known else 'unknown patients'
+    lines = [f'{name}: {plain.image.nunique()} test images of {who}, mean of the questions '
+             f'{interval_text(primary(plain))}.{_found(plain)}', _beaten(scored)]
+    lines += [_beside_first(k, o[o.condition == 'plain'], plain, name) for k,o in list(every.items())[1:]]
+    small = dict.fromkeys(j.metrics['preset']['can_show'] for j in jobs if j.metrics and j.metrics.get('preset'))
+    return [*small, *lines][:5]

@@ -87,7 +87,7 @@ def knows_folder(scored, adapter)->bool:
     return bool(adapter) or scored.category.nunique() == 1
 
 def beats_controls(item, folder_known:bool)->bool|None:
-    """Whether a question's score beats each of its controls; None without controls. The folder's majority answer counts only
-    against a system that knows the folder too."""
+    """Whether a question's score beats each of its controls; None without controls. The folder's majority answer
+    counts only against a system that knows the folder too."""
     d = [v for k,v in item['differences'].items() if folder_known or k != KNOWS_FOLDER]
     return all(v['low'] is not None and v['low'] > 0 for v in d) if d else None

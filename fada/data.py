@@ -9,6 +9,7 @@ __all__ = ['REQUIRED', 'OPTIONAL', 'SPLITS', 'FILES', 'check_table', 'read_phant
 
 # %% ../nbs/04_data.ipynb #faae3cb8
 import hashlib, json, os
+from collections import Counter
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -83,7 +84,8 @@ def split_by_patient(
     seed:int=0,
     shares=(.7, .1, .2),       # train, val, test
 )->pd.DataFrame:               # the table with its split column
-    "Assign whole patients to train, val and test, stratified by the categories they appear in"
+    """Assign whole patients to train, val and test, stratified by the categories they appear in; where too few share
+    theirs, patients are dealt out one by one (`split_table`)"""
     if len(shares) != 3 or abs(sum(shares)-1) > 1e-6:
         raise FadaError(f'shares {shares}', '', 'three numbers that sum to 1', '')
     rng = np.random.default_rng(seed); where = {}
@@ -94,12 +96,8 @@ def split_by_patient(
         if n >= 3: cut[1:3] = np.clip(cut[1:3], [1,2], [n-2,n-1])
         for s,a,b in zip(SPLITS, cut, cut[1:]): where.update({w: s for w in who[a:b]})
     out = table.assign(split=table.patient.map(where))
-    lost = {c: s for c,g in out.groupby('category') if (s := set(SPLITS)-set(g.split))}
-    if lost:
-        raise FadaError('too few patients for a split without a leak',
-                        '; '.join(f'{c}: no {", ".join(sorted(s))}' for c,s in lost.items()),
-                        'at least 3 patients per category', 'add images')
-    return out
+    whole = all(set(SPLITS) == set(g.split) for _,g in out.groupby('category'))
+    return out if whole else split_table(table, seed, shares, published=False)
 
 # %% ../nbs/04_data.ipynb #1043f078
 def split_units(
@@ -125,8 +123,7 @@ def _deal(units, shares, rng):
     for cats in units.values():
         for c,n in cats.items(): total[c] = total.get(c, 0)+n
     have = {c: [0]*len(shares) for c in total}; left = {c: sum(c in u for u in units.values()) for c in total}
-    names = [sorted(units)[i] for i in rng.permutation(len(units))]
-    out = {}
+    order = sorted(units); names = [order[i] for i in rng.permutation(len(units))]; out = {}
     for u in sorted(names, key=lambda u: (min(total[c] for c in units[u]), -sum(units[u].values()))):
         ok = range(len(shares))
         for c in units[u]:  # the last units of a category go where it has none yet
@@ -152,6 +149,17 @@ def _published(table, unit):
     return p.drop_duplicates('unit').set_index('unit').published_split.to_dict()
 
 # %% ../nbs/04_data.ipynb #a62e6794
+def _prove_split(table, unit, given, wanted):
+    "`FadaError` where a category lacks one of the wanted splits, unless it was published so"
+    for c,g in table.groupby('category'):
+        if set(g.image.map(unit)) <= set(given) or not (lost := wanted-set(g.split)): continue
+        who = sorted(g.patient.unique()); some = ', '.join(who[:6])+(' …' if len(who) > 6 else '')
+        raise FadaError('no split without a leak',
+                        f'{c}: {len(who)} patients or images that belong together ({some}), '
+                        f'none left for {", ".join(sorted(lost))}',
+                        'at least 3 unrelated patients per category', 'add images, or leave the category out')
+
+# %% ../nbs/04_data.ipynb #530bd9b3
 def split_table(
     table:pd.DataFrame,
     seed:int=0,
@@ -163,8 +171,9 @@ def split_table(
     if len(shares) != 3 or abs(sum(shares)-1) > 1e-6 or min(shares) < 0:
         raise FadaError(f'shares {shares}', '', 'three numbers that sum to 1', '')
     unit = split_units(table, seen); given = _published(table, unit) if published else {}
-    images = table.drop_duplicates('image')
-    cats = {u: g.category.value_counts().to_dict() for u,g in images.groupby(images.image.map(unit))}
+    images = table.drop_duplicates('image'); each = {}
+    for u,c in zip(images.image.map(unit), images.category): each.setdefault(u, Counter())[c] += 1
+    cats = {u: dict(c.most_common()) for u,c in each.items()}
     rng = np.random.default_rng(seed); where = {u: s for u,s in given.items() if s != 'train'}
     if 'val' in given.values():where.update(given); rest_shares = shares
     else:
@@ -175,17 +184,7 @@ def split_table(
     free = {u: c for u,c in cats.items() if u not in where}
     where.update({u: SPLITS[s] for u,s in _deal(free, shares, rng).items()})
     out = table.assign(split=table.image.map(unit).map(where))
-    wanted = {s for s,x in zip(SPLITS, shares) if x > 0}
-    for c,g in out.groupby('category'):
-        if set(table.image[g.index].map(unit)) <= set(given): continue  # as it was published
-        if (lost := wanted-set(g.split)):
-            who = sorted(g.patient.unique())
-            some = ', '.join(who[:6])+(' …' if len(who) > 6 else '')
-            raise FadaError('no split without a leak',
-                            f'{c}: {len(who)} patients or images that belong together ({some}), '
-                            f'none left for {", ".join(sorted(lost))}',
-                            'at least 3 unrelated patients per category',
-                            'add images, or leave the category out')
+    _prove_split(out, unit, given, {s for s,x in zip(SPLITS, shares) if x > 0})
     return out
 
 # %% ../nbs/04_data.ipynb #887ec659
@@ -285,6 +284,15 @@ def changed(
         if same: return 'annotated since: prepare again to put the corrections into the table'
     return '' if path.stat().st_size == size and sha256_file(path) == sha else 'changed'
 
+def _remedy(path, size, why)->str:
+    "What became of a file, and what to do"
+    if why == 'missing':
+        return f'missing since the table was made ({size:,} bytes then): put it back, or prepare again without it'
+    if why != 'changed': return why
+    now = path.stat().st_size
+    what = f'{size:,} bytes then, {now:,} now' if now != size else f'other content in {size:,} bytes'
+    return f'changed since the table was made ({what}): put the old file back, or prepare again'
+
 def _strangers(folder, files):
     "Pictures, and a log of annotations, that came since the table was made"
     q = folder/QUARANTINE; aside = pd.read_csv(q, keep_default_na=False).file.unique() if q.is_file() else ()
@@ -292,7 +300,8 @@ def _strangers(folder, files):
     for p in sorted(folder.rglob('*')):
         n = p.relative_to(folder)
         if n.as_posix() in known or any(x.startswith('.') for x in n.parts) or not p.is_file(): continue
-        if p.suffix.lower() in IMAGES: yield n.as_posix(), 'new: not in the table, not in the quarantine'
+        if p.suffix.lower() in IMAGES:
+            yield n.as_posix(), 'new: not in the table, not in the quarantine; prepare again to take it'
         elif n.as_posix() == 'annotations.jsonl': yield n.as_posix(), 'new: prepare again to apply corrections'
 
 # %% ../nbs/04_data.ipynb #2117d1d1
@@ -310,9 +319,11 @@ def verify(
         raise FadaError('the manifest does not list its files', str(folder/'manifest.json'), FILES,
                         'prepare the data again')
     files = read_json(folder/FILES); out = []
-    if m.get('manifest_digest') != digest(_plain(m)): out.append(('manifest.json', 'changed'))
-    if digest(files) != m['files_digest']: out.append((FILES, 'changed'))
-    out += [(n, why) for n,(size,sha) in files.items() if (why := changed(folder/n, size, sha))]
+    by_hand = 'changed since it was written: prepare the data again'
+    if m.get('manifest_digest') != digest(_plain(m)): out.append(('manifest.json', by_hand))
+    if digest(files) != m['files_digest']: out.append((FILES, by_hand))
+    out += [(n, _remedy(folder/n, size, why)) for n,(size,sha) in files.items()
+            if (why := changed(folder/n, size, sha))]
     if m['reader'] != 'phantoms': out += _strangers(folder, files)
     return pd.DataFrame(out, columns=['file','finding'])
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHARE_FROM', 'MOST_ROWS', 'Prefix', 'read_prefix', 'no_prefix', 'left_padded', 'right_padded', 'Words', 'capped',
            'end_ids', 'processors_of', 'attend', 'attending', 'weights_of', 'Slots', 'Steps', 'finish', 'one_copy',
-           'Rows', 'Pairs', 'Costs', 'costs_of', 'free_budget', 'parts_of', 'out_of_memory', 'in_parts', 'release']
+           'Rows', 'is_plain_opt', 'Pairs', 'Costs', 'costs_of', 'free_budget', 'parts_of', 'out_of_memory', 'in_parts',
+           'release']
 
 # %% ../nbs/07f_decode.ipynb #ab29ca6f
 import contextvars, threading
@@ -128,12 +129,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, softcap=None
     if rows is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
-    n,heads,t,width = query.shape; kv = key.shape[1]; g = heads//kv
-    scaling = width**-.5 if scaling is None else scaling
-    how = rows.together if rows.shared else rows.alone
-    out = how(module.layer_idx, query.reshape(n, kv, g*t, width), key, value, rows.grouped(attention_mask, g), scaling,
-              softcap)
-    return out.reshape(n, heads, t, width).transpose(1, 2).contiguous(), None
+    scaling = query.shape[-1]**-.5 if scaling is None else scaling
+    return rows.attention(module.layer_idx, query, key, value, attention_mask, scaling, softcap).contiguous(), None
 
 @contextmanager
 def attending(config, rows):
@@ -276,7 +273,7 @@ class Rows(Steps):
         self.padded = min(lengths) < self.longest or not bool(prefix.valid.all())
         self.shared = one_copy(prefix.tokens, len(at)/len(set(at))) if share is None else share
         self.slots = Slots(size if self.shared else prefix.tokens+size, prefix.tokens if self.shared else 0)
-        self.hidden = None
+        self.hidden,self.plain = None,is_plain_opt(words.decoder)
         if self.shared: self.group()
         else: self.slots.fill(prefix.layers, self.at)
         if self.processors: self.history = left_padded([[*(heads[n] if heads else []), *t] for n,t in zip(at, tails)], words.pad, **on)[0]
@@ -309,6 +306,14 @@ def spread(self:Rows, x):
     return x if self.back is None else x[self.back]
 
 # %% ../nbs/07f_decode.ipynb #5239faa1
+@patch
+def attention(self:Rows, layer:int, query, key, value, mask, scaling, softcap=None):
+    "What queries (rows × heads × new tokens × width) make of what they see: rows × new tokens × heads × width"
+    n,heads,t,width = query.shape; kv = key.shape[1]; g = heads//kv
+    how = self.together if self.shared else self.alone
+    out = how(layer, query.reshape(n, kv, g*t, width), key, value, self.grouped(mask, g), scaling, softcap)
+    return out.reshape(n, heads, t, width).transpose(1, 2)
+
 @patch
 def together(self:Rows, layer, q, k, v, mask, scaling, softcap):
     "Attention of rows to the one copy of their prefix, and to themselves: one softmax over both"
@@ -354,6 +359,7 @@ def behind(self:Rows):
         self.hidden = self.added(torch.cat([self.prefix.valid[self.at], self.valid], 1))[:,None,None]
     return self.hidden
 
+# %% ../nbs/07f_decode.ipynb #66035743
 @patch
 def masks(self:Rows, a:int, b:int):
     "The mask, or one for each kind of layer where a model has several"
@@ -373,15 +379,36 @@ def grouped(self:Rows, mask, g:int):
     return self.laid[id(mask)]
 
 # %% ../nbs/07f_decode.ipynb #3cfd7637
+def is_plain_opt(decoder)->bool:
+    "Whether a decoder is an OPT as BLIP-2 has it: norms before attention, one width throughout"
+    c = decoder.config
+    return c.model_type == 'opt' and c.do_layer_norm_before and decoder.project_in is decoder.project_out is None
+
+@patch
+def opt_layers(self:Rows, x, position, mask):
+    "Hidden states of new tokens `x` (rows × tokens × width) by the modules of an OPT, one behind the other"
+    d = self.words.decoder; n,t,_ = x.shape; x = x+d.embed_positions(None, position_ids=position)
+    for i,layer in enumerate(d.layers):
+        a = layer.self_attn; h = layer.self_attn_layer_norm(x)
+        heads = lambda y: y.view(n, t, a.num_heads, a.head_dim).transpose(1, 2)
+        keys,values = self.slots.update(heads(a.k_proj(h)), heads(a.v_proj(h)), i)
+        seen = self.attention(i, heads(a.q_proj(h)*a.scaling), keys, values, mask, 1.)
+        x = x+a.out_proj(seen.reshape(n, t, -1))
+        x = x+layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
+    return x if d.final_layer_norm is None else d.final_layer_norm(x)
+
+# %% ../nbs/07f_decode.ipynb #3cfd7638
 @patch
 def forward(self:Rows, ids):
     "Hidden states of new tokens: rows × tokens × width"
     w = self.words; a = self.slots.end-(0 if self.shared else self.prefix.tokens); b = a+ids.shape[1]
     position = self.prefix.next[self.at][:,None]+self.place[:,a:b]
     if w.mrope: position = position.expand(3, -1, -1)
-    with attending(w.config, self):
-        hidden = w.decoder(inputs_embeds=w.embed(ids), attention_mask=self.masks(a, b), position_ids=position,
-                           past_key_values=self.slots, use_cache=True).last_hidden_state
+    if self.plain: hidden = self.opt_layers(w.embed(ids), position, self.masks(a, b))
+    else:
+        with attending(w.config, self):
+            hidden = w.decoder(inputs_embeds=w.embed(ids), attention_mask=self.masks(a, b), position_ids=position,
+                               past_key_values=self.slots, use_cache=True).last_hidden_state
     self.slots.end += ids.shape[1]
     return hidden
 
@@ -390,6 +417,7 @@ def going_on(self:Rows):
     "Attention that looks at the one prefix and each row's own part"
     return attending(self.words.config, self)
 
+# %% ../nbs/07f_decode.ipynb #3cfd763b
 @patch
 def read_tails(self:Rows):
     "Hidden states of the questions' tokens"

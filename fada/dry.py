@@ -18,12 +18,12 @@ from torch.utils.flop_counter import flop_registry
 class _Attention(torch.autograd.Function):
     "What a fused attention kernel allocates and keeps"
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, mask):
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), mask)
         return out
     @staticmethod
-    def backward(ctx, grad): return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+    def backward(ctx, grad): return *(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None
 
 class _Fused(TorchFunctionMode):
     def __init__(self, dropout:bool): super().__init__(); self.dropout = dropout
@@ -32,11 +32,18 @@ class _Fused(TorchFunctionMode):
         if func is torch.tensor and str(kwargs.get('device')) == 'meta':   # whole numbers that are given are real
             made = func(*args, **{**kwargs, 'device': 'cpu'})
             return made if _whole(made.dtype) else made.to('meta')
+        if func is torch.Tensor.backward: return self.backward(args[0])
         if func is torch.Tensor.tolist and args[0].is_meta: return torch.zeros(args[0].shape, device='cpu').tolist()
         if (func is not torch.nn.functional.scaled_dot_product_attention or not args[0].is_meta
             or (kwargs.get('dropout_p') and not self.dropout)): return func(*args, **kwargs)
-        q,k,v = args[:3]
-        return _Attention.apply(q, k, v) if torch.is_grad_enabled() else q.new_empty(*q.shape[:-1], v.shape[-1])
+        q,k,v = args[:3]; mask = args[3] if len(args) > 3 else kwargs.get('attn_mask')
+        if torch.is_grad_enabled(): return _Attention.apply(q, k, v, mask)
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+    def backward(self, loss):
+        "The way back, where layers that run again meet this mode too: torch's own would leave it first"
+        with self: torch.autograd.Variable._execution_engine.run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 # %% ../nbs/06a_dry.ipynb #ccae2884
 _aten = torch.ops.aten

@@ -19,7 +19,9 @@ from .data import load_table, read_image, subset, table_digest
 from .memory import measured, peak_bytes
 from .metrics import PRIMARY, coverage, normality, primary, score_table
 from .scores import question_scores
+from .shards import LoggedModel, log_of, write_shard
 from .stats import mean_interval
+from .topic import topic_folder, topic_model
 from .twins import seed45, what_45_can_show, with_examples
 from .checkpoints import held_bytes
 from .models import model_spec
@@ -70,7 +72,7 @@ def ask_table(
     rows = rows[rows.image.isin(shown)]
     rows = rows.assign(condition=condition, key=[record_key(identity, r, condition, shown[r['image']][1])
                                                  for r in rows.to_dict('records')])
-    have = {r['key']: r for r in log.read()[0] if not r.get('error')}
+    rows = log.share(rows, batch); have = log.answered()
     todo = list(rows[~rows.key.isin(have)].groupby('image', sort=False))
     record = lambda r,a,unread: _record(identity, versions, r, shown[r['image']], a, unread)
     for i in progress(range(0, len(todo), batch), f'asking ({condition})', unit='batch') if todo else ():
@@ -117,6 +119,22 @@ def choose_rows(vlm, rows, train, images, seed, preset, examples)->pd.DataFrame:
                         'a chat model or a service', 'leave them out')
     return with_examples(rows, train, examples, seed)
 
+# %% ../nbs/10_evaluate.ipynb #f7df0e01
+def _ask_all(vlm, data, everything, rows, log, split, seed, control_images)->list:
+    "Answers of all rows, then, where `control_images` of them are wanted, those of the controls: a list of tables"
+    parts = [ask_table(vlm, data, rows, 'plain', log)]
+    if not control_images: return parts
+    return parts + ask_controls(vlm, data, rows, subset(rows, control_images, seed),
+                                everything[everything.split == split].drop_duplicates('image'),
+                                everything[everything.split == 'train'], log, seed)
+
+def _scored(out, parts, none, everything, damaged, data)->Results:
+    "The answers with their scores; half-written lines of the log are set aside"
+    aside = [dict(place='answers.jsonl', reason=f'damaged: {damaged} half-written line(s)')] if damaged else []
+    columns = ['place','reason','image','question','prediction']
+    return Results(out.name, score_table(pd.concat(parts, ignore_index=True)), pd.DataFrame(aside, columns=columns),
+                   none, everything, folder=data)
+
 # %% ../nbs/10_evaluate.ipynb #f7df0ee5
 def evaluate(
     vlm, data,                    # model, data folder
@@ -128,28 +146,33 @@ def evaluate(
     paid_controls:bool=False,     # ask the controls of a paid service too
     preset:str='',                # seed45: five categories × three images × three questions
     examples:int=0,               # training answers put before each question, for chat models
-)->dict:                          # what metrics.json holds
+    shard:str='',                 # '2/4': ask the second of four parts only; nothing is scored
+    shards=(),                    # folders of all parts, answered before: nothing is asked
+)->dict:                          # what metrics.json holds; of a part, what shard.json holds
     "Ask, log, score, and set the controls beside"
     if images < 0 or control_images < 1:
         raise FadaError(f'images {images}, control_images {control_images}', '',
                         'images of at least 0, control_images of at least 1', '')
-    out = writable_folder(out); log = AnswersLog(out/'answers.jsonl')
-    everything = load_table(data); train = everything[everything.split == 'train']
-    rows = choose_rows(vlm, load_table(data, categories, split), train, images, seed, preset, examples)
-    start = time.perf_counter(); parts = [ask_table(vlm, data, rows, 'plain', log)]
-    if controls and (paid_controls or not vlm.paid):
-        parts += ask_controls(vlm, data, rows, subset(rows, control_images, seed),
-                              everything[everything.split == split].drop_duplicates('image'),
-                              train, log, seed)
-    scored = score_table(pd.concat(parts, ignore_index=True)); records,damaged = log.read()
-    more = dict(damaged_lines=damaged, seconds=round(time.perf_counter()-start, 2), peak_bytes=peak_bytes(),
-                **({'spending': spending(records)} if vlm.paid else {}))
-    aside = [dict(place='answers.jsonl', reason=f'damaged: {damaged} half-written line(s)')] if damaged else []
-    found = Results(out.name, scored, pd.DataFrame(aside,
-                                                   columns=['place','reason','image','question','prediction']),
-                    rows[:0], everything, folder=Path(data))
+    topic_folder()   # a wrong one is said now, not when all is asked
+    out = writable_folder(out); log = log_of(out, shard, shards); everything = load_table(data)
+    rows = choose_rows(vlm, load_table(data, categories, split), everything[everything.split == 'train'],
+                       images, seed, preset, examples)
+    start = time.perf_counter(); asked = control_images if controls and (paid_controls or not vlm.paid) else 0
+    parts = _ask_all(vlm, data, everything, rows, log, split, seed, asked)
+    took = dict(seconds=round(time.perf_counter()-start, 2), peak_bytes=peak_bytes())
+    if shard: return write_shard(log, vlm, parts, took)
+    if shards: log.write(parts); took = log.took()
+    records,damaged = log.read(); found = _scored(out, parts, rows[:0], everything, damaged, Path(data))
+    more = dict(damaged_lines=damaged, **took, **({'spending': spending(records)} if vlm.paid else {}))
     if preset: more['preset'] = dict(name=preset, can_show=what_45_can_show(len(rows)))
     return write_results(out, found, vlm.identity(), split, seed, dict(more, examples=examples))
+
+def _scored(out, parts, none, everything, damaged, data)->Results:
+    "The answers with their scores; half-written lines of the log are set aside"
+    aside = [dict(place='answers.jsonl', reason=f'damaged: {damaged} half-written line(s)')] if damaged else []
+    columns = ['place','reason','image','question','prediction']
+    return Results(out.name, score_table(pd.concat(parts, ignore_index=True)), pd.DataFrame(aside, columns=columns),
+                   none, everything, folder=data)
 
 # %% ../nbs/10_evaluate.ipynb #ce0f27dc
 def spending(
@@ -177,7 +200,7 @@ def describe(
     "What metrics.json says of the scored rows"
     scored = found.rows; plain = scored[scored.condition == 'plain']; blank = scored[scored.condition == 'blank']
     seconds = pd.to_numeric(plain.seconds, errors='coerce').mean() if 'seconds' in plain else None
-    good = plain[plain.score.notna()]
+    good = plain[plain.score.notna()]; topic = topic_model()
     metrics = dict(kind='fada metrics', identity=identity, split=split, seed=seed,
                    data=table_digest(plain) if {'split','pixels_sha256'} <= set(plain) else None,
                    categories=sorted(plain.category.unique()), images=int(plain.image.nunique()),
@@ -188,7 +211,8 @@ def describe(
                    endpoint=dict(what=PRIMARY, **primary(plain)),
                    micro=mean_interval(good.score, good.patient),
                    by_category_macro=mean_interval(good.score, good.patient, strata=good.category),
-                   questions=summary(scored), details=question_scores(plain), normality=normality(plain),
+                   questions=summary(scored), details=question_scores(plain, topic=topic),
+                   sentence_model=topic and topic.name, normality=normality(plain),
                    by_category={c: summary(g) for c,
                                 g in progress(list(scored.groupby('category')), 'scoring', unit='category')},
                    seconds_per_question=None if seconds is None or seconds != seconds else float(seconds),
@@ -230,24 +254,17 @@ def evaluate_answers(
 
 # %% ../nbs/10_evaluate.ipynb #a3dc9278
 def job_name(s, weights=None, adapter=None)->str:
-    "The folder of an evaluation, told apart by all that is evaluated: model, precision, categories, weights, adapter, data"
+    """The folder of an evaluation, told apart by all that is evaluated: model, precision, categories, weights,
+    adapter, data"""
     mine = lambda path, last: Path(path).parent.name if Path(path).name == last else Path(path).name
     more = [*([mine(weights, 'model')] if weights else []), *([mine(adapter, 'adapter')] if adapter else []),
             *([f'on-{s.data.name}'] if s.source['data'] == 'given' else [])]
     return '-'.join(['evaluate', s.model, s.precision, *s.categories, *more])
 
-# %% ../nbs/10_evaluate.ipynb #f10e46e7
-def evaluate_job(
-    s,                   # Settings
-    out,                 # job folder
-    weights=None, adapter=None, **options,  # options: split, images, control_images, controls
-)->dict:
-    """Evaluate by the settings and describe the job; `FadaError` before any model is loaded where the data
-    do not fit"""
+# %% ../nbs/10_evaluate.ipynb #a3dc9201
+def _loaded(s, weights, adapter)->tuple:
+    "(model, how long its loading took and what it holds)"
     import logging
-    model_spec(s.model)
-    load_table(s.data, s.categories, options.get('split', 'test'))
-    out = writable_folder(out)
     # its remark on an optional CPU kernel is not the user's business
     logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)
     # imported before the clock of loading starts: a library's own import is no part of a model's load time
@@ -255,14 +272,41 @@ def evaluate_job(
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
     with measured() as loading:
         vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
+    return vlm, dict(load_seconds=loading['seconds'], load_grown_bytes=loading['grown_bytes'],
+                     weights_bytes=sum(map(held_bytes, vlm.cores)))
+
+# %% ../nbs/10_evaluate.ipynb #f10e46e7
+def evaluate_job(
+    s,                   # Settings
+    out,                 # job folder
+    weights=None, adapter=None, **options,  # options: as of `evaluate`
+)->dict:
+    """Evaluate by the settings and describe the job; `FadaError` before any model is loaded where the data
+    do not fit"""
+    model_spec(s.model)
+    load_table(s.data, s.categories, options.get('split', 'test'))
+    out = writable_folder(out); shards = options.get('shards'); log_of(out, options.get('shard', ''), shards)
+    if shards: vlm = LoggedModel(model_spec(s.model), shards); about = vlm.about()
+    else: vlm,about = _loaded(s, weights, adapter)
     metrics = evaluate(vlm, s.data, out, s.categories, seed=s.seed, **options)
     write_json(out/'config.json',
-               dict(kind='evaluate', model=s.model, weights=str(weights or ''), adapter=str(adapter or ''),
-                    precision=s.precision, categories=list(s.categories), seed=s.seed,
-                    examples=options.get('examples', 0),
-                    preset=options.get('preset', ''), data=str(s.data), load_seconds=loading['seconds'],
-                    load_grown_bytes=loading['grown_bytes'], weights_bytes=sum(map(held_bytes, vlm.cores))))
+               dict(kind='part' if options.get('shard') else 'evaluate', model=s.model, weights=str(weights or ''),
+                    adapter=str(adapter or ''), precision=s.precision, categories=list(s.categories), seed=s.seed,
+                    examples=options.get('examples', 0), preset=options.get('preset', ''), data=str(s.data), **about))
     return metrics
+
+def _loaded(s, weights, adapter)->tuple:
+    "(model, how long its loading took and what it holds)"
+    import logging
+    # its remark on an optional CPU kernel is not the user's business
+    logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)
+    # imported before the clock of loading starts: a library's own import is no part of a model's load time
+    import bitsandbytes, peft
+    from transformers import Blip2ForConditionalGeneration, Blip2Processor
+    with measured() as loading:
+        vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
+    return vlm, dict(load_seconds=loading['seconds'], load_grown_bytes=loading['grown_bytes'],
+                     weights_bytes=sum(map(held_bytes, vlm.cores)))
 
 # %% ../nbs/10_evaluate.ipynb #0d0c8cb5
 SHOWN = ('majority in category','majority','blank','shuffled same','shuffled other','no image')
@@ -287,8 +331,9 @@ def plot_summary(questions:dict, title:str=''):
     ax.set_xticks(range(len(questions)),
                   [f"{q} {m['key']}" for q,m in sorted(questions.items(), key=lambda kv: int(kv[0]))],
                   rotation=20, ha='right')
-    ax.set(ylim=(-.03,1.05), ylabel='score', title=title)
+    ax.set(ylim=(-.03,1.05), ylabel='score'); ax.set_title(title, pad=24)
     ax.grid(axis='y', alpha=.3)
-    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, ncol=4, loc='lower left')
+    if ax.get_legend_handles_labels()[0]:   # above the panel, where it covers no interval
+        ax.legend(fontsize=8, ncol=7, loc='lower left', bbox_to_anchor=(0,1), frameon=False, columnspacing=1)
     fig.tight_layout()
     return fig

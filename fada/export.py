@@ -12,7 +12,7 @@ import pandas as pd
 from .settings import FadaError, digest, progress, writable_folder, write_atomic, write_json
 from .clinical import CATEGORIES, GRADES, QUESTIONS, RECOMMENDATIONS
 from .images import blank_outside, hashed, public_name, read_image
-from .readers import KNOWN, RESERVED, Reading, find_category, list_files
+from .readers import KNOWN, RESERVED, Reading, find_category, index_images, list_files, look_at, no_phantoms
 from .sheets import TITLES
 
 # %% ../nbs/04g_export.ipynb #c6487676
@@ -33,6 +33,7 @@ def _file_of(image, files):
     "The listed file that holds an image: of `cine.dcm#12`, cine.dcm"
     return image if image in files else image.rsplit('#', 1)[0]
 
+# %% ../nbs/04g_export.ipynb #99a7082b
 def _export_images(table, folder, out, as_is):
     """Write the pictures once; returns ({image: new path}, those left behind with the reason). A picture that
     was changed since it was answered stays behind: its answers may not be true of it."""
@@ -201,27 +202,40 @@ def export(
                 + (f'; control characters left out of {stripped} cells' if stripped else ''))
 
 # %% ../nbs/04g_export.ipynb #ebf945a3
+def _to_answer(r:Reading)->list:
+    "(category folder or '', image) of the pictures that open and are of a known category, or lie beside the folders"
+    names,_ = list_files(r); index = index_images(r, names); filed = {n for ns in index.values() for n in ns}
+    good = look_at(r, [n for n in names if n in filed])
+    return [(next((f for f in Path(n).parts[:-1] if find_category(f)), ''), n) for n in names if n in good]
+
+def _write_template(path, images):
+    "An empty workbook, with lists to choose from where answers are of a closed set"
+    head = ['Folder Name', 'Image Name', 'Status', 'Patient', 'Annotator', *(f'Q{q}: {t}' for q,t in TITLES.items())]
+    rows,_ = _printable([[cat, Path(n).name, *['']*(len(head)-2)] for cat,n in images])
+    _write_excel(path, head, rows, {
+        'Folder Name': list(CATEGORIES), 'Status': ['Done', 'Pending', 'Skip'], f'Q6: {TITLES[6]}': list(GRADES),
+        f'Q7: {TITLES[7]}': ['no abnormality seen', 'abnormal'],
+        f'Q8: {TITLES[8]}': [v[0] for v in RECOMMENDATIONS.values()]})
+
+# %% ../nbs/04g_export.ipynb #4b0b98de
 def template(
     folder,                  # category folders with images
     name:str='answers.xlsx',
-)->dict:                     # file, images
-    "Write an empty workbook for the images of `folder`; `FadaError` where it exists or there is no image"
-    folder = Path(folder)
+)->dict:                     # file, images, left_out
+    """Write an empty workbook for the images of `folder` that open and whose category is known; `FadaError` where it
+    exists, is no workbook's name, or there is no such image"""
+    folder = Path(folder); path = folder/name
     if not folder.is_dir():
         raise FadaError('the image folder is missing', str(folder), 'a folder of images', '')
-    path = folder/name; images,_ = list_files(Reading(folder, 'template'))
+    if path.suffix.lower() != '.xlsx' or Path(name).name != name:
+        raise FadaError(f'{name!r} is no workbook of the folder', str(folder), 'a file name that ends in .xlsx',
+                        'as in --name answers.xlsx')
+    no_phantoms(folder)
     if path.exists(): raise FadaError('it exists already', str(path), 'a new file', 'give another --name')
-    if not images: raise FadaError('no images', str(folder), 'PNG, JPEG, TIFF, BMP, WebP or DICOM', '')
-    head = ['Folder Name', 'Image Name', 'Status', 'Patient', 'Annotator', *(f'Q{q}: {t}' for q,
-        t in TITLES.items())]
-    rows = []
-    for n in images:
-        folders = Path(n).parts[:-1]
-        cat = next((f for f in folders if find_category(f)), folders[0] if folders else '')
-        rows.append([cat, Path(n).name, *['']*(len(head)-2)])
-    rows,_ = _printable(rows)
-    _write_excel(path, head, rows, {'Folder Name': list(CATEGORIES), 'Status': ['Done', 'Pending', 'Skip'],
-        f'Q6: {TITLES[6]}': list(GRADES),
-        f'Q7: {TITLES[7]}': ['no abnormality seen', 'abnormal'], f'Q8: {TITLES[8]}': [v[0]
-        for v in RECOMMENDATIONS.values()]})
-    return dict(file=str(path), images=len(images))
+    r = Reading(folder, 'template'); images = _to_answer(r)
+    if not images:
+        why = f"{r.aside[0]['file']}: {r.aside[0]['reason']}" if r.aside else ''
+        raise FadaError('no image to answer', str(folder), 'PNG, JPEG, TIFF, BMP, WebP or DICOM', why)
+    _write_template(path, images)
+    left = [dict(file=a['file'], reason=a['reason']) for a in r.aside]
+    return dict(file=str(path), images=len(images), left_out=left)

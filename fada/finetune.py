@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['lora_recipe', 'training_tables', 'run_key', 'finetune', 'take_bundle', 'changes', 'describe', 'cache_note',
-           'likeness_of', 'write_bundle', 'train_job']
+           'likeness_of', 'write_bundle', 'start_processes', 'join_job', 'train_job']
 
 # %% ../nbs/09k_finetune.ipynb #dcf7e59c
-import time
+import os, subprocess, sys, tempfile, time
 import numpy as np
 from dataclasses import asdict, fields, replace as changed
-from .settings import (FadaError, digest, environment, nearest, now, read_json, seed_all, writable_folder, write_json)
+from pathlib import Path
+from .settings import (BALANCES, FadaError, digest, environment, load_settings, nearest, now, read_json, seed_all, writable_folder, write_json)
 from .augment import augment
 from .card import write_card
 from .data import load_table, read_image, subset, table_digest
-from .loop import Fit, LoraRecipe, Material, Team, room
+from .loop import Fit, LoraRecipe, Material, Team, checkpointed, room, weights_of
 from .memory import peak_bytes
 from .models import NanoRecipe, model_spec
 from .preflight import preflight
@@ -34,6 +35,7 @@ def lora_recipe(spec, **given)->LoraRecipe:
         least = 0 if k in ('images','patience','seed','weight_decay','augment','cache','packing','checkpointing') else None
         if isinstance(v, (int,float)) and (v < 0 or (least is None and not v)):
             raise FadaError(f'{k} = {v}', '', 'a number above 0' if least is None else 'a number of at least 0', '')
+    if given.get('balance', 'draw') not in BALANCES: raise FadaError(f"balance = {given['balance']!r}", '', ', '.join(BALANCES), '')
     return changed(LoraRecipe(rank=h.rank, lr=h.lr, batch=h.batch), **given)
 
 # %% ../nbs/09k_finetune.ipynb #b051f653
@@ -70,11 +72,11 @@ def finetune(
     start = time.perf_counter(); seed_all(recipe.seed); parts = add_lora(vlm, recipe.rank)
     keep = lambda what: out/f'{what}-{team.number}.npy'
     material = Material(vlm, data, train, recipe, keep('train'), changes if recipe.augment else None)
-    validation = Material(vlm, data, val, changed(recipe, cache=True, augment=False), keep('val'))
-    p = rarity(train, material.names, recipe.abnormal_weight)
+    validation = Material(vlm, data, val, changed(recipe, cache=True, augment=False, balance='none'), keep('val'))
+    p = rarity(train, material.names, recipe.abnormal_weight if recipe.balance == 'draw' else 1.)
     fit = Fit(vlm, recipe, material, validation, key, out, p, team)
     if found: fit.resume(found)
-    with room(recipe.batch, desc := f'LoRA {", ".join(categories)}'):
+    with room(recipe.batch, desc := f'LoRA {", ".join(categories)}'), checkpointed(vlm.core, recipe.checkpointing):
         if not found and not skip_preflight: fit.preflight = [asdict(f) for f in preflight(material, recipe)]
         fit.go(desc)
     if team.first: write_bundle(fit, describe(fit, categories, parts, train, start))
@@ -87,6 +89,7 @@ def take_bundle(vlm, out):
     from safetensors.torch import load_file
     set_peft_model_state_dict(vlm.model, load_file(out/'adapter_model.safetensors', device=str(vlm.core.device)))
     vlm.adapter,vlm.likeness = adapter_digest(out),load_likeness(out); vlm._features.clear()
+    vlm.calibration = (read_json(out/'fada.json').get('calibration') or {}).get('fit')
 
 # %% ../nbs/09k_finetune.ipynb #e6037633
 def changes(image):
@@ -102,8 +105,8 @@ def describe(fit:Fit, categories, parts, train, start)->dict:
                 trained_on_sha256=table_digest(train), trainable=parts,
                 preflight=fit.preflight or 'skipped', kept_step=fit.best['step'], stopped_early=fit.stopped,
                 losses=loss_curve(fit.losses), gradient_norms=loss_curve(fit.norms), skipped_steps=fit.skips, lost_images=m.lost,
-                validation=[[c['step'], round(c['score'], 4)] for c in fit.checks], checks=fit.checks,
-                classes=class_counts(train, dict(zip(m.names, fit.p))), features=cache_note(fit),
+                validation=[[c['step'], round(c['score'], 4)] for c in fit.checks], checks=fit.checks, calibration=fit.best['calibration'],
+                classes=class_counts(train, dict(zip(m.names, fit.p)), weights_of(train, r)), features=cache_note(fit),
                 packed=m.packs, processes=fit.team.size,
                 vocabulary={str(q): sorted(g.answer.unique())[:200] for q,g in train.groupby('question_id')},
                 training_seconds=round(fit.seconds, 1), seconds=round(time.perf_counter()-start, 1),
@@ -118,7 +121,8 @@ def cache_note(fit:Fit)->dict:
     each = m.cache_seconds/len(m) if m.cache_seconds else None
     gain = None if not each else round((fit.seconds+drawn*each)/(fit.seconds+m.cache_seconds), 2)
     return dict(kept=True, seconds=round(m.cache_seconds, 2), bytes=int(m.features.array.nbytes), seconds_an_image=each,
-                images_drawn=drawn, times_as_fast=gain, helps=None if gain is None else gain > 1.05)
+                images_drawn=drawn, times_as_fast=gain, helps=None if gain is None else gain > 1.05,
+                tower_bytes_freed=fit.tower.bytes, tower_stays=fit.tower.why)
 
 def likeness_of(m:Material, held:Material):
     "What the images of a training look like, for routing and for the flag of an image that is unlike them"
@@ -139,22 +143,67 @@ def write_bundle(fit:Fit, about:dict):
     kept = [p for name in ('train-*','val-*') for p in out.glob(name) if p.suffix in ('.npy','.json')]
     for p in [out/CHECKPOINT, *kept]: p.unlink(missing_ok=True)
 
+# %% ../nbs/09k_finetune.ipynb #0e6d23f5
+def start_processes(n:int, s, out, weights, options:dict)->dict:
+    "Train an adapter by `n` processes of this machine; returns what the bundle's fada.json says"
+    names = ('data','categories','model','precision','device','seed','balance','rare_weight','output'); said = ''
+    quiet = os.environ.get('FADA_QUIET') == '1'
+    if n > (cards := _cards(s.device)): raise FadaError(f'{n} processes', s.device, f'at most {cards} on this machine', 'lower `processes`')
+    with tempfile.TemporaryDirectory() as d:
+        order,fault = Path(d)/'job.json',Path(d)/'fault.json'
+        write_json(order, dict(settings={k: v if isinstance(v := getattr(s, k), (int,tuple)) else str(v) for k in names}, out=str(out),
+                               weights=str(weights or ''), options=options, fault=str(fault)))
+        run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '--no-python',
+               sys.executable, '-c', 'from fada.finetune import join_job; join_job()', str(order)]
+        with subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
+            for line in p.stderr: said = (said+line)[-4000:]; quiet or print(line, end='', file=sys.stderr)
+        if fault.is_file(): raise FadaError(**read_json(fault))
+        if p.returncode: raise FadaError(f'training by {n} processes ended with status {p.returncode}', str(out), '', said.strip()[-400:])
+    return read_json(Path(out)/'adapter'/'fada.json')
+
+# %% ../nbs/09k_finetune.ipynb #51d0eb8c
+def _cards(device:str)->int:
+    "Processes that can train beside each other: one a card, one a core on a CPU"
+    import torch
+    from fada.checkpoints import resolve_device
+    return torch.cuda.device_count() if resolve_device(device).startswith('cuda') else os.cpu_count()
+
+def join_job():
+    "What each process of `start_processes` does: `train_job` by the order in the file that the command line names"
+    o = read_json(sys.argv[1]); s = load_settings(**o['settings'])
+    s = changed(s, device=_own_card(s.device))
+    try: train_job(s, o['out'], weights=o['weights'] or None, **o['options'])
+    except FadaError as e:
+        if os.environ['RANK'] == '0': write_json(o['fault'], dict(what=e.what, where=e.where, expected=e.expected, do=e.do))
+        sys.exit(1)
+
+def _own_card(device:str)->str:
+    "The card of this process"
+    from fada.checkpoints import resolve_device
+    return f"cuda:{os.environ['LOCAL_RANK']}" if resolve_device(device).startswith('cuda') else device
+
 # %% ../nbs/09k_finetune.ipynb #9644b3fc
 def train_job(
     s,                    # Settings
     out,                  # folder of the result: model/ or adapter/, and config.json
     task:str='lora',      # lora: an adapter on a base; base: the embedded nano from scratch; planes: a classifier
     weights=None,         # folder that takes the checkpoint's place
-    recipe:NanoRecipe=None, **options, # base: its recipe; lora: as `finetune`; what is None comes from the family
+    recipe:NanoRecipe=None,
+    processes:int=1,      # that train an adapter together
+    **options,            # base: its recipe; lora: as `finetune`; what is None comes from the family
 )->dict:
     """Train by the settings and describe the job; `FadaError` before any model is loaded where the data do
     not fit"""
     if task not in ('lora','base','planes'):
         raise FadaError(f'unknown task {task!r}', '', 'lora, base or planes', '')
     options = {k: v for k,v in options.items() if v is not None}; spec = model_spec(s.model)
+    if task == 'lora': options = dict(balance=s.balance, abnormal_weight=float(s.rare_weight)) | options
     if task == 'lora': lora_recipe(spec, **{k: v for k,v in options.items() if k not in ('replace','skip_preflight')})
     for split in ('train', *(['val'] if task == 'lora' else [])): load_table(s.data, s.categories, split)
     out = writable_folder(out)
+    if processes > 1 and 'WORLD_SIZE' not in os.environ:
+        if task != 'lora': raise FadaError(f'{processes} processes for task {task!r}', '', 'lora', 'train it with one')
+        return start_processes(processes, s, out, weights, options)
     if task == 'planes':
         from fada.planes import train_planes
         about = train_planes(s.data, s.categories, out, seed=s.seed)
@@ -166,6 +215,6 @@ def train_job(
                          s.data, s.categories, out/'adapter', seed=s.seed, **options)
     write_json(out/'config.json', dict(kind='train', task=task, model=s.model, weights=str(weights or ''),
                                        precision=s.precision, categories=list(s.categories),
-                                       seed=s.seed, data=str(s.data), seconds=about['seconds'],
+                                       seed=s.seed, data=str(s.data), seconds=about['seconds'], processes=about.get('processes', 1),
                                        **({'preflight': 'skipped'} if options.get('skip_preflight') else {})))
     return about

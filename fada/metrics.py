@@ -36,7 +36,8 @@ def age_span(s:dict)->tuple|None:
     return tuple(s.get('days') or (7*s['weeks'][0], 7*s['weeks'][1]+6))
 
 def near_age(truth:tuple, found:tuple)->bool:
-    "Whether the middle of `found` lies within a week of `truth`, and `found` is hardly wider: 'first to ninth month' is no answer"
+    """Whether the middle of `found` lies within a week of `truth`, and `found` is hardly wider: 'first to ninth
+    month' is no answer"""
     middle = sum(found)/2
     return truth[0]-WEEK <= middle <= truth[1]+WEEK and found[1]-found[0] <= truth[1]-truth[0]+2*WEEK
 
@@ -46,8 +47,8 @@ def score_answer(
     truth:dict,      # structured reference
     found:dict,      # structured answer, {} where it could not be read
 )->float:            # 0 to 1
-    """Score of one answer (see MAIN_SCORE; for normality whether it is right); what could not be read scores 0, "cannot be determined"
-    is right where the reference says so"""
+    """Score of one answer (see MAIN_SCORE; for normality whether it is right); what could not be read scores 0,
+    "cannot be determined" is right where the reference says so"""
     if question_id not in QUESTIONS: raise FadaError(f'unknown question {question_id}', '', '1 to 8', '')
     if not truth:
         raise FadaError('a reference that could not be read', f'question {question_id}',
@@ -69,7 +70,8 @@ def score_answer(
 def readings(
     answers:pd.DataFrame,  # question_id, answer, structured (JSON, may be missing), prediction
 )->tuple:                  # (structured references, structured answers), lists of dicts
-    "What references and answers say; equal texts are read once. A reference without structure is read as an answer is"
+    """What references and answers say; equal texts are read once. A reference without structure is read as an answer
+    is"""
     read,load = {},{}
     def said(q, text):
         key = (q, '' if text is None or text != text else str(text))
@@ -86,8 +88,8 @@ def readings(
 def score_table(
     answers:pd.DataFrame,  # question_id, answer (reference), structured (reference, JSON), prediction, error
 )->pd.DataFrame:           # the same with score, exact, parsed, made_up, stratum
-    """Score every row; rows with an error or an unreadable reference get NaN. `stratum` is the true class where a score is balanced
-    over classes (normality)"""
+    """Score every row; rows with an error or an unreadable reference get NaN. `stratum` is the true class where a
+    score is balanced over classes (normality)"""
     truth,found = readings(answers); bad = answers.error.fillna('').ne('').to_numpy()
     undated = {i for i,q,t in zip(answers.image, answers.question_id, truth) if q == 5
                and t.get('weeks', 0) is None} if 'image' in answers else ()
@@ -104,7 +106,8 @@ def score_table(
 
 # %% ../nbs/08_metrics.ipynb #fa257b75
 def coverage(answers:pd.DataFrame)->dict:
-    "How many questions were asked, answered, failed, could not be read or scored, and were answered with what nobody can know"
+    """How many questions were asked, answered, failed, could not be read or scored, and were answered with what
+    nobody can know"""
     bad = answers.error.fillna('').ne('')
     return dict(asked=len(answers), answered=int((~bad).sum()),
                 failed=int(bad.sum()), unparsed=int((~answers.parsed[~bad]).sum()),

@@ -67,7 +67,8 @@ def packed_loss(
     prefix,          # what the language model reads of n images: n × tokens × width
     rows,            # per image a list of (prompt ids, answer ids)
     together=None,   # image tokens that see each other, n × tokens, bool
-):                   # (sum of the cross-entropy over answer tokens, their number)
+    weights=None,    # per image how much each of its answers counts; None: all 1
+):                   # (sum of the cross-entropy over answer tokens, their number), both weighted
     "Loss of the answers to all questions of some images, each image read once"
     import torch
     import torch.nn.functional as F
@@ -77,4 +78,7 @@ def packed_loss(
     hidden = words.decoder(inputs_embeds=x, attention_mask=masks(words, p, n, x.dtype, together), position_ids=place,
                            use_cache=False).last_hidden_state[:,n:]
     labels = p.labels[:,1:].to(words.device); carries = labels != IGNORE
-    return F.cross_entropy(words.head(hidden[:,:-1][carries]).float(), labels[carries], reduction='sum'), int(carries.sum())
+    each = F.cross_entropy(words.head(hidden[:,:-1][carries]).float(), labels[carries], reduction='none')
+    if weights is None: return each.sum(), len(each)
+    w = torch.tensor([weights[i][b] for i,b in zip(carries.nonzero()[:,0].tolist(), p.block[:,1:].to(carries.device)[carries].tolist())])
+    return (each*w.to(each)).sum(), float(w.sum())

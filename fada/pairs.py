@@ -42,7 +42,8 @@ def rank_table(
         ranks = pd.DataFrame(drawn).rank(ascending=False)
         out['rank, 95 %'] = [f'{np.floor(low):.0f} to {np.ceil(high):.0f}' for low,
                              high in ranks.quantile([.025,.975], axis=1).T.to_numpy()]
-        out['chance of being best'] = (ranks == ranks.min()).div((ranks == ranks.min()).sum()).mean(axis=1).round(2).to_list()
+        first = ranks == ranks.min()
+        out['chance of being best'] = first.div(first.sum()).mean(axis=1).round(2).to_list()
     return out.sort_values('rank', ignore_index=True)
 
 # %% ../nbs/11b_pairs.ipynb #7783dfb9
@@ -178,8 +179,8 @@ def which_to_use(jobs, cards=CARDS, reserve:int=RESERVE)->pd.DataFrame:
             return d['high'] is None or d['high'] < 0
         alike = [best, *(n for n in fit if n != best and not told_apart(n))]
         fast,small = min(alike, key=speed.get),min(alike, key=peak.get)
-        rows.append({'card': f'{card} GiB',
-                     'best answers': f"{best} ({interval_text(primary(every[best][every[best].condition == 'plain']))})",
+        plain = every[best][every[best].condition == 'plain']
+        rows.append({'card': f'{card} GiB', 'best answers': f'{best} ({interval_text(primary(plain))})',
                      'not told from it': ', '.join(alike[1:]) or '–',
                      'fastest of these': f'{fast} ({1000*speed[fast]:.0f} ms a question)',
                      'smallest of these': f'{small} ({in_gib(peak[small])} measured)'})

@@ -17,6 +17,7 @@ from .public import PUBLIC
 from .registry import registry
 from .report import markdown_table, methods_text, run_findings
 from .scores import question_scores, score_rows
+from .topic import topic_model
 
 # %% ../nbs/11d_paper.ipynb #7f40a2d7
 def data_text(data)->str:
@@ -25,15 +26,20 @@ def data_text(data)->str:
     m = read_json(Path(data)/'manifest.json') if (Path(data)/'manifest.json').is_file() else {}
     images = table.drop_duplicates('image'); known = not images.patient.str.startswith('image:').any()
     counts = images.groupby(['category','split']).size().unstack(fill_value=0).reset_index()
-    people = f'{images.patient.nunique()} patients' if known else 'patients unknown (near-duplicate frames were kept together)'
-    lines = [f"{len(images)} images, {people}, {len(table)} questions with answers, of {', '.join(sorted(table.dataset.unique()))}. "
-             f"Split by {'patient' if known else 'near-duplicate group'}, seed {m.get('seed', 'unknown')}; {m.get('quarantined', 0)} files or rows set aside. "
-             f"Table digest {str(m.get('table_digest', ''))[:16]}, pixels {str(m.get('pixels_digest', ''))[:16]}.", '', markdown_table(counts)]
+    people = (f'{images.patient.nunique()} patients' if known
+              else 'patients unknown (near-duplicate frames were kept together)')
+    lines = [f"{len(images)} images, {people}, {len(table)} questions with answers, of "
+             f"{', '.join(sorted(table.dataset.unique()))}. Split by "
+             f"{'patient' if known else 'near-duplicate group'}, seed {m.get('seed', 'unknown')}; "
+             f"{m.get('quarantined', 0)} files or rows set aside. Table digest "
+             f"{str(m.get('table_digest', ''))[:16]}, pixels {str(m.get('pixels_digest', ''))[:16]}.", '',
+             markdown_table(counts)]
     for c in ('annotator','machine','site','operator'):
         n = table[c].dropna().nunique() if c in table else 0
         lines.append(f"{c.capitalize()}: {n if n else 'not recorded'}.")
     return '\n'.join(lines)
 
+# %% ../nbs/11d_paper.ipynb #18c5dce4
 def citations(jobs, data)->list:
     "What must be cited: data sets and models, each as its publisher says"
     table,known = load_table(data),registry(); out = []
@@ -49,42 +55,62 @@ def citations(jobs, data)->list:
     return out
 
 # %% ../nbs/11d_paper.ipynb #63eb7e0b
+def _agreement(m, d, jobs): return f"{d['second_readings']} second readings" if d.get('second_readings') else None
+
+def _counted(m, d, jobs):
+    return f"{m['images']} images of {m['patients']} {'patients' if m['patients_known'] else 'unknown patients'}"
+
+def _size(m, d, jobs):
+    e = m['endpoint']
+    return None if e.get('low') is None else f"interval of the endpoint {e['low']:.2f} to {e['high']:.2f}"
+
+def _split(m, d, jobs):
+    return f"by {'patient' if m['patients_known'] else 'near-duplicate group'}, seed {d.get('seed')}" if d else None
+
+def _models(m, d, jobs):
+    return '; '.join(dict.fromkeys(f"{j.config['model']} {str(j.metrics['identity']['base'])[:12]}"
+                                   for j in jobs if j.metrics))
+
+def _prompt(m, d, jobs): return repr(m['identity']['prompt']) if m['identity'].get('prompt') else None
+
+def _decoding(m, d, jobs): return str(m['identity']['generation']) if m['identity'].get('generation') else None
+
+def _training(m, d, jobs):
+    return '; '.join(f"{j.name}: {j.config.get('seconds', 0):.0f} s" for j in jobs if j.config['kind'] == 'train')
+
+def _controls(m, d, jobs): return ', '.join(next(iter(m['questions'].values()))['controls'])
+
+def _failures(m, d, jobs):
+    c = m['coverage']; return f"{c['failed']} failed, {c['unparsed']} not read, of {c['asked']}"
+
+# %% ../nbs/11d_paper.ipynb #fc5c7521
 AUTHORS = 'authors'
-CHECKLIST = (   # (item, how it is filled: a function of (metrics, manifest, jobs), or AUTHORS)
+CHECKLIST = (
     ('Title says that it is a study of an AI method, and which', AUTHORS),
-             ('Clinical background and intended use', AUTHORS),
-    ('Study design: retrospective or prospective, goals', AUTHORS), ('Ethics approval and consent', AUTHORS),
-             ('Eligibility of patients and images', AUTHORS),
-    ('Source of the data, with licence', lambda m,d,j: 'listed under Citations'),
+    ('Clinical background and intended use', AUTHORS),
+    ('Study design: retrospective or prospective, goals', AUTHORS),
+    ('Ethics approval and consent', AUTHORS),
+    ('Eligibility of patients and images', AUTHORS),
+    ('Source of the data, with licence', lambda m,d,jobs: 'listed under Citations'),
     ('De-identification', AUTHORS),
     ('How reference answers were made, by whom', AUTHORS),
-    ('Agreement of the readers', lambda m,d,j: f"{d['second_readings']} second readings"
-     if d.get('second_readings') else None),
-    ('Number of images and patients, by split and category', lambda m,d,
-     j: f"{m['images']} images of {m['patients']} {'patients' if m['patients_known'] else 'unknown patients'}"),
-    ('Sample size, and what it can show', lambda m,d,
-     j: f"interval of the endpoint {m['endpoint']['low']:.2f} to {m['endpoint']['high']:.2f}"
-     if m['endpoint'].get('low') is not None else None),
-    ('How data were split, at which level', lambda m,d,
-     j: f"by {'patient' if m['patients_known'] else 'near-duplicate group'}, seed {d.get('seed')}" if d else None),
-    ('Model, version, weights and their digest', lambda m,d,
-     j: '; '.join(dict.fromkeys(f"{x.config['model']} {str(x.metrics['identity']['base'])[:12]}" for x in j
-                                if x.metrics))),
-    ('Prompt, verbatim', lambda m,d,j: repr(m['identity']['prompt']) if m['identity'].get('prompt') else None),
-    ('Decoding settings', lambda m,d,j: str(m['identity']['generation']) if m['identity'].get('generation')
-     else None),
-    ('Training: data, steps, hardware', lambda m,d,
-     j: '; '.join(f"{x.name}: {x.config.get('seconds', 0):.0f} s" for x in j if x.config['kind'] == 'train')
-     or None),
-    ('Metrics, with the primary endpoint', lambda m,d,j: m['endpoint']['what']),
-             ('Uncertainty', lambda m,d,j: 'bootstrap clustered on patient, 1,000 draws'),
-    ('Controls and baselines', lambda m,d,j: ', '.join(next(iter(m['questions'].values()))['controls']) or None),
-    ('Failures and missing answers', lambda m,d,
-     j: f"{m['coverage']['failed']} failed, {m['coverage']['unparsed']} not read, of {m['coverage']['asked']}"),
-    ('Performance in subgroups', lambda m,d,j: f"by category: {', '.join(m['categories'])}"),
-             ('Calibration', lambda m,d,j: 'under Beside the scores'),
-    ('External validation', AUTHORS), ('Limitations and possible harm', AUTHORS),
-             ('Availability of code, data and weights', AUTHORS),
+    ('Agreement of the readers', _agreement),
+    ('Number of images and patients, by split and category', _counted),
+    ('Sample size, and what it can show', _size),
+    ('How data were split, at which level', _split),
+    ('Model, version, weights and their digest', _models),
+    ('Prompt, verbatim', _prompt),
+    ('Decoding settings', _decoding),
+    ('Training: data, steps, hardware', _training),
+    ('Metrics, with the primary endpoint', lambda m,d,jobs: m['endpoint']['what']),
+    ('Uncertainty', lambda m,d,jobs: 'bootstrap clustered on patient, 1,000 draws'),
+    ('Controls and baselines', _controls),
+    ('Failures and missing answers', _failures),
+    ('Performance in subgroups', lambda m,d,jobs: f"by category: {', '.join(m['categories'])}"),
+    ('Calibration', lambda m,d,jobs: 'under Beside the scores'),
+    ('External validation', AUTHORS),
+    ('Limitations and possible harm', AUTHORS),
+    ('Availability of code, data and weights', AUTHORS),
     ('Funding and conflicts of interest', AUTHORS))
 
 # %% ../nbs/11d_paper.ipynb #90156b28
@@ -117,7 +143,7 @@ def paper_text(
              markdown_table(quality_table(jobs)),
              f'### {name}: beside its controls', markdown_table(control_table(scored)),
              f'### {name}: beside the scores',
-             markdown_table(score_rows(question_scores(scored[scored.condition == 'plain'])))]
+             markdown_table(score_rows(question_scores(scored[scored.condition == 'plain'], topic=topic_model())))]
     if len(every) > 1: parts += ['### Systems in pairs', markdown_table(ready_table(jobs))]
     parts += ['## Citations', '\n'.join(f'- {c}' for c in citations(jobs, data)),
               '## Checklist (in the manner of CLAIM and TRIPOD-LLM)',

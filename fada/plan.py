@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'ANSWER', 'SIDE', 'ENCODED', 'TASKS', 'CONTEXT', 'RESERVE', 'TIGHT', 'CARDS', 'PUBLISHED_SPEED', 'PARTS',
-           'TABLE_PRECISIONS', 'shape_of', 'image_side', 'image_tokens', 'StandIn', 'run_answer', 'run_train',
-           'text_depth', 'shell', 'Dynamic', 'dynamic', 'Plan', 'tokens_held', 'training_speed', 'training_defaults',
-           'this_card', 'plan', 'settings_that_fit', 'setting_text', 'plan_text', 'all_plans', 'kept_plans',
-           'plan_table', 'plan_figure', 'random_model', 'open_for_measure', 'measure_model']
+           'TABLE_PRECISIONS', 'shape_of', 'image_side', 'image_tokens', 'StandIn', 'run_answer', 'BlankMaterial',
+           'run_train', 'text_depth', 'shell', 'Dynamic', 'dynamic', 'Plan', 'tokens_held', 'planned_parts',
+           'training_speed', 'planned_recipe', 'at_a_time', 'this_card', 'plan', 'ladder', 'settings_that_fit',
+           'setting_text', 'at_a_time_text', 'parts_text', 'plan_text', 'all_plans', 'kept_plans', 'plan_table',
+           'plan_figure', 'random_model', 'open_for_measure', 'measure_model']
 
 # %% ../nbs/09d_plan.ipynb #82d40207
 import copy, math, time, warnings
@@ -19,10 +20,11 @@ from .settings import FadaError, PRECISIONS, digest, environment, nearest, now, 
 from .registry import ASSETS, MODELS, PUBLISHED, ModelSpec, model_class, model_spec, require
 from .checkpoints import (_quiet, held_bytes, keep_fp32, ledger, load_model, load_options, locate, record,
                           resolve_device)
-from .memory import (allocator_peak, count_weights, in_gb, in_gib, in_mib, kv_bytes_per_token, parse_size,
+from .memory import (allocator_peak, count_weights, in_gib, in_mib, kv_bytes_per_token, parse_size,
                          resident_bytes, weight_bytes)
 from .decode import one_copy
 from .families import most_tiles
+from .loop import LoraRecipe, Material, checkpointed, packs
 from .vlm import engine
 
 # %% ../nbs/09d_plan.ipynb #f5036b6e
@@ -173,23 +175,42 @@ def _no_end(model):
         g = getattr(m, 'generation_config', None)
         if g is not None: g.eos_token_id = g.forced_eos_token_id = None
 
-def _blanks(spec, n): return [None if spec.family == 'text' else np.full((16,16,3), i%256, np.uint8) for i in range(n)]
+def _blank(spec, i:int): return None if spec.family == 'text' else np.full((16,16,3), i%256, np.uint8)
 
 def run_answer(vlm, batch:int, questions:int):
     "Answer `questions` questions on each of `batch` images through the engine, all rows together"
     vlm._features.clear(); vlm.budget = _NO_LIMIT; at = [i for i in range(batch) for _ in range(questions)]
-    return vlm.said(vlm.see(_blanks(vlm.spec, batch)), at, ['?']*len(at))
+    return vlm.said(vlm.see([_blank(vlm.spec, i) for i in range(batch)]), at, ['?']*len(at))
 
-def run_train(vlm, batch:int, questions:int, update=lambda loss: loss.backward(), steps:int=2):
-    """Train `steps` steps on `questions` questions of each of `batch` images; `update` gets each loss. Where training keeps
-    features of the vision tower, as many images as it encodes together go through first"""
-    from fada.train import decoder_loss, training_inputs_of, vision_features
-    if vlm.trains_on == 'features':
-        side = vlm.processor.side; pixels = np.zeros((ENCODED, 1, side, side), np.float16)
-        x = vision_features(vlm.core, pixels)[:batch].clone()
-    else: x = training_inputs_of(vlm, _blanks(vlm.spec, batch))
-    vlm.core.train(); loss = vlm.loss or partial(decoder_loss, vlm.core, vlm.processor.tokenizer)
-    for _ in range(steps): update(loss(x, [[('q', 'a')]*questions]*batch))
+# %% ../nbs/09d_plan.ipynb #7fea5a48
+class BlankMaterial(Material):
+    "What `fada train` reads of a data folder, of blank images whose questions and answers all have one length"
+    def __init__(self, vlm, images:int, questions:int, recipe:LoraRecipe):   # images: that are trained on
+        import pandas as pd
+        self.images = images; n = max(images, ENCODED)
+        rows = [dict(image=str(i), question_id=q+1, question='q', answer='a')
+                for i in range(n) for q in range(questions)]
+        super().__init__(vlm, '', pd.DataFrame(rows), replace(recipe, cache=recipe.cache and not recipe.augment))
+
+    def picture(self, i:int):
+        "A picture that no other number has"
+        from PIL import Image
+        b = _blank(self.vlm.spec, i); return None if b is None else Image.fromarray(b)
+
+    def keep(self, path=None):
+        "Encode as many images as training does together; those that are trained on keep features in main memory"
+        self.features = self.read(list(range(ENCODED))).cpu()[:self.images].clone()
+
+def run_train(
+    vlm, batch:int, questions:int,
+    recipe:LoraRecipe,                      # what it says of packing, cache and checkpointing holds
+    update=lambda loss: loss.backward(),    # gets each loss
+    steps:int=2,
+):
+    "Train on `questions` questions of each of `batch` images, as `fada train` does"
+    m = BlankMaterial(vlm, batch, questions, recipe); vlm.core.train()
+    with checkpointed(vlm.core, recipe.checkpointing):
+        for _ in range(steps): update(m.loss(list(range(batch))))
     vlm.core.eval()
 
 # %% ../nbs/09d_plan.ipynb #98ae73b2
@@ -208,10 +229,11 @@ def _shallow(config, layers:int):
     if getattr(t, 'layer_types', None): t.layer_types = t.layer_types[:layers]
     return config
 
+# %% ../nbs/09d_plan.ipynb #98ae73b3
 def shell(
     spec:ModelSpec, config,
     precision:str='bf16', half:str='bf16',
-    new_tokens:int=48, side:int=None, prompt:int=PROMPT,
+    new_tokens:int=48, side:int=None, prompt:int=PROMPT, answer:int=ANSWER,
 ):                     # an engine of `fada.vlm` on the meta device
     "A model of shapes behind its engine"
     import torch
@@ -222,7 +244,7 @@ def shell(
                            if b is not None and not b.is_floating_point()})
     model = model.to(_dtype(precision, half)).eval(); _no_end(model)
     if precision != 'bf16': keep_fp32(model, spec.fp32_parts)
-    processor = StandIn(config, side, prompt, tiles=most_tiles(spec))
+    processor = StandIn(config, side, prompt, answer, most_tiles(spec))
     return engine(spec)(spec, model, processor, '', precision, 'meta', new_tokens)
 
 def _dtype(precision, half):
@@ -232,28 +254,29 @@ def _dtype(precision, half):
 
 # %% ../nbs/09d_plan.ipynb #64827c87
 def _watch_language(vlm, dry):
-    "End a phase of `dry` before the decoder's first passes: it reads images, reads questions, says tokens"
-    from torch.nn import ModuleList
+    "End a phase of `dry` at the decoder's first passes: it reads images, reads questions, says tokens"
+    from torch.nn import Linear, ModuleList
     from fada.registry import part_of
     layers = next(m for n,m in vlm.core.named_modules()
                   if isinstance(m, ModuleList) and part_of(n) == 'language_model'
                   and n.endswith(('layers','block')) and 'encoder' not in n.split('.'))
-    left = [1, 2, 3]
-    layers[0].register_forward_pre_hook(lambda *a: dry.phase() if left and left.pop() else None)
+    left = [1, 2, 3]; first = next(m for m in layers[0].modules() if isinstance(m, Linear))   # once a pass, layer or not
+    first.register_forward_pre_hook(lambda *a: dry.phase() if left and left.pop() else None)
 
-def _dry(task, spec, config, layers, new, precision, half, device, batch, questions, side, prompt, rank):
+def _dry(task, spec, config, layers, new, precision, half, device, batch, questions, side, prompt, recipe,
+         answer=ANSWER):
     "Of a shallow model: FLOP of an answer run or of a training step, bytes of what is trained, peaks of the phases"
     from fada.dry import DryRun
-    vlm = shell(spec, _shallow(config, layers), precision, half, new, side, prompt)
+    vlm = shell(spec, _shallow(config, layers), precision, half, new, side, prompt, answer)
     if task == 'train':
         from fada.train import add_lora
-        with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, rank)  # peft and transformers
+        with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, recipe.rank)
     trained = [p for p in vlm.model.parameters() if p.requires_grad] if task == 'train' else []
     dry = DryRun(vlm.model, device=device); _watch_language(vlm, dry); marks = []
     def update(loss):
         for p in trained: p.grad = None
         loss.backward(); marks.append(dry.flops)
-    if task == 'train': dry.run(run_train, vlm, batch, questions, update)
+    if task == 'train': dry.run(run_train, vlm, batch, questions, recipe, update)
     else: dry.run(run_answer, vlm, batch, questions)
     flops = marks[1]-marks[0] if marks else dry.flops
     return np.array([flops, sum(p.numel()*p.element_size() for p in trained), *dry.peaks], float)
@@ -299,11 +322,14 @@ class Plan:
     parts: dict           # {part of PARTS: bytes}
     verdict: str          # fits, tight or no
     gpu_bytes: int; reserve_bytes: int
-    batch: int; questions: int
+    batch: int            # images at a time, or of a training step
+    questions: int
     flops: float          # of all answers, or of one training step
     hours: float|None     # of training
     speed: str            # where the hours come from
     nearest: tuple = ()   # settings that fit, where these do not
+    accumulate: int = 1   # parts that a training step's images go through in
+    checkpointing: bool = False
 
     def fits(self, card:int)->str:
         "fits, tight or no, on a card of `card` bytes"
@@ -328,28 +354,36 @@ def tokens_held(
     return batch*image+rows*(prompt+new), max(batch*image, rows*prompt)
 
 _DYNAMIC = {}
+_COPIES = 2   # of the adapter: the one that learns, and the best so far
 
 # %% ../nbs/09d_plan.ipynb #840ef0c3
-def _parts(spec, config, task, precision, batch, questions, new, rank, side, prompt, device)->tuple:
-    "({part: bytes}, weights, FLOP)"
+def planned_parts(
+    spec:ModelSpec, config, task:str, precision:str,
+    batch:int, questions:int,         # that go through together
+    recipe:LoraRecipe, device:str,    # cuda or cpu
+    new:int=48, side:int=None,
+    prompt:int=PROMPT, answer:int=ANSWER,   # tokens of a question, and of an answer to learn from
+)->tuple:                             # ({part: bytes}, weights, FLOP of what goes through together)
+    "What a model is predicted to take, by part"
     import torch
     with torch.device('meta'): c = count_weights(model_class(spec)(config), spec.fp32_parts, spec.trained_parts)
     half = 'fp32' if device == 'cpu' else 'bf16'; width = _dtype(precision, half).itemsize
     kind = precision if precision == 'bf16' or spec.fp32_parts else {2: 'bf16', 4: 'fp32'}[width]
     kind = 'int8' if kind == 'nf4' else kind   # on shapes both are a half type with fp32 parts
-    key = digest([spec.name, spec.tiles, task, kind, half, batch, questions, new, rank, side, prompt, device,
-                  config.to_dict()])
+    how = recipe if task == 'train' else None
+    key = digest([spec.name, spec.tiles, task, kind, half, batch, questions, new, repr(how), side, prompt, answer,
+                  device, config.to_dict()])
     if key not in _DYNAMIC:
         _DYNAMIC[key] = dynamic(task, spec, config, new, precision=kind, half=half, device=device, batch=batch,
-                                questions=questions, side=side, prompt=prompt, rank=rank)
+                                questions=questions, side=side, prompt=prompt, recipe=how, answer=answer)
     d = _DYNAMIC[key]; weights,state = weight_bytes(c, precision, half)
     image = most_tiles(spec)*image_tokens(config, side or image_side(config))
     held,at_once = tokens_held(spec, image, batch, questions, new, prompt)
     cache = min(d.bytes, held*kv_bytes_per_token(config, width)) if task == 'answer' else 0
-    if task == 'train': at_once = batch*questions*(image+prompt)
+    if how: at_once = batch*(questions*(prompt+answer)+image*(1 if packs(spec, how) else questions))
     extra = _quantised_extra(task, precision, c, width, at_once) if precision in ('int8','nf4') else 0
-    gradients = min(d.trained, d.bytes)
-    parts = (weights, state, cache, d.bytes-cache-gradients+extra, d.trained, 2*d.trained+gradients,
+    gradients = min(d.trained, d.bytes); moments = 2*d.trained*(1 if how is None or how.optimiser == 'adamw' else .25)
+    parts = (weights, state, cache, d.bytes-cache-gradients+extra, _COPIES*d.trained, moments+gradients,
              0 if device == 'cpu' else CONTEXT)
     return dict(zip(PARTS, map(int, parts))), c.parameters, d.flops
 
@@ -360,22 +394,30 @@ def training_speed(name:str, precision:str, device:str='cuda')->tuple:
     if seen and seen['device'].startswith(device): return seen['flops_per_second'], f"measured here on {seen['machine']}"
     return PUBLISHED_SPEED, 'the published run of BLIP-2 in int8 on an 8 GB RTX 4070'
 
-def _check(spec, task, precision, batch, questions, new, steps):
+def _check(spec, task, precision, questions, new, recipe):
     if task not in TASKS: raise FadaError(f'unknown task {task!r}', '', nearest(task, TASKS), '')
     if precision not in PRECISIONS:
         raise FadaError(f'unknown precision {precision!r}', '', nearest(precision, PRECISIONS), '')
     if spec.precisions and precision not in spec.precisions:
         raise FadaError(f'{spec.name} does not run in {precision}', '', 'one of '+', '.join(spec.precisions), '')
     if task == 'train' and spec.parameters: require(spec, 'train')
-    for k,v in dict(batch=batch, questions=questions, new_tokens=new, steps=steps).items():
+    for k,v in dict(batch=recipe.batch, questions=questions, new_tokens=new, steps=recipe.steps, rank=recipe.rank,
+                    accumulate=recipe.accumulate).items():
         if isinstance(v, bool) or not isinstance(v, int) or v < 1:
             raise FadaError(f'{k} = {v}', '', 'a whole number of at least 1', '')
 
-def training_defaults(spec:ModelSpec, task:str, batch:int=None, steps:int=None, rank:int=None)->tuple:
-    "(batch, steps, rank) with those left out as `fada train` takes them for the family; an answer is for one image"
+def planned_recipe(
+    spec:ModelSpec, task:str,
+    **given,    # fields of LoraRecipe; None: as `fada train` takes it for the family
+)->LoraRecipe:
+    "How `fada train` would train; an answer is for one image at a time"
     from fada.finetune import lora_recipe
-    r = lora_recipe(spec); own = dict(steps=r.steps, rank=r.rank, batch=r.batch if task == 'train' else 1)
-    return tuple(own[k] if v is None else v for k,v in dict(batch=batch, steps=steps, rank=rank).items())
+    r = lora_recipe(spec); r = r if task == 'train' else replace(r, batch=1)
+    return replace(r, **{k: v for k,v in given.items() if v is not None})
+
+def at_a_time(r:LoraRecipe)->int:
+    "Images that go through together in training"
+    return math.ceil(r.batch/r.accumulate)
 
 # %% ../nbs/09d_plan.ipynb #d252b94d
 def this_card()->int:
@@ -383,12 +425,13 @@ def this_card()->int:
     import torch
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else CARDS[0]
 
+# %% ../nbs/09d_plan.ipynb #d252b94e
 def plan(
     model:str,                    # registry name
     task:str='answer', precision:str='bf16',
     gpu=None,                     # size with unit, or bytes; None: the card here, else 8 GiB
     questions:int=8,              # of an image
-    batch:int=None,               # images at a time; None: one to answer, `fada train`'s own number to train
+    batch:int=None,               # images at a time, or of a training step; None: one, and `fada train`'s own number
     reserve=RESERVE,              # size with unit, or bytes, of desktop and other processes
     new_tokens:int=48,            # longest answer
     steps:int=None, rank:int=None,  # of training; None: `fada train`'s own
@@ -397,66 +440,87 @@ def plan(
     device:str='cuda',            # or cpu: no context, fp32 beside int8 and nf4
     prompt:int=PROMPT,
     find:bool=True,               # look for settings that fit where these do not
+    **training,                   # other fields of LoraRecipe: accumulate, checkpointing, packing, cache, …
 )->Plan:
     "Predict the memory of a model from its shape alone"
-    spec = model_spec(model); batch,steps,rank = training_defaults(spec, task, batch, steps, rank)
-    _check(spec, task, precision, batch, questions, new_tokens, steps)
-    if rank < 1: raise FadaError(f'rank = {rank}', '', 'a whole number of at least 1', '')
+    spec = model_spec(model); r = planned_recipe(spec, task, batch=batch, steps=steps, rank=rank, **training)
+    _check(spec, task, precision, questions, new_tokens, r)
     size = lambda v, what: v if isinstance(v, int) else parse_size(v, what)
     gpu,reserve = size(this_card() if gpu is None else gpu, '--gpu'),size(reserve, '--reserve')
-    parts,n,flops = _parts(spec, shape_of(spec, config), task, precision, batch, questions, new_tokens, rank, side,
-                           prompt, device)
-    speed,source = training_speed(spec.name, precision, device)
+    learns = task == 'train'; each = at_a_time(r) if learns else r.batch
+    parts,n,flops = planned_parts(spec, shape_of(spec, config), task, precision, each, questions, r, device,
+                                  new_tokens, side, prompt)
+    flops = flops*r.batch/each; speed,source = training_speed(spec.name, precision, device)
     p = Plan(spec.name, task, precision, n, parts['weights']+parts['quantisation state'], sum(parts.values()),
-             parts, '', gpu, reserve, batch, questions, flops, steps*flops/speed/3600 if task == 'train' else None,
-             source if task == 'train' else '')
+             parts, '', gpu, reserve, r.batch, questions, flops, r.steps*flops/speed/3600 if learns else None,
+             source if learns else '', (), *((r.accumulate, r.checkpointing) if learns else ()))
     p = replace(p, verdict=p.fits(gpu))
     if p.verdict != 'no' or not find: return p
     again = partial(plan, model, task, gpu=gpu, reserve=reserve, new_tokens=new_tokens, steps=steps, rank=rank,
                     side=side, config=config, device=device, prompt=prompt, find=False)
-    return replace(p, nearest=tuple(settings_that_fit(p, again, spec)))
+    return replace(p, nearest=tuple(settings_that_fit(p, partial(again, **training), spec)))
 
 # %% ../nbs/09d_plan.ipynb #bf321887
-def _fewer(batch, questions, task):
-    "(batch, questions) with ever fewer rows at a time, the given one first; training takes an image's questions together"
-    out,least = [(batch, questions)],(1, questions if task == 'train' else 1)
-    while out[-1] != least:
+def _fewer(batch:int, questions:int)->list:
+    "(batch, questions) with ever fewer rows at a time, the given one first"
+    out = [(batch, questions)]
+    while out[-1] != (1, 1):
         b,q = out[-1]; out.append((b//2, q) if b > 1 else (1, q//2))
     return out
 
+def ladder(p:Plan)->list:
+    """Settings that take ever less, the plan's own first. A training step keeps its images and an image its questions:
+    the step goes through in more parts, then with checkpointing besides"""
+    if p.task == 'answer': return [dict(batch=b, questions=q) for b,q in _fewer(p.batch, p.questions)]
+    parts = dict.fromkeys(max(p.accumulate, math.ceil(p.batch/b)) for b,_ in _fewer(p.batch, 1))
+    return [dict(batch=p.batch, questions=p.questions, accumulate=a, checkpointing=c)
+            for c in dict.fromkeys((p.checkpointing, True)) for a in parts]
+
+# %% ../nbs/09d_plan.ipynb #bf321888
 def settings_that_fit(p:Plan, again, spec:ModelSpec)->list:
     "Nearest settings that fit: as many rows at a time as each precision allows, the given precision first"
     order = [q for q in ('fp32', 'bf16', 'fp16', 'int8', 'nf4') if q in spec.precisions]
     order = [p.precision, *[q for q in order[order.index(p.precision)+1:] if q != 'fp16']]
-    found = []
+    found,steps = [],ladder(p)
     for precision in order:
-        for b,q in _fewer(p.batch, p.questions, p.task):
-            if any(f['verdict'] == 'fits' and b*q <= f['batch']*f['questions'] for f in found): break  # no better
-            r = again(precision=precision, batch=b, questions=q)
+        for k,setting in enumerate(steps):
+            r = again(precision=precision, **setting)
             if r.weights_bytes+r.reserve_bytes > r.gpu_bytes: break
-            if r.verdict != 'no':
-                found.append(dict(precision=precision, batch=b, questions=q, peak_bytes=r.peak_bytes,
-                                  verdict=r.verdict))
-                break
+            if r.verdict == 'no': continue
+            found.append(dict(precision=precision, **setting, peak_bytes=r.peak_bytes, verdict=r.verdict))
+            if r.verdict == 'fits': steps = steps[:k]   # a lower precision has to gain something
+            break
     return found
 
 # %% ../nbs/09d_plan.ipynb #bf5318ed
 def setting_text(f:dict)->str:
     "A setting in the words of the command line"
-    return (f"--precision {f['precision']} --batch {f['batch']} --questions {f['questions']} "
-            f"({in_gib(f['peak_bytes'])}, {f['verdict']})")
+    if 'accumulate' in f: rows = f"--accumulate {f['accumulate']}"+' --checkpointing'*f['checkpointing']
+    else: rows = f"--questions {f['questions']}"
+    return f"--precision {f['precision']} --batch {f['batch']} {rows} ({in_gib(f['peak_bytes'])}, {f['verdict']})"
 
-def _part(n): return in_gib(n) if n >= 2**30//20 else in_mib(n)
+def at_a_time_text(p:Plan)->str:
+    "What goes through together"
+    n = f'{p.batch} image'+'s'*(p.batch > 1)
+    if p.task == 'answer': return f'{n} at a time with {p.questions} questions'
+    parts = f' in {p.accumulate} parts' if p.accumulate > 1 else ''
+    return f'{n} a step{parts} with {p.questions} questions'+', checkpointing'*p.checkpointing
 
-def _hours(h): return f'{h:.1f} h' if h >= 1 else f'{60*h:.0f} min' if h*60 >= 1 else 'under a minute'
+def parts_text(p:Plan)->dict:
+    "The parts that are not nothing, all in one unit"
+    unit = in_gib if p.peak_bytes >= 2**30 else in_mib
+    return {k: unit(v) for k,v in p.parts.items() if v}
 
+def _hours(h): return f'about {h:.1f} h' if h >= 1 else f'about {60*h:.0f} min' if h*60 >= 1 else 'under a minute'
+
+# %% ../nbs/09d_plan.ipynb #bf5318ee
 def plan_text(p:Plan)->str:
     "A plan in plain lines"
     need = p.peak_bytes+p.reserve_bytes
     lines = [f'{p.model}, {p.task}, {p.precision}: {p.verdict}. {in_gib(p.peak_bytes)} at the peak and '
-             f'{in_gb(p.reserve_bytes)} for others = {in_gib(need)} of {in_gib(p.gpu_bytes)}',
-             '  '+', '.join(f'{k} {_part(v)}' for k,v in p.parts.items() if v)]
-    if p.hours is not None: lines.append(f'  training: about {_hours(p.hours)} (speed: {p.speed})')
+             f'{in_gib(p.reserve_bytes)} for others = {in_gib(need)} of {in_gib(p.gpu_bytes)}',
+             f'  {at_a_time_text(p)}: '+', '.join(f'{k} {v}' for k,v in parts_text(p).items())]
+    if p.hours is not None: lines.append(f'  training: {_hours(p.hours)} (speed: {p.speed})')
     if p.verdict == 'no':
         card = f'  no setting of it fits; it needs a card of {math.ceil(need/TIGHT/2**30)} GiB'
         lines += [f'  fits: {setting_text(f)}' for f in p.nearest] or [card]
@@ -464,7 +528,7 @@ def plan_text(p:Plan)->str:
 
 @patch
 def _repr_markdown_(self:Plan):
-    rows = '\n'.join(f'| {k} | {_part(v)} |' for k,v in self.parts.items() if v)
+    rows = '\n'.join(f'| {k} | {v} |' for k,v in parts_text(self).items())
     more = '\n\n'+'\n\n'.join(l.strip() for l in plan_text(self).splitlines()[2:])
     return f'**{plan_text(self).splitlines()[0]}**\n\n| part | predicted |\n|---|---|\n{rows}{more}'
 
@@ -472,9 +536,10 @@ def _repr_markdown_(self:Plan):
 TABLE_PRECISIONS = ('bf16', 'int8', 'nf4')
 
 def all_plans(names=None)->list:
-    "A plan of each local model in bf16, int8 and nf4, to answer and to train, one image at a time; minutes for all"
+    """A plan of each local model in bf16, int8 and nf4, to answer and to train (with checkpointing), one image at a
+    time; minutes for all"""
     specs = [m for m in MODELS.values() if m.architecture and (not names or m.name in names)]
-    return [plan(m.name, t, p, gpu=CARDS[0], batch=1, find=False)
+    return [plan(m.name, t, p, gpu=CARDS[0], batch=1, checkpointing=t == 'train', find=False)
             for m in specs for t in TASKS for p in TABLE_PRECISIONS]
 
 def kept_plans()->list:
@@ -496,6 +561,7 @@ def plan_table(plans)->str:
     return '\n'.join(lines)
 
 # %% ../nbs/09d_plan.ipynb #ac78e8a3
+_TITLES = dict(answer='Answering', train='LoRA training')
 _COLOURS = dict(zip(PARTS, ('#0072b2', '#56b4e9', '#e69f00', '#d55e00', '#009e73', '#cc79a7', '#999999')))
 
 def plan_figure(plans, path=None, cards=CARDS):
@@ -511,8 +577,8 @@ def plan_figure(plans, path=None, cards=CARDS):
             v = np.array([p.parts[part] for p in mine])/2**30
             if v.any(): ax.barh(y, v, .8, left, color=_COLOURS[part], label=part); left += v
         for c in cards: ax.axvline((c-plans[0].reserve_bytes)/2**30, color='#333', lw=.8, ls=':')
-        ax.set(title=dict(answer='Answering', train='LoRA training')[task], xlabel='GiB', ylim=(len(mine)-.5, -.5),
-               xlim=(0, max(1.05*left.max(), cards[0]/2**30)))
+        ax.set(title=_TITLES[task]+(', checkpointing' if all(p.checkpointing for p in mine) else ''), xlabel='GiB',
+               ylim=(len(mine)-.5, -.5), xlim=(0, max(1.05*left.max(), cards[0]/2**30)))
         ax.set_yticks(y, [f'{p.model}  {p.precision}' if k == 0 or mine[k-1].model != p.model else p.precision
                           for k,p in enumerate(mine)], fontsize=6.5)
     handles = {l: h for ax in axes for h,l in zip(*ax.get_legend_handles_labels())}
@@ -563,14 +629,24 @@ def open_for_measure(spec, precision, device, weights=None, random=False, config
     processor = StandIn(model.config, side, prompt, tiles=most_tiles(spec))
     return engine(spec)(spec, model, processor, '', precision, device, new_tokens)
 
-def _learner(vlm, rank):
-    "The two LoRA steps that a measurement takes, as a function of nothing but images and questions"
+# %% ../nbs/09d_plan.ipynb #425d4afc
+def _learner(vlm, recipe, device):
+    "Takes two LoRA steps on so many images and questions, a copy of the adapter beside; returns the second's seconds"
     import torch
     from fada.train import add_lora
-    with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, rank)
+    with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, recipe.rank)
     trained = [p for p in vlm.model.parameters() if p.requires_grad]; opt = torch.optim.AdamW(trained, lr=1e-4)
-    def update(loss): opt.zero_grad(); loss.backward(); opt.step()
-    return lambda batch, questions, steps=2: run_train(vlm, batch, questions, update, steps)
+    best,ends = [p.detach().clone() for p in trained],[]
+    def update(loss): opt.zero_grad(set_to_none=False); loss.backward(); opt.step(); ends.append(_clock(device))
+    def steps(batch, questions):
+        assert best; run_train(vlm, batch, questions, recipe, update); return ends[-1]-ends[-2]
+    return steps
+
+def _answerer(vlm, device):
+    "Answers so many questions on so many images; returns the seconds"
+    def answers(batch, questions):
+        start = _clock(device); run_answer(vlm, batch, questions); return _clock(device)-start
+    return answers
 
 def _clock(device)->float:
     "Seconds, read when a card has done what it was given"
@@ -587,22 +663,21 @@ def measure_model(
     random:bool=False,             # random weights of the true shape: nothing is downloaded
     config=None,                   # config.json of the shape, with `random`
     keep:bool=True,                # note it in the ledger of this machine, from where plans take the speed
+    **training,                    # other fields of LoraRecipe: checkpointing, packing, cache
 )->dict:
     "Run a model for true: load time, seconds a question or step, peak memory, and how far off the plan was"
-    spec = model_spec(model); batch,_,rank = training_defaults(spec, task, batch, 1, rank)
-    _check(spec, task, precision, batch, questions, new_tokens, 1)
-    device = resolve_device(device)
+    spec = model_spec(model); r = planned_recipe(spec, task, batch=batch, rank=rank, **training); batch = r.batch
+    _check(spec, task, precision, questions, new_tokens, r); device = resolve_device(device)
     shape = config or (Path(weights) if weights and not random else None)
     p = plan(model, task, precision, gpu=CARDS[0], questions=questions, batch=batch, new_tokens=new_tokens, rank=rank,
-             side=side, config=shape, device=device.split(':')[0], find=False)
+             side=side, config=shape, device=device.split(':')[0], find=False, **training)
     _quiet(); start = _clock(device)
     vlm = open_for_measure(spec, precision, device, weights, random, config, new_tokens, side)
     loaded = _clock(device)-start; stays = held_bytes(vlm.core)
     with allocator_peak(device) as a:   # the adapter and the optimiser come into being in here
-        work = _learner(vlm, rank) if task == 'train' else partial(run_answer, vlm)
+        work = _learner(vlm, r, device) if task == 'train' else _answerer(vlm, device)
         work(batch, questions)
-    start = _clock(device); work(batch, questions, **(dict(steps=1) if task == 'train' else {}))
-    seconds = _clock(device)-start       # a run of its own: counting slows a CPU down
+    seconds = work(batch, questions)     # a run of its own: counting slows a CPU down
     predicted = p.peak_bytes-p.parts['CUDA context']; peak = a['peak'] or stays+a['bytes']
     out = dict(model=model, task=task, precision=precision, device=device, machine=_machine(device),
                random_weights=random, batch=batch, questions=questions, new_tokens=new_tokens,
@@ -615,6 +690,7 @@ def measure_model(
                      measured={**ledger(model).get('measured', {}), f'{task} {precision}': out})
     return out
 
+# %% ../nbs/09d_plan.ipynb #f7898c0e
 def _machine(device)->str:
     import torch
     if device.startswith('cuda'): return torch.cuda.get_device_name(device)

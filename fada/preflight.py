@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OVERFIT', 'FEW', 'Row', 'read_rows', 'show_batch', 'Finding', 'check_labels', 'ends', 'check_image', 'check_parts',
-           'check_overfit', 'packed_step', 'training_bytes', 'unpacked_bytes', 'check_memory', 'coverage_table',
+           'together', 'check_overfit', 'training_bytes', 'row_lengths', 'check_memory', 'coverage_table',
            'check_coverage', 'preflight']
 
 # %% ../nbs/09e_preflight.ipynb #5f85e076
@@ -152,19 +152,25 @@ def check_parts(vlm)->Finding:
 # steps, times the rate, highest rate; loss against the first, or so low that it is known already
 OVERFIT = dict(steps=40, faster=5., most=2e-2, fall=.8, known=.1)
 
-def check_overfit(m:Material, lr:float)->Finding:
-    "Loss on two answers before and after a few quick steps"
+def together(m:Material, recipe)->int:
+    "Images that go through together"
+    return max(1, math.ceil(min(recipe.batch, len(m))/recipe.accumulate))
+
+def check_overfit(m:Material, recipe)->Finding:
+    "Loss on two answers before and after a few quick steps, in parts no larger than those of training"
     import torch
     model = m.vlm.model; named = {n: p for n,p in model.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n,p in named.items()}; at = [0, len(m)-1] if len(m) > 1 else [0]
     q = next(q for q in (1,3,2,4,6,8,7,5) if all(q in m.kinds[i] for i in at) or q == 5)
-    opt = torch.optim.AdamW(named.values(), lr=min(OVERFIT['most'], lr*OVERFIT['faster']), weight_decay=0.); losses = []
-    m.vlm.core.train()
+    lr = min(OVERFIT['most'], recipe.lr*OVERFIT['faster']); losses = []
+    opt = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.)
+    m.vlm.core.train(); parts = [at] if together(m, recipe) > 1 else [[i] for i in at]
     try:
         for _ in range(OVERFIT['steps']):
-            loss = m.loss(at, q); losses.append(float(loss.detach()))
+            opt.zero_grad(); losses.append(0.)
+            for part in parts: loss = m.loss(part, q)/len(parts); loss.backward(); losses[-1] += float(loss.detach())
             if not math.isfinite(losses[-1]) or losses[-1] < max(OVERFIT['fall']*losses[0], OVERFIT['known']): break
-            opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(named.values(), 1.); opt.step()
+            torch.nn.utils.clip_grad_norm_(named.values(), 1.); opt.step()
     finally:
         m.vlm.core.eval(); opt.zero_grad()
         with torch.no_grad():
@@ -177,64 +183,29 @@ def check_overfit(m:Material, lr:float)->Finding:
     return Finding('two answers by heart', 'ok' if good else 'stop', said if good else f'the loss does not fall: {said}')
 
 # %% ../nbs/09e_preflight.ipynb #68bb2a3a
-def packed_step(spec, config, layers:int, half:str, batch:int, questions:int, rank:int, device:str)->tuple:
-    "(peak, bytes of what is trained, of a layer's input) of a packed step on shapes, with `layers` layers of the language model"
-    import torch, warnings
-    from fada.dry import DryRun
-    from fada.packing import packed_loss
-    from fada.plan import ANSWER, PROMPT, _shallow, image_side, image_tokens, shell
-    from fada.train import _project, add_lora
-    vlm = shell(spec, _shallow(config, layers), 'bf16' if half == 'bf16' and not spec.fp32_parts else 'int8', half)
-    with warnings.catch_warnings(action='ignore', category=FutureWarning): add_lora(vlm, rank)
-    vlm.core.train(); words = vlm.words(); chat = hasattr(vlm, 'render')
-    trained = [p for p in vlm.model.parameters() if p.requires_grad]
-    rows = [[([3]*PROMPT, [3]*ANSWER)]*questions]*batch; v = config.vision_config
-    seen = image_tokens(config, image_side(config)) if chat else (v.image_size//v.patch_size)**2+1
-    width = words.embed.weight.shape[1] if chat else v.hidden_size
-    def step():
-        x = torch.empty(batch, seen, width, device='meta', dtype=words.embed.weight.dtype)
-        for _ in range(2):   # the second beside the gradients of the first
-            total,n = packed_loss(words, x if chat else _project(vlm.core, x), rows); (total/n).backward()
-    dry = DryRun(vlm.model, device=device); dry.run(step)
-    weight = words.embed.weight; tokens = image_tokens(config, image_side(config))+questions*(PROMPT+ANSWER)
-    return max(dry.peaks), sum(p.numel()*p.element_size() for p in trained), batch*tokens*weight.shape[1]*weight.element_size()
-
 def training_bytes(
-    spec, config, precision:str, batch:int, questions:int, rank:int=8, device:str='cuda',
-    packed:bool=True, checkpointing:bool=False, eight_bit:bool=False,  # an optimiser in 8 bits
+    vlm, recipe,
+    batch:int, questions:int,   # that go through together
+    **lengths,                  # prompt, answer: their tokens
 )->int:
-    "Bytes that a training is predicted to take besides the weights: activations, adapter, its gradients and moments"
-    from fada.packing import PACKS
-    from fada.plan import PARTS, PROMPT, _parts, text_depth
-    device = device.split(':')[0]
-    if not packed or spec.architecture not in PACKS:
-        parts,_,_ = _parts(spec, config, 'train', precision, batch, questions, 48, rank, None, PROMPT, device)
-        return sum(parts[k] for k in PARTS[2:-1])
-    half = precision if precision in ('fp32','bf16','fp16') else 'fp32' if device == 'cpu' else 'bf16'
-    depth = text_depth(config)
-    few = (2, 3) if depth > 3 else (depth, depth)
-    (p,t,each),(q,u,_) = (packed_step(spec, config, n, half, batch, questions, rank, device) for n in few)
-    peak,trained = p+(depth-few[0])*(q-p),t+(depth-few[0])*(u-t)   # gradients are in the peak
-    if checkpointing:   # each layer keeps its input, one at a time its all
-        peak = p-(few[0]-1)*(q-p)+depth*each+(depth-few[0])*(u-t)
-    return int(peak+trained+2*trained*(.25 if eight_bit else 1)+unpacked_bytes(spec, config, precision, half))
+    "Bytes that a training is predicted to take besides the weights, reckoned as `fada plan` does"
+    from fada.plan import PARTS, planned_parts
+    parts,_,_ = planned_parts(vlm.spec, vlm.core.config, 'train', vlm.precision, batch, questions, recipe,
+                              vlm.device.split(':')[0], **lengths)
+    return sum(parts[k] for k in PARTS[2:-1])
 
-def unpacked_bytes(spec, config, precision:str, half:str)->int:
-    "What the largest quantised weight takes while it is unpacked for the backward pass"
-    import torch
-    from fada.memory import count_weights
-    from fada.registry import model_class
-    if precision not in ('int8','nf4'): return 0
-    with torch.device('meta'): c = count_weights(model_class(spec)(config), spec.fp32_parts, spec.trained_parts)
-    return c.largest*(4 if half == 'fp32' else 2)
+def row_lengths(m:Material)->dict:
+    "Tokens of a question (in the mean of the first image) and of an answer (in the mean of all)"
+    rows = read_rows(m, 0); answers = sum(m.size)/sum(map(len, m.rows))-(not m.chat)   # without the end that follows
+    prompts = sum(len(r.prompt)-r.image_tokens*m.chat for r in rows)/len(rows)
+    return dict(prompt=math.ceil(prompts), answer=math.ceil(answers))
 
 def check_memory(m:Material, recipe)->Finding:
     "What training is predicted to take besides the weights, against what is free"
     from fada.checkpoints import free_bytes
     from fada.memory import in_mib
-    vlm = m.vlm; each = max(1, math.ceil(min(recipe.batch, len(m))/recipe.accumulate)); asked = max(map(len, m.rows))
-    need = training_bytes(vlm.spec, vlm.core.config, vlm.precision, each, asked, recipe.rank, vlm.device, m.packs,
-                          recipe.checkpointing, recipe.optimiser != 'adamw')
+    vlm,each = m.vlm,together(m, recipe)
+    need = training_bytes(vlm, recipe, each, max(map(len, m.rows)), **row_lengths(m))
     free = free_bytes(vlm.device)
     said = f'about {in_mib(need)} for {each} images at a time, {in_mib(free)} free'
     return Finding('memory', 'ok', said) if need < free else Finding('memory', 'stop',
@@ -275,7 +246,7 @@ def preflight(
     "All checks, in seconds; `FadaError` with the first finding that stops the run"
     found = []
     for check in (lambda: check_coverage(m.table), lambda: check_parts(m.vlm), lambda: check_labels(m), lambda: check_image(m),
-                  lambda: check_memory(m, recipe), lambda: check_overfit(m, recipe.lr)):
+                  lambda: check_memory(m, recipe), lambda: check_overfit(m, recipe)):
         f = check(); found += f if isinstance(f, list) else [f]
         stop = [x for x in found if x.level == 'stop']
         if stop:

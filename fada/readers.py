@@ -7,8 +7,8 @@ reason. Nothing is in neither."""
 __all__ = ['QUARANTINE', 'OURS', 'PLACEHOLDERS', 'NOT_DONE', 'KNOWN', 'CENTRES', 'RESERVED', 'RANGES', 'Reading',
            'structured_json', 'name_facts', 'add_answer', 'name_key', 'list_files', 'find_category', 'index_images',
            'find_image', 'check_known', 'split_name', 'known_split', 'look_at', 'expand_frames', 'read_group_folder',
-           'which_question', 'chat_turns', 'record_facts', 'read_chat', 'read_hf', 'guess_reader', 'read_any',
-           'read_folder']
+           'which_question', 'chat_turns', 'record_facts', 'read_chat', 'read_hf', 'guess_reader', 'no_phantoms',
+           'read_any', 'read_folder']
 
 # %% ../nbs/04c_readers.ipynb #87e69beb
 import functools, json, os, re
@@ -586,6 +586,12 @@ def guess_reader(
         and p.suffix in ('.json', '.jsonl')]
     return 'chat' if chats and not sheets else 'folder'
 
+def no_phantoms(folder):
+    "`FadaError` where `folder` holds phantoms"
+    if (Path(folder)/'phantoms.json').is_file():
+        raise FadaError('phantoms, whose answers were made with them', str(folder), 'a folder of your own',
+                        '`fada prepare` makes their table, `fada data verify` proves it')
+
 def read_any(
     folder,
     reader:str='auto',     # auto or a name as `guess_reader` returns it
@@ -598,6 +604,7 @@ def read_any(
     if reader == 'chat': return read_chat(folder, dataset, workers)
     if reader == 'datasets': return read_hf(folder, dataset, workers)
     if reader in PUBLIC: return read_public(folder, reader, workers)
+    if reader == 'phantoms': no_phantoms(folder)
     raise FadaError(f'unknown reader {reader!r}', str(folder),
         f"auto, folder, chat, datasets, {', '.join(PUBLIC)}", '')
 

@@ -110,12 +110,12 @@ class Router:
         folders,        # adapter bundles of this base
     ):
         from fada.vlm import attach
-        self.vlm,self.adapters,self.likeness,self.shared,self.base_digest = vlm,{},{},None,vlm.adapter
+        self.vlm,self.adapters,self.likeness,self.shared,self.base_digest = vlm,{},{},None,vlm.adapter; self.sure = {}
         for folder in map(Path, folders):
             about = read_json(folder/'fada.json'); name = '+'.join(about['categories'])
             if not self.adapters: attach(vlm, folder, name)
             else: attach(vlm, folder, name, beside=True)
-            self.adapters[name] = vlm.adapter; self.likeness[name] = load_likeness(folder)
+            self.adapters[name] = vlm.adapter; self.likeness[name] = load_likeness(folder); self.sure[name] = vlm.calibration
             if len(about['categories']) > 1 or about['categories'] == ['all']: self.shared = name
         self.kept = {n: type(vlm._features)() for n in (*self.adapters, 'base')}; self.on = None; self.use('base')
 
@@ -128,7 +128,7 @@ class Router:
         if name == 'base': v.model.base_model.disable_adapter_layers()
         else: v.model.base_model.enable_adapter_layers(); v.model.set_adapter(name)
         for p in v.model.parameters(): p.requires_grad_(False)
-        v.adapter,v.likeness = self.adapters.get(name, self.base_digest),self.likeness.get(name)
+        v.adapter,v.likeness = self.adapters.get(name, self.base_digest),self.likeness.get(name); v.calibration = self.sure.get(name)
         v._features,self.on = self.kept[name],name
 
 # %% ../nbs/09j_route.ipynb #2a2b6ef5

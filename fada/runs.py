@@ -16,18 +16,29 @@ def folder_bytes(folder)->int:
     "Bytes of all files below `folder`; links are not followed"
     return sum(p.lstat().st_size for p in Path(folder).rglob('*') if p.is_file() and not p.is_symlink())
 
+def _told(d:Path)->tuple:
+    """What a job's files say of it: (configuration, metrics, state); what is not in its configuration comes from the
+    parameters that its notebook was given. A file that is no JSON makes the job damaged, not the list"""
+    try: c,m,done,twins,job = (read_json(d/f'{n}.json') if (d/f'{n}.json').is_file() else {}
+                               for n in ('config', 'metrics', 'done', 'twins', 'job'))
+    except FadaError: return {}, {}, 'damaged'
+    given = job.get('parameters', {}); named = given.get('categories') or ()
+    about = dict(kind=Path(job.get('notebook') or '?').stem, model=given.get('model'), seed=given.get('seed'),
+                 precision=given.get('precision') or twins.get('identity', {}).get('precision'),
+                 categories=named.split(',') if isinstance(named, str) else named)
+    if twins: about['kind'] = 'twins'
+    return {**about, **c}, m, 'finished' if done or m or c.get('seconds') or twins else 'unfinished'
+
 def _about(d:Path, root:Path)->dict:
     "One job as a row"
-    whole = lambda name: read_json(d/name) if (d/name).is_file() else {}
-    c,m,done = whole('config.json'),whole('metrics.json'),whole('done.json')
-    state = 'finished' if done or m or c.get('seconds') or (d/'twins.json').is_file() else 'unfinished'
+    c,m,state = _told(d); notes = m.get('notes')
     made = pd.Timestamp(max((f.stat().st_mtime for f in d.iterdir() if f.is_file()),
                             default=d.stat().st_mtime), unit='s').isoformat(timespec='seconds')
     return dict(run=d.parent.relative_to(root).as_posix(), job=d.name, kind=c.get('kind', '?'),
-                model=c.get('model', ''), precision=c.get('precision', ''),
+                model=c.get('model') or '', precision=c.get('precision') or '',
                 categories=', '.join(c.get('categories', ())), seed=c.get('seed'), state=state, made=made,
                 images=m.get('images'), mean=(m.get('endpoint') or {}).get('mean'),
-                red=sum(n['level'] == 'red' for n in m.get('notes', ())) if m else None,
+                red=None if notes is None else sum(n['level'] == 'red' for n in notes),
                 bytes=folder_bytes(d), folder=str(d))
 
 _MARKS = ('config.json','metrics.json','run.log','answers.jsonl','twins.json')
@@ -64,8 +75,10 @@ def size_text(n:int)->str:
 # %% ../nbs/11c_runs.ipynb #ae6e3143
 def runs_text(t)->str:
     "The list as lines"
-    lines = [f"{r.run+'/'+r.job:44} {r.kind:9} {r.model or '':20} {r.state:10} {r.made[:16]}  {'' if pd.isna(r.mean) else f'mean {r.mean:.2f}':9} "
-             f"{'' if pd.isna(r.red) else f'{r.red:.0f} red':6} {size_text(r.bytes):>9}" for r in t.itertuples()]
+    known = lambda v, text: '' if pd.isna(v) else text.format(v)
+    lines = [f"{r.run+'/'+r.job:44} {r.kind:9} {r.model or '':20} {r.state:10} {r.made[:16]}  "
+             f"{known(r.mean, 'mean {:.2f}'):9} {known(r.red, '{:.0f} red'):6} {size_text(r.bytes):>9}"
+             for r in t.itertuples()]
     return '\n'.join([*lines, f'{len(t)} jobs, {size_text(int(t.bytes.sum()))}'])
 
 # %% ../nbs/11c_runs.ipynb #24fe0534

@@ -45,8 +45,8 @@ def orientation_scores(rows, truth, found)->dict:
     return dict(slots=out)
 
 def binary(positive, said, confidence=None)->dict:
-    """Sensitivity and specificity with counts, of True against False (None: not read), and the area under the ROC curve of the
-    answer's confidence, taken as that of the other answer where it said no"""
+    """Sensitivity and specificity with counts, of True against False (None: not read), and the area under the ROC
+    curve of the answer's confidence, taken as that of the other answer where it said no"""
     p,n = sum(x is True for x in positive),sum(x is False for x in positive)
     tp,tn = (sum(t is k and s is k for t,s in zip(positive, said)) for k in (True, False))
     rank = None
@@ -60,7 +60,8 @@ def binary(positive, said, confidence=None)->dict:
 
 # %% ../nbs/08b_scores.ipynb #832bcc94
 def plane_scores(rows, truth, found)->dict:
-    "Plane alone: accuracy, macro F1, confusion; standard or not: sensitivity and specificity (non-standard is not found standard)"
+    """Plane alone: accuracy, macro F1, confusion; standard or not: sensitivity and specificity (non-standard is not
+    found standard)"""
     has = np.array([bool(t.get('plane')) for t in truth])
     pick = lambda s: [x.get('plane') for x,h in zip(s, has) if h]
     out = {}
@@ -90,10 +91,12 @@ def _in_sd(parameter, truth, found, days)->float|None:
 
 # %% ../nbs/08b_scores.ipynb #83c4d488
 def biometry_scores(rows, truth, found)->dict:
-    "Errors in mm and SD where the reference has values, the share within max(2 mm, 5 %), and how many numbers were made up"
+    """Errors in mm and SD where the reference has values, the share within max(2 mm, 5 %), and how many numbers were
+    made up"""
     ages = rows.ga_days if 'ga_days' in rows else [None]*len(rows)
     size = lambda s: s.get('mm') or {}
-    both = [(p, size(t)[p], size(f)[p], days) for t,f,days in zip(truth, found, ages) for p in size(t) if p in size(f)]
+    both = [(p, size(t)[p], size(f)[p], days) for t,f,days in zip(truth, found, ages)
+            for p in size(t) if p in size(f)]
     sd = [e for e in (_in_sd(p, mm, x, days) for p,mm,x,days in both) if e is not None]
     wanted = sum(len(t.get('mm') or {}) for t in truth)
     near = sum(abs(x-mm) <= max(2., .05*mm) for _,mm,x,_ in both)
@@ -111,7 +114,8 @@ def _overlap(a, b):
     return max(0, shared)/(max(a[1], b[1])-min(a[0], b[0])+1) if shared > 0 else 0.
 
 def age_scores(rows, truth, found)->dict:
-    "Where age can be known: error and bias in days, share within a week, overlap; where not: rightly left open, made up"
+    """Where age can be known: error and bias in days, share within a week, overlap; where not: rightly left open,
+    made up"""
     spans = [(age_span(t), age_span(f), f) for t,f in zip(truth, found)]
     both = [(t, f) for t,f,_ in spans if t and f]; middle = lambda s: sum(s)/2
     known,open_ = sum(bool(t) for t,*_ in spans),[f for t,_,f in spans if t is None]
@@ -157,19 +161,27 @@ def token_f1(truth:str, found:str)->float:
     a,b = Counter(truth.lower().split()),Counter(found.lower().split())
     return 1. if not a and not b else 2*sum((a & b).values())/(sum(a.values())+sum(b.values()))
 
-def wording_scores(answers, predictions)->dict:
-    "exact, token_f1, rouge_l (means over rows, 0 to 1) and bleu (of the corpus, 0 to 1) of texts beside their references"
+# %% ../nbs/08b_scores.ipynb #fdafc189
+def wording_scores(
+    answers, predictions,   # texts
+    topic=None,             # as `topic.Topic`
+)->dict:
+    """exact, token_f1, rouge_l (means over rows, 0 to 1), bleu (of the corpus, 0 to 1) and, where a sentence model is
+    given, topic (-1 to 1) of texts beside their references"""
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
+    from sacrebleu.metrics import BLEU
     pairs = Counter((str(a).strip(), '' if p is None or p != p else str(p).strip()) for a,
                     p in zip(answers, predictions))
     if not pairs: return dict(exact=None, token_f1=None, rouge_l=None, bleu=None, n=0)
+    alike = dict(topic=float(np.dot(topic(*zip(*pairs)), list(pairs.values()))/sum(pairs.values()))) if topic else {}
     rouge = RougeScorer(['rougeL']); n = sum(pairs.values())
+    bleu = BLEU(lowercase=True, effective_order=True)   # of two words there are no four in a row
     mean = lambda score: sum(score(*k)*m for k,m in pairs.items())/n
     texts = list(pairs.elements())
     return dict(exact=mean(lambda a,p: float(a.lower() == p.lower())), token_f1=mean(token_f1),
                 rouge_l=mean(lambda a,p: rouge.score(a, p)['rougeL'].fmeasure),
-                bleu=corpus_bleu([p for _,p in texts], [[a for a,_ in texts]], lowercase=True).score/100, n=n)
+                bleu=bleu.corpus_score([p for _,p in texts], [[a for a,_ in texts]]).score/100,
+                n=n, **alike)
 
 # %% ../nbs/08b_scores.ipynb #0d016abc
 DETAILS = {1: structure_scores, 2: orientation_scores, 3: plane_scores, 4: biometry_scores, 5: age_scores,
@@ -179,6 +191,7 @@ DETAILS = {1: structure_scores, 2: orientation_scores, 3: plane_scores, 4: biome
 def question_scores(
     scored:pd.DataFrame,   # scored rows of one system, as asked with the image
     wording:bool=True,
+    topic=None,            # as `topic.Topic`: topic similarity beside the wording
 )->dict:                   # question id: score, coverage, wording, calibration, and what the question has of its own
     "Everything that is counted for each question"
     out = {}
@@ -186,7 +199,7 @@ def question_scores(
         good = g[g.score.notna()]; truth,found = readings(good)
         item = dict(key=QUESTIONS[q].key, score=main_score(g), coverage=coverage(g),
                     **(DETAILS[q](good, truth, found) if len(good) else {}))
-        if wording: item['wording'] = wording_scores(good.answer, good.prediction)
+        if wording: item['wording'] = wording_scores(good.answer, good.prediction, topic)
         if 'confidence' in good: item['calibration'] = reliability(good.confidence.astype(float), good.score)
         out[int(q)] = item
     return out
@@ -201,18 +214,21 @@ def _beside(q:int, d:dict)->str:
     if q == 2: return ', '.join(f'{k} {mean(m)}' for k,m in d['slots'].items())
     if q == 3:
         s = d['standard']
-        return (f"plane {mean(d.get('accuracy'))}, macro F1 {mean(d.get('macro_f1'))}; standard: sensitivity {_num(s['sensitivity'])} of "
-                f"{s['positive']}, specificity {_num(s['specificity'])} of {s['negative']}, AUROC {_num(s['auroc'])}")
+        return (f"plane {mean(d.get('accuracy'))}, macro F1 {mean(d.get('macro_f1'))}; standard: sensitivity "
+                f"{_num(s['sensitivity'])} of {s['positive']}, specificity {_num(s['specificity'])} of "
+                f"{s['negative']}, AUROC {_num(s['auroc'])}")
     if q == 4:
-        return (f"{d['given']} of {d['values']} values, error {_num(d['mm']['error'], 1)} mm, {_num(d['error_sd'])} SD, within bounds "
-                f"{_num(d['within'])}; made up {d['made_up']}")
+        return (f"{d['given']} of {d['values']} values, error {_num(d['mm']['error'], 1)} mm, "
+                f"{_num(d['error_sd'])} SD, within bounds {_num(d['within'])}; made up {d['made_up']}")
     if q == 5:
-        return (f"known for {d['known']}: error {_num(d['days']['error'], 1)} days, bias {_num(d['days']['bias'], 1)}, within a week "
-                f"{_num(d['within_week'])}; rightly left open {d['left_open']} of {d['not_determinable']}; made up {d['made_up']}")
+        return (f"known for {d['known']}: error {_num(d['days']['error'], 1)} days, bias "
+                f"{_num(d['days']['bias'], 1)}, within a week {_num(d['within_week'])}; rightly left open "
+                f"{d['left_open']} of {d['not_determinable']}; made up {d['made_up']}")
     if q == 6: return f"on the scale {mean(d['ordinal'])}, quadratic kappa {mean(d['kappa'])}"
     if q == 7:
-        return (f"sensitivity {_num(d['sensitivity'])} ({d['found']} of {d['positive']}), specificity {_num(d['specificity'])} "
-                f"({d['cleared']} of {d['negative']}), AUROC {_num(d['auroc'])}, prevalence {_num(d['prevalence'])}")
+        return (f"sensitivity {_num(d['sensitivity'])} ({d['found']} of {d['positive']}), specificity "
+                f"{_num(d['specificity'])} ({d['cleared']} of {d['negative']}), AUROC {_num(d['auroc'])}, prevalence "
+                f"{_num(d['prevalence'])}")
     return f"macro F1 {mean(d['macro_f1'])}"
 
 # %% ../nbs/08b_scores.ipynb #917707f5
@@ -225,7 +241,9 @@ def score_rows(details:dict)->pd.DataFrame:
                      'beside it': _beside(q, d) if c['answered'] > c['no_reference'] else '–',
                      'exact': _num(w.get('exact')), 'token F1': _num(w.get('token_f1')),
                      'ROUGE-L': _num(w.get('rouge_l')),
-                     'BLEU': _num(w.get('bleu')), 'not read': f"{c['unparsed']} of {c['answered']}",
+                     'BLEU': _num(w.get('bleu')),
+                     **({'topic similarity': _num(w['topic'])} if 'topic' in w else {}),
+                     'not read': f"{c['unparsed']} of {c['answered']}",
                      'calibration error': _num(d.get('calibration', {}).get('ece'))})
     return pd.DataFrame(rows)
 

@@ -11,6 +11,7 @@ import asyncio, base64, binascii, hmac, json, os, queue, secrets, signal, subpro
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from fastcore.basics import patch
 from .settings import FadaError, NOTICE, load_settings, nearest
 from .clinical import QUESTIONS
 
@@ -78,7 +79,7 @@ class Worker:
         self.memory = memory or machine_memory(resolve_device(s.device))
         self.orders,self.loaded = queue.Queue(waiting),{}     # loaded: {offer: [model, bytes, last use]}
         self.tickets,self.turns,self.gate = 0,0,threading.Lock()
-        self.closed = threading.Event(); self.thread = threading.Thread(target=self.work, daemon=True); self.thread.start()
+        self.closed,self.thread = threading.Event(),threading.Thread(target=self.work, daemon=True); self.thread.start()
 
     def submit(self, order:Order):
         "Take an order; `FadaError` for an unknown offer, for no question and where too many wait"
@@ -86,26 +87,31 @@ class Worker:
             raise FadaError(f'unknown model {order.offer!r}', '', nearest(order.offer, self.names), 'see GET /v1/models')
         if not order.questions: raise FadaError('no question', '', 'at least one', '')
         with self.gate:   # tickets in the order of the queue
-            if self.orders.full(): raise FadaError(f'{self.orders.maxsize} orders are waiting', '', 'fewer', 'ask again later')
-            self.tickets += 1; order.tell('queued', ticket=self.tickets, position=self.orders.qsize()); self.orders.put_nowait(order)
+            if self.orders.full():
+                raise FadaError(f'{self.orders.maxsize} orders are waiting', '', 'fewer', 'ask again later')
+            self.tickets += 1; order.tell('queued', ticket=self.tickets, position=self.orders.qsize())
+            self.orders.put_nowait(order)
 
-    def work(self):
-        "The thread: orders in order of arrival; between them, what is idle goes"
-        while not self.closed.is_set():
-            try: order = self.orders.get(timeout=min(1, self.idle))
-            except queue.Empty: self.unload(time.monotonic()-self.idle); continue
-            if order.stopped.is_set(): order.tell('cancelled'); continue
-            try: self.serve(order)
-            except FadaError as e: order.tell('failed', error=str(e))
-            except Exception as e:   # whatever it was, the next in the queue must be served
-                print(f'order {order.id}: {type(e).__name__}: {e}', file=sys.stderr)
-                order.tell('failed', error=f'{type(e).__name__}: the answer could not be made; the log of the server says more')
+# %% ../nbs/15a_serve.ipynb #5d1c0a7e
+@patch
+def work(self:Worker):
+    "The thread: orders in order of arrival; between them, what is idle goes"
+    while not self.closed.is_set():
+        try: order = self.orders.get(timeout=min(1, self.idle))
+        except queue.Empty: self.unload(time.monotonic()-self.idle); continue
+        if order.stopped.is_set(): order.tell('cancelled'); continue
+        try: self.serve(order)
+        except FadaError as e: order.tell('failed', error=str(e))
+        except Exception as e:   # whatever it was, the next in the queue must be served
+            print(f'order {order.id}: {type(e).__name__}: {e}', file=sys.stderr)
+            order.tell('failed', error=f'{type(e).__name__}: it could not be answered; the log of the server says more')
 
-    def close(self): self.closed.set(); self.thread.join(10)
+@patch
+def close(self:Worker):
+    "End the thread after the order it is at"
+    self.closed.set(); self.thread.join(10)
 
 # %% ../nbs/15a_serve.ipynb #8275ec5d
-from fastcore.basics import patch
-
 @patch
 def unload(self:Worker, before:float):
     "Let models go that were last used before a time of `time.monotonic`"
@@ -155,10 +161,8 @@ def model(self:Worker, offer:Offer, tell=lambda *a, **k: None):
 def serve(self:Worker, order:Order):
     "Answer an order: answers grow side by side where the model streams"
     vlm = self.model(self.names[order.offer], order.tell); self.turns += 1; order.tell('thinking', turn=self.turns)
-    if order.explain:
-        from fada.explain import explain, map_record
-        order.tell('map', **map_record(explain(vlm, order.image, order.questions[0], *order.explain))); return order.tell('done')
-    if vlm.core is None: answers = vlm.ask(order.image, order.questions)   # a service, an ensemble: it does not stream
+    if order.explain: return self.draw(vlm, order)
+    if vlm.core is None: answers = vlm.ask(order.image, order.questions)   # a service, an ensemble: no stream
     else:
         s = vlm.stream(order.image, order.questions)
         for k,piece in s:
@@ -168,9 +172,16 @@ def serve(self:Worker, order:Order):
     for a in answers: order.tell('answer', **answer_record(a))
     order.tell('cancelled' if order.stopped.is_set() else 'done')
 
+@patch
+def draw(self:Worker, vlm, order:Order):
+    "The map that an order asks for"
+    from fada.explain import explain, map_record
+    order.tell('map', **map_record(explain(vlm, order.image, order.questions[0], *order.explain))); order.tell('done')
+
 def answer_record(a)->dict:
     "What is sent of an answer"
-    return dict(question=a.question, question_id=a.question_id, answer=a.text, confidence=a.confidence, flags=a.flags, error=a.error)
+    return dict(question=a.question, question_id=a.question_id, answer=a.text, confidence=a.confidence,
+                flags=a.flags, error=a.error)
 
 # %% ../nbs/15a_serve.ipynb #da1aa243
 LIMIT = 64_000_000   # bytes of a request
@@ -287,9 +298,18 @@ class Desk:
     async def take(self, url, questions, model, session='', explain=())->Order:
         "Read the picture and queue the order"
         picture = await asyncio.to_thread(sent_image, url)   # a large picture keeps nobody waiting
-        order = Order(picture, questions, model or next(iter(self.worker.names)), session, explain); self.worker.submit(order)
+        order = Order(picture, questions, model or next(iter(self.worker.names)), session, explain)
+        self.worker.submit(order)
         for k in [k for k,o in self.orders.items() if o.ended]: del self.orders[k]
         self.orders[order.id] = order; return order
+    async def whole(self, request, order)->list:
+        "All events of an order; one whose client has left is cancelled"
+        async def watch():
+            while not await request.is_disconnected(): await asyncio.sleep(.3)
+            order.stopped.set()
+        watching = asyncio.create_task(watch())
+        try: return [e async for e in order.follow()]
+        finally: watching.cancel()
 
 def _streamed(events):
     from fastapi.responses import StreamingResponse
@@ -317,8 +337,8 @@ def _own_routes(app, desk):
     async def maps(request:Request):
         b = await desk.body(request); q,asked = b.get('question'),(b.get('answer'), b.get('method', 'relevancy'))
         if isinstance(q, bool) or not isinstance(q, (str, int)) or not all(isinstance(x, str) for x in asked):
-            raise FadaError('question, answer or method', 'the request', 'a text each', '')
-        events = [e async for e in (await desk.take(b.get('image', ''), [q], b.get('model'), explain=asked)).follow()]
+            raise FadaError('question, answer or method', 'the request', 'a text each; a question may be a number', '')
+        events = await desk.whole(request, await desk.take(b.get('image', ''), [q], b.get('model'), explain=asked))
         if events[-1]['event'] != 'done': raise FadaError(events[-1].get('error', 'cancelled'), 'a map')
         return {k: v for k,v in events[-2].items() if k != 'event'}
     @app.delete('/ask/{id}')
@@ -333,12 +353,14 @@ def _openai_routes(app, desk):
     from fastapi.responses import JSONResponse
     @app.get('/v1/models')
     async def models():
-        return dict(object='list', data=[dict(id=n, object='model', owned_by='fada', maps=desk.worker.maps(n), sends_to=desk.worker.sends_to(n)) for n in desk.worker.names])
+        w,row = desk.worker,dict(object='model', owned_by='fada')
+        return dict(object='list', data=[dict(row, id=n, maps=w.maps(n), sends_to=w.sends_to(n)) for n in w.names])
     @app.post('/v1/chat/completions')
     async def chat(request:Request):
-        b = await desk.body(request); text,url = _text_and_image(b.get('messages')); order = await desk.take(url, [text], b.get('model'))
+        b = await desk.body(request); text,url = _text_and_image(b.get('messages'))
+        order = await desk.take(url, [text], b.get('model'))
         if b.get('stream'): return _streamed(_chat_chunks(order, order.offer))
-        events = [e async for e in order.follow()]; a = next((e for e in events if e['event'] == 'answer'), None)
+        events = await desk.whole(request, order); a = next((e for e in events if e['event'] == 'answer'), None)
         if a is None or a['error']:
             said = (a or events[-1]).get('error', 'cancelled')
             return JSONResponse(dict(error=dict(message=said, type='server_error')), 500)
@@ -438,8 +460,9 @@ def methods(self:Served)->list:
 def explain(self:Served, image, question, answer:str, method:str='relevancy'):
     "Where an answer depended on the image: a `Map`"
     from fada.explain import map_of_record
-    r = self.call('POST', '/maps', dict(image=data_url(image), question=question, answer=answer, method=method, model=self.model or None))
-    return map_of_record(r, image)
+    from fada.vlm import _as_rgb
+    asked = dict(image=data_url(image), question=question, answer=answer, method=method, model=self.model or None)
+    return map_of_record(self.call('POST', '/maps', asked), _as_rgb(image))
 
 def _answer(e):
     from fada.vlm import Answer

@@ -38,7 +38,7 @@ def _macro(s, n, shares):
 # %% ../nbs/08c_statistics.ipynb #f4d1296a
 def bootstrap_means(
     values, clusters, draws:int=1000, seed:int=0, strata=None, share:dict=None,   # as for `mean_interval`
-)->tuple:             # (mean, array of draws, NaN where a stratum was not drawn); no draws where most would be NaN, or below MIN_CLUSTERS
+)->tuple:             # (mean, array of draws); NaN: a stratum was not drawn; None: most would be NaN, or few clusters
     "A mean and its clustered bootstrap draws; equal clusters give draws that belong together"
     v,c = np.asarray(values, float),np.asarray(clusters); ok = ~np.isnan(v)
     s,n,names = _sums(v[ok], c[ok], None if strata is None else np.asarray(strata)[ok])

@@ -16,6 +16,7 @@ from .settings import FadaError, progress
 from .data import read_image
 from .registry import part_of, require
 from .checkpoints import no_memory
+from .linears import forget_linears
 from .vlm import bridge, build_prompt, pixel_values
 
 # %% ../nbs/09_train.ipynb #645ca5e2
@@ -193,7 +194,7 @@ def add_lora(
         raise FadaError(f'{vlm.spec.name} has no LoRA targets {target!r}', '', ', '.join(vlm.spec.lora), '')
     lora = LoraConfig(r=rank, lora_alpha=2*rank, lora_dropout=0., target_modules=_outside(vlm.spec, target),
                       modules_to_save=list(vlm.spec.trained_parts) or None)
-    vlm.model = get_peft_model(vlm.model, lora); parts = {}
+    vlm.model = get_peft_model(vlm.model, lora); forget_linears(vlm.core); parts = {}
     for name,p in vlm.model.named_parameters():
         if p.requires_grad: part = part_of(name); parts[part] = parts.get(part, 0)+p.numel()
     allowed = {'qformer','language_model', *map(part_of, vlm.spec.trained_parts)}

@@ -46,7 +46,7 @@ def fully_right(question_id:int, truth:dict, found:dict)->bool:
 def ask_twins(
     vlm,              # any model behind `answer`
     twins:list,
-)->pd.DataFrame:      # pair, category, differ, question_id, expected, said_first, said_second, changed, both_right, error
+)->pd.DataFrame:      # pair, category, differ, question_id, expected, said_first, said_second, changed, both_right
     "Both pictures of each pair asked all the questions that the pair decides"
     from PIL import Image
     rows,asked = [],[Request(Image.fromarray(im), [*t.change, *t.keep], (k, side)) for k,t in enumerate(twins)
@@ -68,7 +68,8 @@ def _as_expected(g): return g.both_right & (g.changed == (g.expected == 'change'
 
 # %% ../nbs/10d_twins.ipynb #8850f814
 def twin_table(rows:pd.DataFrame)->pd.DataFrame:
-    "Per changed factor, question and expectation: pairs, passed with interval, and the share that changed whether right or not"
+    """Per changed factor, question and expectation: pairs, passed with interval, and the share that changed whether
+    right or not"""
     good = rows[rows.error.eq('')].assign(passed=lambda g: _as_expected(g).astype(float)); out = []
     for (differ,q,expected),g in good.groupby(['differ','question_id','expected']):
         m = mean_interval(g.passed, g.pair)
@@ -78,7 +79,8 @@ def twin_table(rows:pd.DataFrame)->pd.DataFrame:
     return pd.DataFrame(out)
 
 def twin_summary(rows:pd.DataFrame)->dict:
-    "Share of (pair, question) that changed when it must, stayed when it must, both right; intervals clustered on the pair"
+    """Share of (pair, question) that changed when it must, stayed when it must, both right; intervals clustered on
+    the pair"""
     good = rows[rows.error.eq('')].assign(passed=lambda g: _as_expected(g).astype(float))
     part = lambda g: mean_interval(g.passed, g.pair)
     return dict(pairs=int(rows.pair.nunique()), failed=int(rows.error.ne('').sum()),
@@ -104,7 +106,8 @@ def ask_phrasings(
     return score_table(pd.concat(parts, ignore_index=True))
 
 def phrasing_spread(scored:pd.DataFrame)->pd.DataFrame:
-    "Per question: score under each wording, the spread between best and worst, the share of images with one answer for all"
+    """Per question: score under each wording, the spread between best and worst, the share of images with one answer
+    for all"""
     out = []
     for q,g in scored.groupby('question_id'):
         by = g.groupby('phrasing').score.mean()
@@ -137,8 +140,8 @@ SEED45 = dict(categories=5, images=3, questions=(1, 3, 6))
 def seed45(rows:pd.DataFrame, seed:int=0)->pd.DataFrame:
     "Five categories × three images × three questions of `rows`; `FadaError` where there are too few"
     there = rows.groupby('category').image.nunique(); there = there[there >= SEED45['images']]
-    names = [c for c in DEMO_CATEGORIES
-             if c in there] if set(DEMO_CATEGORIES) <= set(there.index) else list(there.sort_values(ascending=False).index[:5])
+    most = list(there.sort_values(ascending=False).index[:5])
+    names = list(DEMO_CATEGORIES) if set(DEMO_CATEGORIES) <= set(there.index) else most
     if len(names) < SEED45['categories']:
         raise FadaError(f'{len(names)} categories with three images', 'preset seed45', 'five',
                         'add data, or evaluate without the preset')
@@ -148,8 +151,9 @@ def seed45(rows:pd.DataFrame, seed:int=0)->pd.DataFrame:
 def what_45_can_show(n:int=45)->str:
     "What a sample of `n` pairs can and cannot show, in a sentence"
     half = 1.96*(.25/n)**.5
-    return (f'{n} answers: a share of one half is known to ± {half:.2f}; between two models that differ on 3 answers in 10, only a difference of '
-            f'{detectable_share(n):.2f} or more would be found four times in five. Images of one category are alike, so that the truth is wider.')
+    return (f'{n} answers: a share of one half is known to ± {half:.2f}; between two models that differ on 3 answers '
+            f'in 10, only a difference of {detectable_share(n):.2f} or more would be found four times in five. '
+            'Images of one category are alike, so that the truth is wider.')
 
 # %% ../nbs/10d_twins.ipynb #054ba5f8
 def _records(frame)->list:
@@ -162,7 +166,8 @@ def twins_job(
     weights=None, adapter=None, n:int=2,
               images:int=20,   # pairs of each kind; images of the phrasing check, 0: none
 )->dict:                 # what twins.json holds
-    "Twins, and phrasings where there are data, for one model; `FadaError` before it is loaded where the arguments do not fit"
+    """Twins, and phrasings where there are data, for one model; `FadaError` before it is loaded where the arguments
+    do not fit"""
     from fada.vlm import load
     if n < 1 or images < 0:
         raise FadaError(f'n {n}, images {images}', '', 'n of at least 1, images of at least 0', '')

@@ -54,7 +54,7 @@ class Answer:
     question_id: int|None = None
     id: object = None
     pixels_sha256: str|None = None
-    confidence: float|None = None   # mean token probability (geometric), 0 to 1
+    confidence: float|None = None   # mean token probability (geometric), 0 to 1; calibrated where the adapter is
     tokens: list = field(default_factory=list)
     seconds: float = 0.             # share of the batch's time
     error: str = ''
@@ -78,6 +78,7 @@ class VLM:
     limits = LIMITS         # tokens of an answer by question, where fewer than `max_new_tokens`
     store = None            # folder in which features are kept; None: in memory alone
     likeness = None         # what the training images of its adapter look like, see `fada.route`
+    calibration = None      # slope and offset that turn its confidence into the chance of being right, see `fada.choices`
     budget = None           # memory for what is asked together, bytes; None: half of what is free
     def __init__(self, spec, model, processor, base, precision, device, max_new_tokens=48, adapter=None):
         # base: identity of the weights
@@ -108,7 +109,15 @@ def _identity(self:VLM)->dict:
     "The part of an identity that every family has: weights, adapter, precision, prompt, generation"
     return dict(model=self.spec.name, base=self.base, adapter=self.adapter, precision=self.precision,
                 prompt_version=PROMPT_VERSION, prompt=self.spec.prompt,
-                generation=dict(max_new_tokens=self.max_new_tokens, limits=self.limits, do_sample=False))
+                generation=dict(max_new_tokens=self.max_new_tokens, limits=self.limits, do_sample=False),
+                **({} if self.calibration is None else dict(calibration=list(self.calibration))))
+
+@patch
+def sure(self:VLM, confidence:float)->float:
+    "The chance that an answer is right, where the adapter was calibrated; else its mean token probability as it is"
+    if self.calibration is None: return confidence
+    from fada.choices import calibrated
+    return calibrated(confidence, self.calibration)
 
 @patch
 def most(self:VLM, question_id)->int:
@@ -195,6 +204,7 @@ def attach(
     if beside: vlm.model.load_adapter(str(folder), name); vlm.model.set_adapter(name); vlm.model.eval()
     else: vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), name, is_trainable=False).eval()
     vlm.adapter,vlm.likeness = adapter_digest(folder),load_likeness(folder)
+    vlm.calibration = (about.get('calibration') or {}).get('fit')
     vlm._features.clear()
     return vlm
 
@@ -478,7 +488,7 @@ def _answer_batch(vlm, batch):
             each = (time.perf_counter()-start)/len(rows)
             for (n,(i,text,_)),(reply,words,p) in zip(rows, out):
                 k,_,sha = ready[n]
-                done.setdefault(k, []).append(Answer(text, reply, i, batch[k].id, sha, p, words, each,
+                done.setdefault(k, []).append(Answer(text, reply, i, batch[k].id, sha, vlm.sure(p), words, each,
                                                   flags=guard(reply, text)+strange[n]))
     except (FadaError, RuntimeError, ValueError) as e:
         if len(ready) > 1:  # find out whose fault it is

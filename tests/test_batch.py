@@ -1,5 +1,5 @@
 "Batches: order, limits, retries, faults, other machines. The jobs are stubs that import nothing heavy, in real kernels."
-import json, os, random, signal, subprocess, sys, threading, time
+import json, os, random, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import psutil
 import pytest
@@ -103,6 +103,13 @@ def test_a_killed_kernel_gets_half_the_batch(tmp_path):
     assert json.loads((tmp_path/'out'/'a'/'done.json').read_text())['retried']
     r = run_jobs([job(tmp_path, 'b', kill=True, batch=64)])[0]; assert r.state == 'failed' and '(exit 138' in r.reason and r.retried
 
+def test_processes_take_slots(tmp_path):
+    "A job of two processes runs alone on two slots; one of three never will"
+    jobs = [job(tmp_path, k, pause=.3) for k in 'abc']; jobs[1].slots = 2; jobs[2].slots = 3
+    r = {x.job.name: x for x in run_jobs(jobs, 2)}
+    assert r['a'].state == r['b'].state == 'done' and r['a'].started+r['a'].seconds <= r['b'].started+.1
+    assert r['c'].state == 'not run' and '3 processes, there are 2 slots' in r['c'].reason
+
 def test_memory_decides_how_many_run_together(tmp_path):
     "Two of 3 GiB do not go into 5; one of 6 never will"
     jobs = [job(tmp_path, k, memory=m << 30, pause=.4) for k, m in dict(a=3, b=3, c=6, d=1).items()]
@@ -188,9 +195,9 @@ def test_a_worker_taken_away_and_its_jobs_run_elsewhere(tmp_path, cluster):
     jobs = [job(tmp_path, f'j{k}', notebook=nb, n=60, pause=.05) for k in range(4)]
     def take_away(results):
         if len(results) == 1: os.killpg(workers[0].pid, signal.SIGKILL)
-    with joined(address, said.append) as (slots, executor, memory):
-        assert slots == 2 and memory > 0 and 'dashboard' in said[0]
-        results = run_jobs(jobs, slots, executor=executor, tell=take_away)
+    with joined(address, said.append) as c:
+        assert c.slots == 2 and c.memory > 0 and 'dashboard http' in said[0]
+        results = run_jobs(jobs, c.slots, executor=c.executor, tell=take_away, look=c.look)
     assert by_state(results) == {f'j{k}': 'done' for k in range(4)}
     for k in range(4):
         rows = [json.loads(l)[1] for l in (tmp_path/'out'/f'j{k}'/'answers.jsonl').read_text().splitlines()]; assert rows == list(range(60))
@@ -200,10 +207,28 @@ def test_a_cluster_that_cannot_be_used_is_named(tmp_path, cluster, monkeypatch):
     from fada import cluster as c
     with pytest.raises(FadaError, match='does not answer'):
         with c.joined('tcp://127.0.0.1:9', timeout=1): pass
-    stamp = c._stamp; monkeypatch.setattr(c, '_stamp', lambda: ('0.0.0', 'other'))
-    monkeypatch.setattr('distributed.Client.run', lambda self, f: {'w': stamp()})
-    with pytest.raises(FadaError, match='another version of FADA'):
+    stamp = c._stamp; monkeypatch.setattr(c, '_stamp', lambda: dict(stamp(), torch='0.0.1'))
+    monkeypatch.setattr('distributed.Client.run', lambda self, f: {'tcp://w:1': stamp(), 'tcp://w:2': stamp()})
+    with pytest.raises(FadaError, match=r'2 of 2 workers run another version of FADA.*tcp://w:1.*torch .* \(here 0.0.1\)'):
         with c.joined(cluster[0], lambda line: None): pass
+
+@pytest.mark.fault
+def test_the_scheduler_killed_and_all_done_by_the_next_run(tmp_path, cluster):
+    "SIGKILL of the scheduler ends the batch with one sentence and every process with it; the next run, here, goes on where it ended"
+    from fada.cluster import joined
+    address, workers, procs = cluster; nb = stub(tmp_path); jobs = [job(tmp_path, f'j{k}', notebook=nb, n=100, pause=.05) for k in range(4)]
+    for j in jobs: j.stop = tmp_path/'stop'
+    def kill():
+        while not any((j.part/'answers.jsonl').exists() for j in jobs): time.sleep(.1)
+        procs[0].kill()
+    t = threading.Thread(target=kill); t.start()
+    with pytest.raises(FadaError, match='the scheduler is gone in tcp.*what is done is kept'):
+        with joined(address, lambda line: None) as c: run_jobs(jobs, c.slots, executor=c.executor, look=c.look)
+    t.join(); end = time.monotonic()+30
+    while any('ipykernel_launcher' in p.cmdline() for p in kernels(tmp_path)) and time.monotonic() < end: time.sleep(.2)
+    assert time.monotonic() < end; begun = sum((j.part/'answers.jsonl').exists() for j in jobs); assert begun
+    (tmp_path/'stop').unlink(); assert set(by_state(run_jobs(jobs, 2)).values()) <= {'done', 'reused'}   # one may just have ended
+    for j in jobs: assert [json.loads(l)[1] for l in (j.folder/'answers.jsonl').read_text().splitlines()] == list(range(100))
 
 # ---- from a grid file
 
@@ -215,7 +240,8 @@ def test_grid_by_command(tmp_path, root, small_data):
                     '[parameters.train]\nsteps = 2\nbatch = 4\nimages = 6\n[parameters.evaluate]\nimages = 3\ncontrol_images = 2\n')
     fada = lambda *w: subprocess.run([sys.executable, '-m', 'fada.cli', 'batch', str(grid), '--out', str(out), '--quiet', *w], cwd=root,
                                      capture_output=True, text=True)
-    plan = json.loads(fada('--dry-run', '--json').stdout); assert [p['state'] for p in plan] == ['to do']*3 and all(p['memory_gib'] > .5 for p in plan)
+    plan = json.loads(fada('--dry-run', '--json').stdout); assert [p['state'] for p in plan['jobs']] == ['to do']*3
+    assert all(p['memory_gib'] > .5 for p in plan['jobs']) and plan['totals']['to_do'] == 3 and plan['totals']['together_gib'] > 1
     assert not out.exists()
     r = fada('--json'); assert r.returncode == 0, r.stderr; about = json.loads(r.stdout)
     assert about['states'] == dict(done=3) and (out/'batch.png').stat().st_size > 5000 and json.loads((out/'batch.json').read_text())['jobs'] == 3
@@ -224,7 +250,8 @@ def test_grid_by_command(tmp_path, root, small_data):
     grid.write_text('modles = ["x"]'); r = fada(); assert r.returncode == 1 and 'one of models' in r.stderr and 'Traceback' not in r.stderr
 
 @pytest.mark.parametrize('more,said', [('[[exclude]]\ncategory = "Abdomen"', 'fits no job'), ('[[include]]\ntask = "train"', 'unknown key .task.'),
-    ('[[include]]\nmodel = "openai"', 'openai cannot do train'), ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano')])
+    ('[[include]]\nmodel = "openai"', 'openai cannot do train'), ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano'),
+    ('shards = 0', 'at least 1'), ('shards = "2"', 'at least 1'), ('processes = 1.5', 'at least 1'), ('shards = true', 'at least 1')])
 def test_a_grid_that_cannot_be_meant(tmp_path, root, more, said):
     from fada.grid import grid_jobs, read_grid
     (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'; g.write_text('models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\n'+more)
@@ -235,3 +262,20 @@ def test_a_category_is_excluded_however_it_is_spelt(tmp_path, root):
     (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'
     g.write_text('models = ["blip2-nano"]\ncategories = ["Femur", "Thorax"]\nprecisions = ["fp32"]\nseeds = [0]\n[[exclude]]\ncategory = "femur"\n')
     assert {j.parameters['categories'] for j in grid_jobs(read_grid(g), tmp_path/'o')} == {'Thorax'}
+
+def test_shards_and_processes_of_a_grid(tmp_path, root):
+    "Each evaluation becomes its parts and their merge; a training takes as many slots as processes, if its notebook knows of them"
+    import nbformat
+    from fada.batch import check_parameters
+    from fada.grid import chosen, grid_jobs, plan_jobs, read_grid
+    shutil.copytree(root/'nbs'/'run', tmp_path/'nbs'/'run'); train = tmp_path/'nbs'/'run'/'train.ipynb'; g = tmp_path/'g.toml'
+    nb = nbformat.read(train, 4); head = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', ()))
+    if 'processes' not in head.source: head.source += '\nprocesses = 1'; nbformat.write(nb, train)
+    g.write_text('models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\nshards = 2\nprocesses = 2\n')
+    jobs = grid_jobs(read_grid(g), tmp_path/'o'); plan_jobs(jobs); lora, one, two, whole = jobs
+    for j in jobs: check_parameters(j.notebook, j.parameters)
+    assert (lora.slots, lora.parameters['processes'], one.slots) == (2, 2, 1) and lora.memory > one.memory > whole.memory == 0
+    assert [one.parameters['shard'], two.parameters['shard']] == ['1/2', '2/2'] and 'part1of2' in one.name and two.after == (lora.name,)
+    assert whole.name == 'evaluate-blip2-nano-Femur-fp32-0' and whole.parameters['shards'] == [str(one.folder), str(two.folder)]
+    assert whole.after == (lora.name, one.name, two.name) and two.folder/'answers.jsonl' in whole.inputs
+    assert [j.name for j in chosen(jobs, whole.name)] == [j.name for j in jobs]

@@ -59,6 +59,16 @@ def test_one_copy_of_a_prefix(architecture, folder):
     assert [len(g[0]) for g in got] == most or vlm.words().ends
     for g, w in zip(got, want): assert same(g, w), (g, w)
 
+@pytest.mark.parametrize('share_from', [1, 999])
+def test_an_opt_layer_by_layer(folder, monkeypatch, share_from):
+    "An OPT's layers called one by one say what its own forward says, to the last digits; every other decoder goes through its own"
+    from fada import decode
+    vlm = open_tiny('blip2-opt', folder, tokens=10); asked = [build_prompt(vlm.spec, q) for q in QUESTIONS*2]; seen = vlm.see(pictures('blip2-opt'))
+    monkeypatch.setattr(decode, 'SHARE_FROM', share_from); at = [0, 0, 0, 2, 1, 1, 2, 0]; decoder = vlm.words().decoder
+    assert decode.is_plain_opt(decoder) and not decode.is_plain_opt(open_tiny('llava', folder).words().decoder)
+    got = vlm.said(seen, at, asked); monkeypatch.setattr(decode, 'is_plain_opt', lambda d: False); want = vlm.said(seen, at, asked)
+    assert [g[0] for g in got] == [w[0] for w in want] and all(np.allclose(g[1], w[1], atol=1e-6) for g, w in zip(got, want))
+
 @pytest.mark.parametrize('architecture', ['blip2-opt', 'instructblip-t5', 'llava', 'qwen3-vl', 'florence2'])
 def test_one_pixel_apart(architecture, folder, tmp_path):
     "Features of one image never answer for another: one pixel changed; features on disk say the same, and only for their own model"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
+from fada.loop import LoraRecipe
 from fada.checkpoints import ledger, load_model, shard_header, shards
 from fada.memory import count_weights, kv_bytes_per_token, published_matrix, weight_bytes
 from fada.plan import PARTS, PUBLISHED_SPEED, dynamic, kept_plans, measure_model, plan, plan_table, plan_text, shape_of
@@ -60,31 +61,40 @@ def measured(architecture, folder, task, **kw):
     return measure_model(tiny.row(architecture).name, task, 'fp32', 'cpu', random=True, config=at, keep=False,
                          side=SIDES.get(architecture), new_tokens=12, **kw)
 
-@pytest.mark.parametrize('task', ['answer', 'train'])
+CHECKPOINTING, APART = dict(checkpointing=True), dict(packing=False, cache=False)   # training asks for the first, packs and keeps features by itself
+
+@pytest.mark.parametrize('task,how', [('answer', {}), ('train', {}), pytest.param('train', CHECKPOINTING, marks=pytest.mark.slow),
+                                      pytest.param('train', APART, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('architecture', some('blip2-opt', 'llava', 'smolvlm', 'florence2'))
-def test_activations_against_the_allocator(architecture, task, tmp_path):
+def test_activations_against_the_allocator(architecture, task, how, tmp_path):
     "Tiny models of every architecture: predicted activations within 15 % of what torch allocated"
-    r = measured(architecture, tmp_path, task, batch=2, questions=3)
+    r = measured(architecture, tmp_path, task, batch=2, questions=3, **how)
     assert abs(r['predicted_activation_bytes']/r['activation_bytes']-1) < .15, r
 
 MID = dict(hidden_size=256, num_hidden_layers=7, intermediate_size=768, num_attention_heads=8)
 
-@pytest.mark.parametrize('task', ['answer', 'train'])
-@pytest.mark.parametrize('architecture,table,mid', [
-    ('instructblip-llama', 'LLAMA', dict(MID, num_key_value_heads=4)), ('gemma3', 'GEMMA3', dict(MID, layer_types=None)),
-    ('blip2-t5', 'T5', dict(d_model=256, d_ff=768, d_kv=32, num_heads=8, num_layers=6, num_decoder_layers=6))])
-def test_middle_sizes_are_reckoned_from_few_layers(architecture, table, mid, task, tmp_path, monkeypatch):
+MIDDLE = {'instructblip-llama': ('LLAMA', dict(MID, num_key_value_heads=4)), 'llava': ('LLAMA', dict(MID, num_key_value_heads=4)),
+          'gemma3': ('GEMMA3', dict(MID, layer_types=None)),
+          'blip2-t5': ('T5', dict(d_model=256, d_ff=768, d_kv=32, num_heads=8, num_layers=6, num_decoder_layers=6))}
+
+@pytest.mark.parametrize('architecture,task,how', [
+    *((a, t, {}) for a in ('instructblip-llama', 'gemma3', 'blip2-t5') for t in ('answer', 'train')), ('llava', 'train', CHECKPOINTING),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in (('llava', 'train', {}), ('llava', 'train', APART), ('gemma3', 'train', CHECKPOINTING),
+                                                         ('blip2-t5', 'train', CHECKPOINTING)))])
+def test_middle_sizes_are_reckoned_from_few_layers(architecture, task, how, tmp_path, monkeypatch):
     "Seven layers predicted from two and three, twelve tokens from four and eight: within 15 %"
+    table, mid = MIDDLE[architecture]
     for k, v in mid.items(): monkeypatch.setitem(getattr(tiny, table), k, v)
-    r = measured(architecture, tmp_path, task, batch=2, questions=2)
+    r = measured(architecture, tmp_path, task, batch=2, questions=2, **how)
     assert r['activation_bytes'] > 1e6 and abs(r['predicted_activation_bytes']/r['activation_bytes']-1) < .15, r
 
-@pytest.mark.parametrize('name,task', [('blip2-opt-2.7b', 'train'),
-                                       pytest.param('smolvlm-256m', 'answer', marks=pytest.mark.slow)])
-def test_few_layers_tell_what_all_take(name, task, monkeypatch):
+@pytest.mark.parametrize('name,task,checkpointing', [('blip2-opt-2.7b', 'train', False), ('llava-1.5-7b', 'train', True),
+                                                     pytest.param('smolvlm-256m', 'answer', False, marks=pytest.mark.slow)])
+def test_few_layers_tell_what_all_take(name, task, checkpointing, monkeypatch):
     "The true depth run on shapes in full, against the reckoning from a few layers: within 1 %"
     from fada import plan as room
-    kw = dict(precision='bf16', half='bf16', device='cuda', batch=1, questions=8, side=None, prompt=32, rank=8)
+    kw = dict(precision='bf16', half='bf16', device='cuda', batch=1, questions=8, side=None, prompt=32,
+              recipe=LoraRecipe(checkpointing=checkpointing))
     few = dynamic(task, MODELS[name], shape_of(MODELS[name]), 16, **kw)
     monkeypatch.setattr(room, '_SHALLOW', (99, 999)); monkeypatch.setattr(room, '_SHORT', (16, 17))
     full = dynamic(task, MODELS[name], shape_of(MODELS[name]), 16, **kw)
@@ -120,11 +130,46 @@ def test_training_is_planned_as_it_is_done():
     import inspect
     from fada.finetune import lora_recipe
     from fada.loop import keep_features
-    from fada.plan import ENCODED, training_defaults
+    from fada.plan import ENCODED, planned_recipe
     for name in ('blip2-nano', 'llava-1.5-7b', 'blip2-flan-t5-xl'):
-        r = lora_recipe(MODELS[name]); assert training_defaults(MODELS[name], 'train') == (r.batch, r.steps, r.rank)
-        assert training_defaults(MODELS[name], 'answer')[0] == 1 and plan(name, 'train', 'bf16', find=False).batch == r.batch
+        r = lora_recipe(MODELS[name]); assert planned_recipe(MODELS[name], 'train') == r
+        assert planned_recipe(MODELS[name], 'answer').batch == 1 and plan(name, 'train', 'bf16', find=False).batch == r.batch
     assert inspect.signature(keep_features).parameters['batch'].default == ENCODED
+
+@pytest.mark.parametrize('name,gb,how', [('llava-1.5-7b', 6, dict(accumulate=2, checkpointing=True)), ('llava-1.5-7b', 6, dict(checkpointing=True)),
+                                         ('blip2-opt-2.7b', 4.5, dict(accumulate=2))])
+def test_training_of_four_bits_fits_a_small_card(name, gb, how):
+    "The family's step of two images with eight questions each, the context among it"
+    p = plan(name, 'train', 'nf4', gpu='8GiB', **how)
+    assert p.peak_bytes < gb*1e9 and p.verdict == 'fits' and (p.batch, p.questions, p.checkpointing) == (2, 8, 'checkpointing' in how)
+
+def test_advice_on_training_keeps_the_step():
+    "What does not fit is led to more parts, and to checkpointing where parts do not do; each advice is what a plan of it says"
+    p = plan('llava-1.5-7b', 'train', 'nf4', gpu='8GiB'); assert p.verdict == 'no' and p.nearest
+    for f in p.nearest:
+        how = {k: f[k] for k in ('batch', 'questions', 'accumulate', 'checkpointing')}; assert (f['batch'], f['checkpointing']) == (2, True)
+        again = plan('llava-1.5-7b', 'train', f['precision'], gpu='8GiB', **how); assert (again.verdict, again.peak_bytes) == (f['verdict'], f['peak_bytes'])
+    assert '--checkpointing' in plan_text(p)
+    whole, parts = (plan('blip2-opt-2.7b', 'train', 'nf4', batch=8, accumulate=a, find=False) for a in (1, 4))
+    one = plan('blip2-opt-2.7b', 'train', 'nf4', batch=2, find=False)
+    assert parts.peak_bytes == one.peak_bytes < whole.peak_bytes and parts.flops == 4*one.flops
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_steps_of_a_true_training(checkpointing, small_data, tmp_path):
+    "The nano on phantoms, kept features, packed, validation answers before: what steps allocate is what the preflight reckons, within 15 %"
+    from fada.data import load_table
+    from fada.loop import Fit, Material, checkpointed
+    from fada.memory import allocator_peak
+    from fada.preflight import row_lengths, training_bytes
+    from fada.train import add_lora
+    from fada.vlm import load
+    vlm = load('blip2-nano', device='cpu', precision='fp32'); add_lora(vlm, 8); r = LoraRecipe(batch=8, checkpointing=checkpointing)
+    train, val = (Material(vlm, small_data, load_table(small_data, ['Femur'], s), r, tmp_path/f'{s}.npy') for s in ('train', 'val'))
+    assert len(train) >= 8 and train.kept and train.packs
+    with allocator_peak('cpu') as seen, checkpointed(vlm.core, checkpointing):
+        fit = Fit(vlm, r, train, val, '', tmp_path); fit.check(0); vlm.core.train(); fit.begin(fit.phases()[-1][1], 2); fit.take(); fit.take()
+    said = training_bytes(vlm, r, 8, max(map(len, train.rows)), **row_lengths(train))
+    assert abs(said/seen['bytes']-1) < .15, (said, seen['bytes'])
 
 def test_a_plan_adds_up_and_its_advice_fits():
     p = plan('llava-1.5-7b', 'answer', 'bf16', gpu='8GiB')
@@ -140,7 +185,7 @@ def test_a_plan_adds_up_and_its_advice_fits():
 
 def test_hours_follow_the_one_published_run():
     "BLIP-2 in int8, 5 images with 8 questions in a minute"
-    p = plan('blip2-opt-2.7b', 'train', 'int8', batch=1, steps=5)
+    p = plan('blip2-opt-2.7b', 'train', 'int8', batch=1, steps=5, packing=False)   # as it was run
     assert 40 < p.flops*5/PUBLISHED_SPEED < 80
 
 def test_bigger_settings_take_more():
@@ -164,7 +209,8 @@ def test_command_gives_the_promised_json():
     r = subprocess.run([sys.executable, '-m', 'fada.cli', 'plan', 'blip2-nano', 'smolvlm-256m', '--precision', 'bf16', '--gpu', '8GiB',
                         '--json'], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
-    rows = json.loads(r.stdout); assert [x['model'] for x in rows] == ['blip2-nano', 'smolvlm-256m']
+    rows = json.loads(r.stdout)
+    assert [(x['model'], x['task']) for x in rows] == [(m, t) for m in ('blip2-nano', 'smolvlm-256m') for t in ('answer', 'train')]
     for x in rows:
         assert {'model', 'task', 'precision', 'parameters', 'weights_bytes', 'peak_bytes', 'parts', 'verdict'} <= set(x)
         assert sum(x['parts'].values()) == x['peak_bytes'] and x['verdict'] == 'fits'
@@ -204,7 +250,7 @@ def test_the_clock_waits_for_a_card(monkeypatch):
 def fresh(names):
     "Kept plans of `names` with their freshly predicted peaks"
     kept = {(p.model, p.task, p.precision): p for p in kept_plans()}
-    return [(p, plan(*k, gpu='8GiB', batch=1, find=False)) for k, p in kept.items() if k[0] in names]
+    return [(p, plan(*k, gpu='8GiB', batch=1, checkpointing=k[1] == 'train', find=False)) for k, p in kept.items() if k[0] in names]
 
 def test_readme_and_kept_plans_are_current():
     "README's table is made of plans.json, which holds every local model; three are predicted anew (all: the slow test)"

@@ -17,6 +17,11 @@ def picture():
     return Image.fromarray(make_phantom('Femur', (99, 1, 0)).image).convert('RGB')
 
 @pytest.fixture(scope='module')
+def nano():
+    from fada.vlm import load
+    return load('blip2-nano')
+
+@pytest.fixture(scope='module')
 def server(tmp_path_factory):
     "A server with the embedded model; (url, process)"
     d = tmp_path_factory.mktemp('serve'); (d/'settings.ini').write_text(f'[output]\nfolder = {d}/outputs\n'); port = free_port()
@@ -44,10 +49,9 @@ def raw(url, method='GET', path='/v1/models', body=None, **headers):
     if body is not None: c.putheader('Content-Length', str(len(body)))
     c.endheaders(body); r = c.getresponse(); return r.status, r.read().decode()
 
-def test_answers_are_those_of_the_loaded_model(server, picture):
+def test_answers_are_those_of_the_loaded_model(server, picture, nano):
     "One question streamed, eight in a batch, and the session's history; free text with markup stays text"
-    from fada.vlm import load
-    vlm = load('blip2-nano'); m = Served(server[0], TOKEN)
+    vlm = nano; m = Served(server[0], TOKEN)
     s = m.stream(picture, 'quality'); assert ''.join(s) == vlm.ask(picture, 'quality').text == s.answer.text and s.answer.confidence > 0
     assert [a.text for a in m.ask(picture)] == [a.text for a in vlm.ask(picture)]
     a = m.ask(picture, '<img src=x onerror=alert(1)> ?'); assert a.question == '<img src=x onerror=alert(1)> ?'
@@ -99,6 +103,52 @@ def test_cancel_and_a_reader_who_leaves(server, picture):
     assert seen[-1] == 'cancelled'
     s = m.stream(picture, 'structures'); next(iter(s)); s.events.close()
     start = time.perf_counter(); assert m.ask(picture, 6).text and time.perf_counter()-start < 10
+
+def test_maps_are_those_of_the_loaded_model(server, picture, nano):
+    "By every method, of a grey picture too: the numbers, the tokens, the badge and where it lies; what is shown as colour is the picture"
+    import numpy as np
+    from fada.explain import explain, methods
+    vlm, m = nano, Served(server[0], TOKEN); assert m.methods() == methods(vlm) and len(m.methods()) >= 4
+    answer = vlm.ask(picture, 'structures').text
+    for method in m.methods():
+        here, there = explain(vlm, picture, 'structures', answer, method), explain(m, picture, 'structures', answer, method)
+        assert there.tokens == here.tokens and there.badge == here.badge != '' and there.units == here.units and there.box == pytest.approx(here.box)
+        np.testing.assert_allclose(there.heat, here.heat, rtol=2e-3, atol=1e-6*np.nanmax(np.abs(here.heat)))
+        assert (there.per_token is None) == (here.per_token is None)
+        if here.per_token is not None: np.testing.assert_allclose(there.per_token, here.per_token, rtol=2e-3, atol=1e-4*np.nanmax(np.abs(here.per_token)))
+    grey = m.explain(picture.convert('L'), 6, 'good'); assert grey.image.shape == (*picture.size[::-1], 3)
+
+@pytest.mark.parametrize('more,said', [
+    (dict(method='magic'), "no map by 'magic'"), (dict(method=3), 'question, answer or method'), (dict(answer=None), 'question, answer or method'),
+    (dict(question=['a']), 'question, answer or method'), (dict(question=True), 'question, answer or method'), (dict(question=99), '99'), (dict(answer=''), ''),
+    (dict(image='file:///etc/passwd'), 'an image by address'), (dict(image=None), ''), (dict(model='blip2-nan'), 'did you mean blip2-nano')])
+def test_bad_orders_of_maps_are_one_sentence(server, picture, more, said):
+    body = json.dumps(dict(image=data_url(picture), question=6, answer='good') | more).encode(); status, text = raw(server[0], 'POST', '/maps', body)
+    words = json.loads(text)['error']['message']; assert status == 400 and said in words and words and 'Traceback' not in text
+
+def test_eight_clients_get_their_own_maps(server, nano):
+    "Answers and maps at the same time: each client gets the map of its own picture; nobody reads the order of another"
+    import numpy as np
+    from fada.explain import explain
+    from fada.phantoms import make_phantom
+    pictures = [Image.fromarray(make_phantom('Femur', (98, k, 0)).image).convert('RGB') for k in range(8)]
+    wanted = [explain(nano, p, 6, 'good').heat for p in pictures]; got, words = [None]*8, [None]*8
+    def client(k):
+        m = Served(server[0], TOKEN); words[k] = m.ask(pictures[k], 6).text; got[k] = m.explain(pictures[k], 6, 'good').heat
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(8)]; [t.start() for t in threads]; [t.join(120) for t in threads]
+    assert all(words)
+    for k in range(8):
+        far = [np.abs(got[k]-w).max() for w in wanted]; assert int(np.argmin(far)) == k and far[k] < 1e-2*np.abs(wanted[k]).max(), (k, far)
+    assert raw(server[0], 'GET', '/maps')[0] == 405 and raw(server[0], 'GET', f'/maps/{secrets.token_urlsafe(12)}')[0] == 404
+    assert raw(server[0], 'DELETE', f'/ask/{secrets.token_urlsafe(12)}')[0] == 400 and raw(server[0], 'POST', '/maps', b'{}', Authorization='Bearer x')[0] == 401
+
+def test_a_map_nobody_waits_for_is_not_drawn(server, picture):
+    "A client that leaves while its order waits costs no turn"
+    m = Served(server[0], TOKEN); turn = lambda: next(e['turn'] for e in m.events(picture, [6]) if e['event'] == 'thinking'); before = turn()
+    slow = [threading.Thread(target=m.explain, args=(picture, 'structures', 'femur', 'occlusion, blur')) for _ in range(3)]; [t.start() for t in slow]
+    time.sleep(.3); body = json.dumps(dict(image=data_url(picture), question=6, answer='good', method='occlusion, blur')).encode()
+    c = http.client.HTTPConnection(server[0].split('//')[1], timeout=60); c.request('POST', '/maps', body, {'Authorization': f'Bearer {TOKEN}'})
+    time.sleep(.3); c.close(); [t.join(120) for t in slow]; assert turn() == before+4     # three maps and this question
 
 @pytest.mark.slow
 def test_fifty_clients_in_order_and_one_who_does_not_read(server, picture):

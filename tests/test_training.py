@@ -116,6 +116,52 @@ def test_early_stop_keeps_the_best(tmp_path, small_data, monkeypatch):
     about = finetune(nano(), small_data, ['Femur'], tmp_path, skip_preflight=True, **{**QUICK, 'checks': 6, 'patience': 3})
     assert about['stopped_early'] and about['kept_step'] == 1 and [s for s, _ in about['validation']] == [0, 1, 2, 3, 4]
 
+def test_the_tower_is_laid_aside(tmp_path, small_data, monkeypatch):
+    "No weight of the tower is held while steps are taken, all of them are afterwards; answers are those of the adapter loaded anew"
+    from fada import loop
+    real = loop.Fit.take; held = []
+    def take(self): held.append(sum(p.numel() for n, p in self.vlm.model.named_parameters() if 'vision_model' in n)); return real(self)
+    monkeypatch.setattr(loop.Fit, 'take', take); vlm = nano()
+    about = finetune(vlm, small_data, ['Femur'], tmp_path/'a', **QUICK); tower = sum(p.nbytes for p in vlm.core.vision_model.parameters())
+    assert set(held) == {0} and about['features']['tower_bytes_freed'] >= tower > 0
+    image = np.full((120, 150), 90, np.uint8); of = lambda v: [(a.text, a.confidence) for a in v.ask(image, [1, 6])]
+    assert of(vlm) == of(load('blip2-nano', tmp_path/'a', device='cpu', precision='fp32', max_new_tokens=8))
+    held.clear(); about = finetune(nano(), small_data, ['Femur'], tmp_path/'b', cache=False, skip_preflight=True, **QUICK)
+    assert set(held) == {tower//4} and 'tower_bytes_freed' not in about['features']
+
+def test_rare_answers_by_settings(tmp_path, small_data, monkeypatch):
+    "Drawn more often, weighed more, or neither: as settings.ini says, told in the adapter and its card; packed or apart the same"
+    from fada.finetune import train_job
+    from fada.settings import load_settings
+    def few(t):   # four abnormal images
+        rare = t[t.split == 'train'].image.unique()[:4]; at = t.image.isin(rare) & (t.question_id == 7)
+        return t.assign(answer=t.answer.mask(at, 'abnormal: short femur'), structured=t.structured.mask(at, '{"normal": false}'))
+    data = edited(small_data, tmp_path/'data', few)
+    def go(n, ini, **kw):
+        (tmp_path/'settings.ini').write_text('[train]\n'+ini); monkeypatch.chdir(tmp_path); name = tmp_path/n
+        s = load_settings(data=str(data), categories='Femur,Abdomen', model='blip2-nano', precision='fp32', device='cpu')
+        about = train_job(s, name, skip_preflight=True, **{**QUICK, 'images': 0, **kw})
+        return about, about['classes']['normality']['abnormal'], (name/'adapter'/'README.md').read_text()
+    draw, d, _ = go('draw', 'rare_weight = 5'); none, o, _ = go('none', 'balance = none'); loss, l, card = go('loss', 'balance = loss\nrare_weight = 4')
+    assert d['drawn'] > 2*o['drawn'] and d['weight'] == o['weight'] == 1 and l['drawn'] == o['drawn'] and 1 < l['weight'] <= 4
+    assert loss['recipe']['balance'] == 'loss' and f"| {l['weight']} |" in card and 'found in validation' in card
+    apart, _, _ = go('apart', 'balance = loss\nrare_weight = 4', packing=False, accumulate=2)
+    curve = lambda a: np.array([v for _, v in a['losses']])
+    assert np.allclose(curve(loss), curve(apart), atol=2e-4) and not np.allclose(curve(loss), curve(none), atol=1e-3)
+    with pytest.raises(FadaError, match='balance.*draw, loss, none'): go('x', 'balance = los')
+
+def test_confidence_is_calibrated(tmp_path, small_data):
+    "Fitted on validation answers, kept with the adapter, part of its identity, undone with it"
+    from fada.choices import calibrated
+    vlm = nano(); bare = vlm.identity()
+    about = finetune(vlm, small_data, ['Femur','Abdomen'], tmp_path, skip_preflight=True, **{**QUICK, 'validation_images': 12})
+    c = about['calibration']; assert c['answers'] > 40 and c['error_after'] < c['error_before']
+    again = load('blip2-nano', tmp_path, device='cpu', precision='fp32', max_new_tokens=8); assert again.identity() == vlm.identity() != bare
+    image = np.full((120, 150), 90, np.uint8); after = [a.confidence for a in again.ask(image, [1, 6])]
+    again.calibration = None; before = [a.confidence for a in again.ask(image, [1, 6])]
+    assert np.allclose(after, [calibrated(p, c['fit']) for p in before]) and not np.allclose(after, before)
+    assert 'calibrated on' in (tmp_path/'README.md').read_text()
+
 def edited(data, out, change):
     "A copy of a data folder with another question table"
     import shutil
@@ -152,8 +198,11 @@ def test_preflight_of_a_broken_model(tmp_path, small_data, monkeypatch):
 def test_two_processes_have_the_losses_of_one(tmp_path, small_data):
     "accelerate with two gloo processes: the loss curve and the adapter of one process at the same batch"
     one = finetune(nano(), small_data, ['Femur'], tmp_path/'one', skip_preflight=True, seed=0, steps=12, batch=4, checks=2)
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'fada.cli', 'train', '--data', str(small_data), '--categories', 'Femur', '--output', str(tmp_path/'two'), '--steps', '12', '--batch', '4',
-                    '--checks', '2', '--skip-preflight', '--device', 'cpu', '--json', '--quiet'], check=True, env=PINNED, capture_output=True)
+    two = [*FADA, 'train', '--data', str(small_data), '--categories', 'Femur', '--output', str(tmp_path/'two'), '--steps', '12', '--batch', '4',
+           '--checks', '2', '--skip-preflight', '--device', 'cpu', '--processes', '2', '--json', '--quiet']
+    said = subprocess.run(two, check=True, env=PINNED, capture_output=True, text=True).stdout; assert json.loads(said)['processes'] == 2
+    other = subprocess.run([*two, '--seed', '7'], env=PINNED, capture_output=True, text=True)   # what a process complains of is told, once
+    assert other.returncode == 1 and other.stderr.count('holds another run') == len(other.stderr.strip().splitlines()) == 1, other.stderr
     two = json.loads((tmp_path/'two'/'adapter'/'fada.json').read_text())
     assert two['processes'] == 2 and [s for s, _ in two['losses']] == [s for s, _ in one['losses']]
     assert np.allclose([v for _, v in one['losses']], [v for _, v in two['losses']], atol=2e-4)

@@ -1,144 +1,456 @@
-// One picture (or a cine) on a canvas: zoom, pan, window and level, a ruler, and the map of an answer laid over it.
-// All of it happens here; the kernel is told what was chosen, never asked for a drawing. Outside text enters by textContent alone.
-const PLAY = 80;                                   // ms between two frames of a cine
-const make = (tag, attributes = {}, text = '') => {
-  const e = document.createElement(tag);
-  for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
-  e.textContent = text; return e; };
-const clamp = (v, a, b) => Math.min(b, Math.max(a, v));
-const number = v => Math.abs(v) >= 100 || v === 0 ? v.toFixed(0) : Math.abs(v) >= .01 ? v.toPrecision(2) : v.toExponential(1);
+// The viewer's page side: all drawing happens here, so that moving, windowing, playing and the overlay never wait for
+// the kernel.
+// Every text comes from outside (models, users, file names) and is written as text, never as markup.
 
-function controls(root, model) {
-  const bar = make('div', {class: 'bar', role: 'toolbar', 'aria-label': 'view'}), out = {};
-  const button = (name, text, title) => { out[name] = make('button', {type: 'button', title, 'aria-label': title}, text); bar.append(out[name]); };
-  const range = (name, label, low, high, step) => {
-    const l = make('label', {}, label); out[name] = make('input', {type: 'range', min: low, max: high, step, 'aria-label': label});
-    l.append(out[name]); bar.append(l); out[name+'Box'] = l; };
-  button('closer', '+', 'closer (+)'); button('further', '−', 'further (−)'); button('reset', 'reset', 'whole picture, original grey levels (0)');
-  range('window', 'window', 1, 512, 1); range('level', 'level', 0, 255, 1); range('opacity', 'map', 0, 1, .01);
-  button('play', '▶', 'play the frames (space)'); range('frame', 'frame', 0, 0, 1);
-  root.append(bar); return out; }
+const WINDOW = 255, LEVEL = 127.5;           // grey levels as they are
+const KEPT = 256e6;                          // bytes of decoded frames that are kept
+const HELP = [['+ −', 'closer, further'], ['arrows', 'move'], ['0', 'whole picture, original grey levels'],
+  ['w W', 'narrower, wider window'],
+  ['l L', 'lower, higher level'], ['Page Up, Page Down', 'frame before, next'], ['space', 'play, pause'],
+    [', .', 'token before, next'], ['[ ]', 'map fainter, stronger'],
+  ['m', 'a line to measure with; Shift with arrows moves its end, m again takes the other end'],
+  ['mouse', 'drag moves, right drag windows, Shift with drag measures; wheel zooms after a click, or with Ctrl']];
 
-function render({model, el}) {
-  const root = make('div', {class: 'fada-viewer', 'data-lm-suppress-shortcuts': 'true'}); el.append(root);
-  const c = controls(root, model), picture = make('canvas', {class: 'picture', tabindex: '0', role: 'img'});
-  const scale = make('div', {class: 'scale'}), low = make('span'), colours = make('canvas', {width: 128, height: 10, 'aria-hidden': 'true'}), high = make('span');
-  const unit = make('span'), badge = make('span', {class: 'badge'}), note = make('div', {class: 'note'});
-  const tokens = make('div', {class: 'tokens', role: 'radiogroup', 'aria-label': 'whose map: the whole answer, or one of its tokens'});
-  const told = make('div', {class: 'told', 'aria-live': 'polite'});
-  scale.append(low, colours, high, unit, badge); root.append(picture, tokens, scale, note, told);
-  const g = picture.getContext('2d'), grey = document.createElement('canvas'), heat = document.createElement('canvas');
-  let bitmaps = [], view = {zoom: 1, x: 0, y: 0}, drag = null, line = null, timer = null;
+const clamp = (v, low, high) => Math.min(high, Math.max(low, v));
+const short = v => Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ? v.toExponential(1) : String(+v.toPrecision(3));
+const bytes = view => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+const floats = view => new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+let count = 0;
 
-  const get = k => model.get(k), put = (k, v) => { model.set(k, v); model.save_changes(); };
-  const shape = () => get('heat_shape'), shown = () => bitmaps[clamp(get('frame'), 0, bitmaps.length-1)];
-  const floats = () => { const d = get('heat'); return d && d.byteLength ? new Float32Array(d.buffer.slice(d.byteOffset, d.byteOffset+d.byteLength)) : null; };
+function node(tag, attributes = {}, ...children) {
+  const n = document.createElement(tag);
+  for (const [k, v] of Object.entries(attributes)) k.startsWith('on') ? n.addEventListener(k.slice(2),
+    v) : n.setAttribute(k, v);
+  n.append(...children);
+  // JupyterLab looks for shortcuts before the page's own listeners; this attribute is how it is told to leave keys alone
+  n.setAttribute('data-lm-suppress-shortcuts', 'true');
+  return n;
+}
 
-  async function decode() {                          // PNG frames → bitmaps
-    const mine = get('frames'); const made = await Promise.all(mine.map(f => createImageBitmap(new Blob([f], {type: 'image/png'}))));
-    if (mine !== get('frames')) return;
-    bitmaps = made; view = {zoom: 1, x: 0, y: 0}; line = null; c.frame.max = Math.max(0, bitmaps.length-1);
-    for (const e of [c.play, c.frameBox]) e.hidden = bitmaps.length < 2;
-    if (bitmaps.length) { const b = bitmaps[0]; picture.width = get('width'); picture.height = Math.round(picture.width*b.height/b.width); }
-    levels(); draw(); }
+function slider(label, min, max, step, onInput) {
+  const input = node('input',
+    { type: 'range', min, max, step, 'aria-label': label, oninput: () => onInput(+input.value) });
+  return [input, node('label', {}, node('span', {}, label), input)];
+}
 
-  function levels() {                                // window and level: grey values as they are drawn
-    const b = shown(); if (!b) return;
-    grey.width = b.width; grey.height = b.height; const h = grey.getContext('2d', {willReadFrequently: true}); h.drawImage(b, 0, 0);
-    const w = get('window'), l = get('level'); if (w === 255 && l === 127.5) return;
-    const d = h.getImageData(0, 0, b.width, b.height), lut = new Uint8ClampedArray(256).map((_, i) => (i-l+w/2)/w*255);
-    for (let i = 0; i < d.data.length; i += 4) for (let k = 0; k < 3; k++) d.data[i+k] = lut[d.data[i+k]];
-    h.putImageData(d, 0, 0); }
+function button(label, text,
+  act) { return node('button', { type: 'button', 'aria-label': label, title: label, onclick: act }, text); }
 
-  function limits(values, k, size) {                 // the tokens share one scale, the whole answer has its own; 0 is in both
-    const part = k === 0 ? values.subarray(0, size) : values.subarray(size); let a = 0, b = 0;
-    for (const v of part) if (Number.isFinite(v)) { a = Math.min(a, v); b = Math.max(b, v); }
-    return [a, b > a ? b : a+1e-12]; }
+// A length that is 1, 2 or 5 times a power of ten and takes at most `most` pixels of the screen
+function rulerLength(perUnit, most) {
+  const power = 10 ** Math.floor(Math.log10(most / perUnit));
+  return [5, 2, 1].map(k => k * power).find(l => l * perUnit <= most) ?? power;
+}
 
-  function colour() {                                // the chosen map as a small picture, one pixel a cell
-    const [n, rows, cols] = shape(), values = floats(), has = !!values && n > 0;
-    for (const e of [scale, note, c.opacityBox]) e.hidden = !has;
-    tokens.hidden = !has || n < 2; if (!has) { heat.width = 0; return; }
-    const k = clamp(get('token')+1, 0, n-1), size = rows*cols, [a, b] = limits(values, k, size), lut = new Uint8Array(get('lut').buffer, get('lut').byteOffset);
-    heat.width = cols; heat.height = rows; const h = heat.getContext('2d'), d = h.createImageData(cols, rows);
-    for (let i = 0; i < size; i++) {
-      const v = values[k*size+i], at = Math.round(clamp((v-a)/(b-a), 0, 1)*255)*3;
-      d.data.set([lut[at], lut[at+1], lut[at+2], Number.isFinite(v) ? 255 : 0], i*4); }
-    h.putImageData(d, 0, 0); low.textContent = number(a); high.textContent = number(b); unit.textContent = get('unit'); badge.textContent = get('badge');
-    note.textContent = get('note'); const bar = colours.getContext('2d');
-    for (let x = 0; x < 128; x++) { bar.fillStyle = `rgb(${lut.slice(x*2*3, x*2*3+3).join(',')})`; bar.fillRect(x, 0, 1, 10); } }
+class Picture {   // decodes frames, and keeps the last ones that were decoded
+  constructor(frames) { this.frames = frames; this.kept = new Map(); this.size = null; }
+  async frame(k) {
+    if (!this.kept.has(k)) this.kept.set(k, createImageBitmap(new Blob([this.frames[k]], { type: 'image/png' })));
+    const bitmap = await this.kept.get(k); this.size = [bitmap.width, bitmap.height];
+    const most = Math.max(2, Math.floor(KEPT / (4 * bitmap.width * bitmap.height)));
+    for (const old of this.kept.keys()) { if (this.kept.size <= most) break; if (old !== k) this.kept.delete(old); }
+    return bitmap;
+  }
+}
 
-  function strip() {                                 // a button for the whole answer and for each token
-    tokens.replaceChildren(); const words = ['whole answer', ...get('tokens')];
-    words.forEach((word, i) => {
-      const on = i-1 === get('token'), e = make('button', {type: 'button', role: 'radio', 'aria-checked': on, tabindex: on ? '0' : '-1'}, word.trim() || '␣');
-      e.addEventListener('click', () => put('token', i-1)); tokens.append(e); }); }
+function windowed(bitmap, width,
+  level) {   // a canvas with the grey levels from level - width/2 to level + width/2 spread to 0 to 255
+  const c = document.createElement('canvas'); c.width = bitmap.width; c.height = bitmap.height;
+  const ctx = c.getContext('2d', { willReadFrequently: true }); ctx.drawImage(bitmap, 0, 0);
+  if (width === WINDOW && level === LEVEL) return c;
+  const table = Uint8ClampedArray.from({ length: 256 }, (_, v) => (v - level + width / 2) / width * 255);
+  const pixels = ctx.getImageData(0, 0, c.width, c.height), d = pixels.data;
+  for (let i = 0; i < d.length; i += 4) { d[i] = table[d[i]]; d[i + 1] = table[d[i + 1]]; d[i + 2] = table[d[i + 2]]; }
+  ctx.putImageData(pixels, 0, 0); return c;
+}
 
-  const fit = () => picture.width/(shown()?.width || picture.width)*view.zoom;      // canvas pixels per picture pixel
-  function draw() {
-    const b = shown(); g.setTransform(1, 0, 0, 1, 0, 0); g.fillStyle = '#000'; g.fillRect(0, 0, picture.width, picture.height); if (!b) return;
-    const s = fit(); view.x = clamp(view.x, picture.width-b.width*s, 0); view.y = clamp(view.y, picture.height-b.height*s, 0);
-    g.setTransform(s, 0, 0, s, view.x, view.y); g.imageSmoothingEnabled = true; g.drawImage(grey, 0, 0);
-    if (heat.width && shape()[0]) {
-      const [x0, y0, x1, y1] = get('box'); g.save(); g.beginPath(); g.rect(0, 0, b.width, b.height); g.clip();
-      g.globalAlpha = get('opacity'); g.drawImage(heat, x0, y0, x1-x0, y1-y0); g.restore(); }
-    ruler(s); }
+function limits(values) {   // lowest and highest, zero among them
+  let low = 0, high = 0;
+  for (const v of values) { if (v < low) low = v; if (v > high) high = v; }
+  return [low, high > low ? high : low + 1e-12];
+}
 
-  const length = px => { const mm = get('mm_per_px'); return mm > 0 ? `${(px*mm).toFixed(1)} mm` : `${px.toFixed(0)} px`; };
-  function ruler(s) {                                // a bar of a round length, and the line that was measured
-    g.setTransform(1, 0, 0, 1, 0, 0); const mm = get('mm_per_px'), per = mm > 0 ? s/mm : s, want = picture.width/4/per, ten = 10**Math.floor(Math.log10(want));
-    const long = [5, 2, 1].map(k => k*ten).find(v => v <= want), x = 12, y = picture.height-14; g.lineWidth = 3; g.font = '13px system-ui, sans-serif';
-    const said = `${long >= 1 ? long : long.toPrecision(1)} ${mm > 0 ? 'mm' : 'px'}`;
-    for (const [stroke, width] of [['#000', 5], ['#fff', 2]]) {
-      g.strokeStyle = stroke; g.lineWidth = width; g.beginPath(); g.moveTo(x, y); g.lineTo(x+long*per, y); g.stroke();
-      if (line) { g.beginPath(); g.moveTo(line[0]*s+view.x, line[1]*s+view.y); g.lineTo(line[2]*s+view.x, line[3]*s+view.y); g.stroke(); } }
-    const words = [[said, x, y-6]]; if (line) words.push([length(Math.hypot(line[2]-line[0], line[3]-line[1])), line[2]*s+view.x+6, line[3]*s+view.y]);
-    for (const [t, tx, ty] of words) { g.lineWidth = 3; g.strokeStyle = '#000'; g.strokeText(t, tx, ty); g.fillStyle = '#fff'; g.fillText(t, tx, ty); }
-    picture.dataset.ruler = said; }
+function coloured(values, columns, [low, high],
+  table) {   // a canvas of one pixel a cell; what is not a number stays clear
+  const c = document.createElement('canvas'), rows = values.length / columns; c.width = columns; c.height = rows;
+  const ctx = c.getContext('2d'), pixels = ctx.createImageData(columns, rows);
+  values.forEach((v, i) => {
+    if (Number.isNaN(v)) return;
+    const k = 3 * clamp(Math.round((v - low) / (high - low) * 255), 0, 255);
+    pixels.data.set([table[k], table[k + 1], table[k + 2], 255], 4 * i);
+  });
+  ctx.putImageData(pixels, 0, 0); return c;
+}
 
-  function zoom(times, x = picture.width/2, y = picture.height/2) {
-    const z = clamp(view.zoom*times, 1, 16), k = z/view.zoom; view = {zoom: z, x: x-(x-view.x)*k, y: y-(y-view.y)*k}; draw(); }
-  const at = e => { const r = picture.getBoundingClientRect(); return [(e.clientX-r.left)*picture.width/r.width, (e.clientY-r.top)*picture.height/r.height]; };
-  const inPicture = ([x, y]) => [(x-view.x)/fit(), (y-view.y)/fit()];
+class View {
+  constructor(model, el) {
+    this.model = model; this.get = name => model.get(name); this.listeners = []; this.drawn = 0; this.playing = null;
+    this.untold = new Set();
+    this.build(el); this.listen(); this.newFrames(); this.newHeat(); this.refresh();
+  }
 
-  function reset() { view = {zoom: 1, x: 0, y: 0}; line = null; model.set('window', 255); model.set('level', 127.5); model.save_changes(); levels(); draw(); }
-  function step(by) { if (bitmaps.length > 1) put('frame', (get('frame')+by+bitmaps.length)%bitmaps.length); }
-  function play() { if (timer) { clearInterval(timer); timer = null; } else if (bitmaps.length > 1) timer = setInterval(() => step(1), PLAY); c.play.textContent = timer ? '❚❚' : '▶'; }
-  function choose(by) { const n = Math.max(1, shape()[0]); if (floats()) put('token', (get('token')+1+by+n)%n-1); }
+  // What is chosen here is set at once, and told to the kernel when the hand rests
+  set(changes, tell = true) {
+    for (const [k, v] of Object.entries(changes)) { this.model.set(k, v); this.untold.add(k); }
+    if (!tell) return;
+    clearTimeout(this.telling);
+    this.telling = setTimeout(() => { this.untold.clear(); this.model.save_changes(); }, 150);
+  }
 
-  picture.addEventListener('wheel', e => { e.preventDefault(); e.shiftKey ? step(Math.sign(e.deltaY)) : zoom(e.deltaY < 0 ? 1.15 : 1/1.15, ...at(e)); }, {passive: false});
-  picture.addEventListener('contextmenu', e => e.preventDefault());
-  picture.addEventListener('pointerdown', e => { picture.setPointerCapture(e.pointerId);
-    drag = {at: at(e), view: {...view}, window: get('window'), level: get('level'), how: e.button === 2 ? 'levels' : e.shiftKey ? 'measure' : 'pan'};
-    if (drag.how === 'measure') { const p = inPicture(drag.at); line = [...p, ...p]; } });
-  picture.addEventListener('pointermove', e => { if (!drag) return; const [x, y] = at(e), dx = x-drag.at[0], dy = y-drag.at[1];
-    if (drag.how === 'pan') { view.x = drag.view.x+dx; view.y = drag.view.y+dy; }
-    else if (drag.how === 'measure') line.splice(2, 2, ...inPicture([x, y]));
-    else { model.set('window', clamp(drag.window+dx, 1, 512)); model.set('level', clamp(drag.level+dy, 0, 255)); levels(); }
-    draw(); });
-  picture.addEventListener('pointerup', () => { if (drag?.how === 'measure') told.textContent = `measured: ${length(Math.hypot(line[2]-line[0], line[3]-line[1]))}`; if (drag) model.save_changes(); drag = null; });
+  build(el) {
+    this.id = `fada-viewer-${++count}`;
+    this.canvas = node('canvas', { class: 'picture', tabindex: 0, role: 'application',
+      'aria-roledescription': 'picture', 'aria-describedby': `${this.id}-keys` });
+    this.empty = node('div', { class: 'empty' }, 'No picture yet');
+    this.stage = node('div', { class: 'stage' }, this.canvas, this.empty);
+    this.tokens = node('div',
+      { class: 'tokens', role: 'radiogroup', 'aria-label': 'Whose map: the whole answer, or one of its tokens' });
+    this.told = node('div', { class: 'told', role: 'status' });
+    const keys = node('dl', { id: `${this.id}-keys` },
+      ...HELP.map(([k, what]) => node('div', {}, node('dt', {}, k), node('dd', {}, what))));
+    this.root = node('div', { class: 'fada-viewer', role: 'group', 'aria-label': 'Picture and maps' }, this.stage,
+      this.cineBar(), this.tokens, this.mapBar(), this.viewBar(), this.told,
+      node('details', {}, node('summary', {}, 'keys and mouse'), keys));
+    el.append(this.root);
+  }
 
-  const KEYS = {'+': () => zoom(1.25), '=': () => zoom(1.25), '-': () => zoom(.8), '0': reset, ' ': play, PageUp: () => step(-1), PageDown: () => step(1),
-    '[': () => put('opacity', clamp(get('opacity')-.1, 0, 1)), ']': () => put('opacity', clamp(get('opacity')+.1, 0, 1)), ',': () => choose(-1), '.': () => choose(1)};
-  const PAN = {ArrowLeft: [1, 0], ArrowRight: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1]};
-  root.addEventListener('keydown', e => {            // what is typed here is nobody else's shortcut: two presses of d delete a cell
-    e.stopPropagation(); if (e.ctrlKey || e.altKey || e.metaKey) return; const inTokens = tokens.contains(e.target);
-    if (inTokens && /^Arrow/.test(e.key)) { choose(/Left|Up/.test(e.key) ? -1 : 1); tokens.querySelector('[aria-checked=true]')?.focus(); return e.preventDefault(); }
-    if (e.target !== picture && (e.key === ' ' || /^Arrow|^Page/.test(e.key))) return;
-    if (KEYS[e.key]) { KEYS[e.key](); e.preventDefault(); }
-    else if (PAN[e.key]) { view.x += PAN[e.key][0]*20; view.y += PAN[e.key][1]*20; draw(); e.preventDefault(); } });
+  cineBar() {
+    [this.frameSlider, this.frameLabel] = slider('frame', 0, 0, 1, v => this.set({ frame: v }));
+    this.frameText = node('span', { class: 'number' });
+    this.playButton = button('play', '▶', () => this.play(!this.playing));
+    return this.cine = node('div', { class: 'bar', role: 'group', 'aria-label': 'cine' },
+      button('frame before', '‹', () => this.step(-1)), this.playButton,
+      button('next frame', '›', () => this.step(1)), this.frameLabel, this.frameText);
+  }
 
-  c.closer.onclick = () => zoom(1.25); c.further.onclick = () => zoom(.8); c.reset.onclick = reset; c.play.onclick = play;
-  c.frame.oninput = () => put('frame', +c.frame.value);
-  for (const k of ['window', 'level', 'opacity']) { c[k].oninput = () => model.set(k, +c[k].value); c[k].onchange = () => model.save_changes(); }
-  const sliders = () => { for (const k of ['window', 'level', 'opacity', 'frame']) if (document.activeElement !== c[k] || +c[k].value !== get(k)) c[k].value = get(k); };
-  const on = {'change:frames': decode, 'change:frame change:window change:level': () => { sliders(); levels(); draw(); },
-    'change:heat change:heat_shape change:lut change:unit change:badge change:note': () => { colour(); draw(); }, 'change:tokens': strip,
-    'change:token': () => { const t0 = performance.now(); strip(); colour(); draw(); picture.dataset.ms = performance.now()-t0; },
-    'change:opacity': () => { const t0 = performance.now(); sliders(); draw(); picture.dataset.ms = performance.now()-t0; },
-    'change:box change:mm_per_px': draw, 'change:alt': () => picture.setAttribute('aria-label', get('alt'))};
-  for (const [names, f] of Object.entries(on)) model.on(names, f);
-  picture.setAttribute('aria-label', get('alt')); sliders(); strip(); colour(); decode();
-  return () => { clearInterval(timer); for (const [names, f] of Object.entries(on)) model.off(names, f); }; }
+  mapBar() {
+    const [opacity, label] = slider('map', 0, 1, .01, v => this.set({ opacity: v })); this.opacitySlider = opacity;
+    opacity.setAttribute('aria-label', 'opacity of the map');
+    this.colours = node('canvas', { width: 128, height: 10, role: 'img' });
+    [this.low, this.high, this.unit, this.most, this.badge] =
+      ['number', 'number', 'unit', 'number', 'badge'].map(c => node('span', { class: c }));
+    this.note = node('div', { class: 'note' });
+    return this.overlay = node('div', {},
+      node('div', { class: 'bar scale' }, label, this.low, this.colours, this.high, this.unit, this.most, this.badge),
+      this.note);
+  }
 
-export default {render};
+  viewBar() {
+    const [width, widthLabel] = slider('window', 1, 512, 1, v => this.set({ window: v }));
+    const [level, levelLabel] = slider('level', 0, 255, .5, v => this.set({ level: v }));
+    [this.widthSlider, this.levelSlider] = [width, level];
+    return node('div', { class: 'bar', role: 'group', 'aria-label': 'view' },
+      button('further', '−', () => this.zoomBy(1 / 1.25)), button('closer', '+', () => this.zoomBy(1.25)),
+      button('whole picture, original grey levels', 'reset', () => this.reset()), widthLabel, levelLabel);
+  }
+
+  listen() {
+    const on = (names, act) => names.split(' ').forEach(n => {
+      const f = act.bind(this); this.model.on(`change:${n}`, f); this.listeners.push([n, f]);
+    });
+    on('frames', this.newFrames); on('frame window level', this.newFrame); on('heat heat_shape tokens', this.newHeat);
+    on('token lut', this.newTile);
+    on('width zoom pan opacity mm_per_px alt token lut badge note unit box shown', this.refresh);
+    const s = this.canvas;
+    s.addEventListener('pointerdown', e => this.press(e)); s.addEventListener('pointermove', e => this.drag(e));
+    for (const name of ['pointerup', 'pointercancel']) s.addEventListener(name, () => this.release());
+    s.addEventListener('contextmenu', e => { e.preventDefault(); e.stopPropagation(); });
+    s.addEventListener('dblclick', () => this.reset());
+    s.addEventListener('wheel', e => {   // a page that scrolls by must not zoom
+      if (document.activeElement !== s && !e.ctrlKey) return;
+      e.preventDefault(); if (e.shiftKey) return this.step(Math.sign(e.deltaY || e.deltaX));
+      this.zoomBy(Math.exp(-clamp(e.deltaY, -200, 200) / 400), [e.offsetX, e.offsetY]);
+    }, { passive: false });
+    this.root.addEventListener('keydown', e => {
+      e.stopPropagation(); if (!e.ctrlKey && !e.metaKey && !e.altKey && this.key(e)) e.preventDefault();
+    });
+    for (const name of ['keyup', 'keypress']) this.root.addEventListener(name, e => e.stopPropagation());
+    this.resized = new ResizeObserver(() => this.paint()); this.resized.observe(this.canvas);
+  }
+
+  destroy() {
+    this.play(false); this.resized.disconnect(); this.gone = true;
+    for (const [name, f] of this.listeners) this.model.off(`change:${name}`, f);
+  }
+
+  // ---- frames
+  newFrames() {
+    this.play(false); this.picture = new Picture(this.get('frames')); this.bitmap = this.base = this.line = null;
+    this.failed = false;
+    // what the kernel had not heard of belongs to the last picture
+    const start = { frame: 0, zoom: 1, pan: [0, 0], window: WINDOW, level: LEVEL };
+    for (const k of this.untold) if (k in start) this.model.set(k, start[k]);
+    this.newFrame();
+  }
+
+  async newFrame() {
+    const picture = this.picture, k = this.frame();
+    if (!picture.frames.length) return this.refresh();
+    try {
+      const bitmap = await picture.frame(k);
+      if (picture !== this.picture || k !== this.frame() || this.gone) return;   // another was asked for meanwhile
+      const key = `${k} ${this.get('window')} ${this.get('level')}`;
+      if (!this.base || key !== this.baseKey || this.bitmap !== bitmap) {
+        this.base = windowed(bitmap, this.get('window'), this.get('level')); this.baseKey = key;
+      }
+      this.bitmap = bitmap; this.failed = false;
+    } catch { this.base = null; this.failed = true; }
+    this.refresh();
+  }
+
+  frame() { return clamp(this.get('frame'), 0, Math.max(0, this.get('frames').length - 1)); }
+
+  step(by, tell = true) {
+    const n = this.get('frames').length; if (n > 1) this.set({ frame: (this.frame() + by + n) % n }, tell);
+  }
+
+  play(go) {
+    cancelAnimationFrame(this.playing); this.playing = null;
+    if (go && this.get('frames').length > 1) {
+      let last = performance.now();
+      const turn = async now => {
+        if (now - last >= 1000 / this.get('fps') - 4) {   // the screen's own clock is a few ms off
+          last = now; const next = (this.frame() + 1) % this.get('frames').length, mine = this.playing;
+          await this.picture.frame(next).catch(() => null);   // what cannot be read is said when it is shown
+          if (this.playing !== mine || this.gone) return;
+          this.step(1, false);
+        }
+        this.playing = requestAnimationFrame(turn);
+      };
+      this.playing = requestAnimationFrame(turn);
+    } else if (this.playButton.dataset.on) this.set({ frame: this.frame() });   // the kernel learns where it stopped
+    const on = this.playing !== null; this.playButton.dataset.on = on ? '1' : '';
+    this.playButton.firstChild.data = on ? '❚❚' : '▶';
+    this.playButton.setAttribute('aria-label', on ? 'pause' : 'play'); this.playButton.title = on ? 'pause' : 'play';
+  }
+
+  // ---- maps
+  newHeat() {
+    const [n, rows, columns] = this.get('heat_shape'), size = rows * columns, heat = floats(this.get('heat')),
+      words = this.get('tokens');
+    const fits = n > 0 && heat.length === n * size && (words.length === n - 1 || !words.length);
+    this.maps = fits ? Array.from({ length: n }, (_, i) => heat.subarray(i * size, (i + 1) * size)) : [];
+    this.columns = columns;
+    this.ranges = fits ? [limits(this.maps[0]), limits(heat.subarray(size))] : [];   // of the answer; of all its tokens
+    this.tokens.replaceChildren(...(fits && words.length ? ['whole answer', ...words] : []).map((text, i) => {
+      const b = button(i ? `token ${i}: ${text.trim() || 'blank'}` : text, text.trim() || '␣',
+        () => this.set({ token: i - 1 }));
+      b.setAttribute('role', 'radio'); return b; }));
+    this.newTile();
+  }
+
+  token() { return this.maps.length ? clamp(this.get('token'), -1, this.maps.length - 2) : -1; }
+
+  newTile() {
+    const t = this.token(); this.tile = null; this.table = bytes(this.get('lut'));
+    if (this.maps.length) {
+      this.range = this.ranges[t < 0 ? 0 : 1]; this.tile = coloured(this.maps[t + 1], this.columns, this.range, this.table);
+    }
+    this.refresh();
+  }
+
+  choose(by) {   // another token; the focus goes with it where it was in the strip
+    const n = this.tokens.childElementCount; if (!n) return;
+    this.set({ token: (this.token() + 1 + by + n) % n - 1 });
+    if (this.tokens.contains(document.activeElement)) this.tokens.children[this.token() + 1].focus();
+  }
+
+  // ---- view
+  geometry() {   // picture on stage: `at` is its left top corner, `scale` screen pixels a picture pixel
+    const w = this.base.width, h = this.base.height, W = this.canvas.clientWidth, H = this.canvas.clientHeight;
+    const scale = Math.min(W / w, H / h) * clamp(this.get('zoom'), 1, 32);
+    const room = [Math.max(0, .5 - W / (2 * scale * w)),
+      Math.max(0, .5 - H / (2 * scale * h))];   // as far as it may move
+    const pan = this.get('pan').map((p, i) => clamp(p, -room[i], room[i]));
+    return { w, h, W, H, scale, room, pan,
+      at: [W / 2 - (.5 + pan[0]) * w * scale, H / 2 - (.5 + pan[1]) * h * scale] };
+  }
+
+  zoomBy(factor, point) {   // what lies under `point` stays there
+    if (!this.base) return;
+    const g = this.geometry(), zoom = clamp(this.get('zoom') * factor, 1, 32),
+      f = zoom / clamp(this.get('zoom'), 1, 32), p = point ?? [g.W / 2, g.H / 2];
+    const pan = [[g.W, g.w], [g.H, g.h]].map(([S, s], i) => g.pan[i] + (p[i] - S / 2) / (g.scale * s) * (1 - 1 / f));
+    this.set({ zoom, pan }); this.set({ pan: this.geometry().pan });
+  }
+
+  moveBy(dx, dy) {   // pixels of the screen
+    if (!this.base) return;
+    const g = this.geometry();
+    this.set({ pan: [clamp(g.pan[0] - dx / (g.scale * g.w), -g.room[0], g.room[0]),
+      clamp(g.pan[1] - dy / (g.scale * g.h), -g.room[1], g.room[1])] });
+  }
+
+  windowBy(width, level) {
+    this.set({ window: clamp(this.get('window') + width, 1, 512), level: clamp(this.get('level') + level, 0, 255) });
+  }
+
+  reset() { this.line = null; this.set({ zoom: 1, pan: [0, 0], window: WINDOW, level: LEVEL }); this.refresh(); }
+
+  press(e) {
+    this.canvas.focus({ preventScroll: true }); e.preventDefault(); this.canvas.setPointerCapture(e.pointerId);
+    this.held = { how: e.button === 2 ? 'grey' : e.shiftKey && this.base ? 'line' : 'move', x: e.clientX,
+      y: e.clientY };
+    if (this.held.how === 'line') { const p = this.inPicture(e.offsetX, e.offsetY); this.line = [...p, ...p]; }
+  }
+
+  drag(e) {
+    const h = this.held; if (!h) return;
+    const dx = e.clientX - h.x, dy = e.clientY - h.y; h.x = e.clientX; h.y = e.clientY;
+    if (h.how === 'grey') this.windowBy(dx, dy / 2);
+    else if (h.how === 'move') this.moveBy(dx, dy);
+    else { this.line.splice(2, 2, ...this.inPicture(e.offsetX, e.offsetY)); this.refresh(); }
+  }
+
+  release() { this.held = null; }
+
+  // ---- measuring, in pixels of the frame
+  inPicture(x, y) { const g = this.geometry(); return [clamp((x - g.at[0]) / g.scale, 0, g.w),
+    clamp((y - g.at[1]) / g.scale, 0, g.h)]; }
+
+  measure() {   // a line across the middle quarter of what is in sight; or, where there is one, its other end
+    if (!this.base) return;
+    const g = this.geometry();
+    this.line = this.line ? [...this.line.slice(2),
+      ...this.line.slice(0, 2)] : [...this.inPicture(.375 * g.W, g.H / 2), ...this.inPicture(.625 * g.W, g.H / 2)];
+    this.refresh();
+  }
+
+  moveEnd(dx, dy) {   // by pixels of the screen
+    if (!this.line) return;
+    const g = this.geometry(), [, , x, y] = this.line;
+    this.line.splice(2, 2, clamp(x + dx / g.scale, 0, g.w), clamp(y + dy / g.scale, 0, g.h)); this.refresh();
+  }
+
+  length() {
+    const px = Math.hypot(this.line[2] - this.line[0], this.line[3] - this.line[1]), mm = this.get('mm_per_px');
+    return mm > 0 ? `${(px * mm).toFixed(1)} mm` : `${(px / this.get('shown')).toFixed(0)} px`;
+  }
+
+  // ---- keys; true: taken
+  key(e) {
+    const t = e.target, arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1],
+      ArrowDown: [0, 1] }[e.key];
+    if (this.tokens.contains(t)) {
+      const by = arrow ? arrow[0] + arrow[1] : { Home: -1 - this.token(),
+        End: this.maps.length - 2 - this.token() }[e.key];
+      if (by !== undefined) { this.choose(by); return true; }
+    }
+    if (t === this.canvas) {
+      const far = .08 * this.canvas.clientWidth;
+      if (arrow && e.shiftKey) { this.moveEnd(arrow[0], arrow[1]); return true; }
+      if (arrow) { this.moveBy(-far * arrow[0], -far * arrow[1]); return true; }
+      if (e.key === ' ') { this.play(!this.playing); return true; }
+      if (e.key === 'PageUp' || e.key === 'PageDown') { this.step(e.key === 'PageUp' ? -1 : 1); return true; }
+    }
+    const opaque = by => this.set({ opacity: clamp(Math.round(100 * (this.get('opacity') + by)) / 100, 0, 1) });
+    const act = { '+': () => this.zoomBy(1.25), '=': () => this.zoomBy(1.25), '-': () => this.zoomBy(1 / 1.25),
+      0: () => this.reset(), m: () => this.measure(), '[': () => opaque(-.05), ']': () => opaque(.05),
+      w: () => this.windowBy(-8, 0), W: () => this.windowBy(8, 0), l: () => this.windowBy(0, -4),
+      L: () => this.windowBy(0, 4), ',': () => this.choose(-1), '.': () => this.choose(1) }[e.key];
+    if (act) act();
+    return !!act;
+  }
+
+  // ---- drawing
+  refresh() {   // once a frame of the screen, however many changes there were
+    this.due ??= requestAnimationFrame(() => {
+      this.due = null; if (this.gone) return;
+      this.words(); this.fit(); this.paint();
+    });
+  }
+
+  words() {   // everything beside the canvas
+    const n = this.get('frames').length, k = this.frame(), t = this.token(), sent = this.get('shown');
+    this.canvas.setAttribute('aria-label', this.get('alt') || 'picture without a description');
+    this.empty.hidden = !!this.base;
+    this.empty.textContent = this.failed ? 'This picture cannot be read' : n ? 'Reading the picture …' : 'No picture yet';
+    this.cine.hidden = n < 2; this.frameSlider.max = Math.max(0, n - 1);
+    this.frameText.textContent = `${k + 1} of ${n}`;
+    for (const [input, v] of [[this.frameSlider, k], [this.widthSlider, this.get('window')],
+      [this.levelSlider, this.get('level')], [this.opacitySlider, this.get('opacity')]])
+      if (+input.value !== v) input.value = v;
+    this.overlay.hidden = !this.tile; this.tokens.hidden = !this.tokens.childElementCount;
+    if (this.tile) this.legend();
+    [...this.tokens.children].forEach((b, i) => {
+      b.setAttribute('aria-checked', i === t + 1); b.tabIndex = i === t + 1 ? 0 : -1;
+    });
+    const says = [this.line ? `measured ${this.length()}` : '', n > 1 ? `frame ${k + 1} of ${n}` : '',
+      `zoom ${short(this.get('zoom'))}×`, `window ${short(this.get('window'))}, level ${short(this.get('level'))}`,
+      sent < 1 ? `sent at ${Math.round(100 * sent)} % of its size` : ''];
+    if (!this.playing) this.told.textContent = this.base ? says.filter(Boolean).join(' · ') : '';
+  }
+
+  legend() {
+    const [low, high] = this.range.map(short), ctx = this.colours.getContext('2d'), { width, height } = this.colours;
+    for (let x = 0; x < width; x++) {
+      const k = 3 * Math.round(x / (width - 1) * 255); ctx.fillStyle = `rgb(${this.table.slice(k, k + 3).join(',')})`;
+      ctx.fillRect(x, 0, 1, height);
+    }
+    this.low.textContent = low; this.high.textContent = high;
+    this.colours.setAttribute('aria-label', `colours from ${low} to ${high} ${this.get('unit')}`);
+    const t = this.token();   // one token may be faint beside the others
+    this.most.textContent = t < 0 ? '' : `this token at most ${short(limits(this.maps[t + 1])[1])}`;
+    for (const name of ['unit', 'badge',
+      'note']) { this[name].textContent = this.get(name); this[name].hidden = !this.get(name); }
+  }
+
+  fit() {   // the canvas's shape is the picture's, within reason; the rest stays black
+    this.stage.style.width = `${this.get('width')}px`;
+    if (this.base) this.stage.style.aspectRatio = clamp(this.base.width / this.base.height, .6, 4);
+  }
+
+  paint() {
+    const began = performance.now(), ratio = window.devicePixelRatio || 1, c = this.canvas, W = c.clientWidth,
+      H = c.clientHeight;
+    if (!W || !H) return;
+    const [width, height] = [Math.round(W * ratio), Math.round(H * ratio)];
+    if (c.width !== width || c.height !== height) { c.width = width; c.height = height; }
+    const ctx = c.getContext('2d'); ctx.setTransform(ratio, 0, 0, ratio, 0, 0); ctx.fillStyle = '#000';
+    ctx.fillRect(0, 0, W, H);
+    if (!this.base) return;
+    const g = this.geometry(), [x, y] = g.at, w = g.w * g.scale, h = g.h * g.scale;
+    ctx.imageSmoothingEnabled = true; ctx.drawImage(this.base, x, y, w, h);
+    if (this.tile && this.get('opacity') > 0) {   // a map may reach beyond the picture: where the model was shown padding
+      const [left, top, right, bottom] = this.get('box'); ctx.save(); ctx.beginPath(); ctx.rect(x, y, w, h);
+      ctx.clip();
+      ctx.globalAlpha = clamp(this.get('opacity'), 0, 1);
+      ctx.drawImage(this.tile, x + left * g.scale, y + top * g.scale, (right - left) * g.scale,
+        (bottom - top) * g.scale);
+      ctx.restore();
+    }
+    this.ruler(ctx, g);
+    c.dataset.drawn = ++this.drawn; c.dataset.ms = (performance.now() - began).toFixed(1);
+  }
+
+  // In millimetres where the scale is known, else in pixels of the image as it was given; and the line that measures
+  ruler(ctx, g) {
+    const mm = this.get('mm_per_px'), per = mm > 0 ? g.scale / mm : g.scale * this.get('shown'),
+      length = rulerLength(per, Math.min(160, .4 * g.W));
+    const x = 12, y = g.H - 12, end = x + length * per,
+      text = mm > 0 ? `${short(length)} mm` : `${short(length)} px (no scale)`;
+    const lines = [[[x, y - 6], [x, y], [end, y], [end, y - 6]]], words = [[text, x + 4, y - 8]];
+    if (this.line) {
+      const [a, b] = [this.line.slice(0, 2),
+        this.line.slice(2)].map(p => [g.at[0] + p[0] * g.scale, g.at[1] + p[1] * g.scale]);
+      lines.push([a, b]);
+      for (const [px, py] of [a, b]) lines.push([[px - 5, py], [px + 5, py]], [[px, py - 5], [px, py + 5]]);
+      words.push([this.length(), clamp(Math.max(a[0], b[0]) + 8, 4, g.W - 70), clamp(b[1] - 8, 16, g.H - 4)]);
+    }
+    ctx.lineJoin = 'round'; ctx.font = '13px system-ui, sans-serif';
+    for (const [colour, width] of [['#000', 4], ['#fff', 1.5]]) {   // white on a dark rim: to be read on any picture
+      ctx.strokeStyle = colour; ctx.lineWidth = width;
+      for (const l of lines) { ctx.beginPath(); l.forEach((p,
+        i) => i ? ctx.lineTo(...p) : ctx.moveTo(...p)); ctx.stroke(); }
+    }
+    ctx.lineWidth = 3; ctx.strokeStyle = '#000'; ctx.fillStyle = '#fff';
+    for (const w of words) { ctx.strokeText(...w); ctx.fillText(...w); }
+    this.canvas.dataset.ruler = text;
+  }
+}
+
+function render({ model, el }) {
+  const view = new View(model, el);
+  return () => view.destroy();
+}
+export default { render };
