@@ -80,7 +80,7 @@ def test_ask_on_the_page(browser, site, shots, tmp_path):
     assert 'from fada' not in page.content() and page.locator('text=Not a medical device').first.is_visible()
     upload(page, write_dicom(tmp_path/'Doe_Jane_19900101.dcm', cine())); said(page, 'unlike the training images')
     picture = page.locator('canvas.picture').first; page.wait_for_function("document.querySelector('canvas.picture').dataset.ruler.endsWith('mm')")
-    picture.focus(); page.keyboard.press('PageDown'); page.keyboard.press('PageDown')
+    page.wait_for_timeout(1000); picture.focus(); page.keyboard.press('PageDown'); page.keyboard.press('PageDown'); page.wait_for_timeout(500)   # frames are decoded, the last one is told
     page.fill('input[placeholder^="a question"]', 'How is the image quality?'); page.keyboard.press('Tab'); page.click('button:text-is("Ask")'); said(page, 'done')
     page.click('button:has-text("Export the session")'); page.wait_for_selector('a:text-is("download")')
     with page.expect_download() as d: page.click('a:text-is("download")')
