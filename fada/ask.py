@@ -215,6 +215,7 @@ def change(self:AskPanel):
     self.cancel(); self.wait(); self.rows,self.answers.rows = [],[]
     self.held = {n: m for n,m in self.held.items() if n in self.names}
     for v in self.views: v.clear()
+    self.about.value = ''   # what answered before is not what was picked now
     self.views[1].layout.display = '' if self.beside.value else 'none'; self.say(f'{" beside ".join(self.names)}: ready')
 
 @property

@@ -1,6 +1,6 @@
 """The ask panel on hard ground: what leaves the machine, what an export holds, and, in a real JupyterLab, a cine and a
 service whose answers are markup."""
-import io, json, os, re, sys, zipfile
+import io, json, re, sys, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from services import Door, picture, reply
 from test_browser import _open, browser, lab, shots     # noqa: fixtures
 from fada.ask import AskPanel, Picture, offered_here, uploaded
 from fada.session import Session
-from fada.settings import FadaError, load_settings
+from fada.settings import load_settings
 
 BAIT = '<img src=x onerror="document.title=1">'
 SECRETS = ('DOE', 'JANE', 'Doe', 'Jane', 'HIDDEN-7', 'SN-4711', '19900101', 'St. Elsewhere')
@@ -70,6 +70,7 @@ def test_markup_stays_text_wherever_it_goes(nano, tmp_path):
     panel = AskPanel({f'a{BAIT}': next(iter(nano.values()))}, [Picture(f'x{BAIT}', lambda: frame, {6: BAIT})], Session(tmp_path/'s'))
     asked(panel, f'{BAIT} ?', 6); panel.who.value = BAIT; panel.told(dict(kind='edit', row=1, side=0, text=BAIT)); panel.write()
     panel.told(dict(kind='accept', row=7, side=0)); panel.told(dict(kind='edit', row=1, side=0, text=''))
+    assert panel.about.value; panel.change(); assert not panel.about.value
     def every(x): return [x, *(y for c in getattr(x, 'children', ()) for y in every(c))]
     pages = [x.value for x in every(panel.widget) if isinstance(x, w.HTML)]; assert len(pages) >= 5
     assert not any(re.search('<img', h) for h in pages) and sum('&lt;img' in h for h in pages) >= 2
