@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 from fada.checks import check
 from fada.data import load_table, prepare
-from fada.images import look, read_image
+from fada.images import read_image
 from fada.pixels import model_pixels, pixel_cache, processor_settings
 from fada.settings import environment
 

@@ -89,7 +89,7 @@ def same_loss(vlm, folder, table)->tuple:
     return a, b
 
 def run(name:str, images:int, times:int, memory:bool)->dict:
-    import torch, warnings
+    import warnings
     warnings.filterwarnings('ignore')
     vlm,_ = MODELS[name](); add_lora(vlm, 8)
     with tempfile.TemporaryDirectory() as d:

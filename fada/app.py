@@ -14,7 +14,8 @@ from .settings import FadaError
 
 # %% ../nbs/15b_app.ipynb #c6e73b18
 # what the browser may load: what comes from this very server, and nothing else whatever a page asks for
-POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' ws://127.0.0.1:* ws://localhost:*; "
+POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' ws://127.0.0.1:* "
+          "ws://localhost:*; "
           "frame-ancestors 'none'; form-action 'self'; base-uri 'self'")
 
 def page_template(folder):
@@ -22,10 +23,12 @@ def page_template(folder):
     from jupyter_core.paths import jupyter_path
     lab = next((p for d in jupyter_path('voila', 'templates') if (p := Path(d)/'lab').is_dir()), None)
     if lab is None:
-        raise FadaError("Voila's template is not there", 'share/jupyter/voila/templates/lab', 'an installed voila', 'install it again')
+        raise FadaError("Voila's template is not there", 'share/jupyter/voila/templates/lab', 'an installed voila',
+                        'install it again')
     to = Path(folder)/'voila'/'templates'/'fada'; shutil.copytree(lab, to); page = to/'index.html.j2'
     (to/'conf.json').write_text('{"base_template": "lab"}')
-    page.write_text(''.join(l for l in page.read_text(encoding='utf-8').splitlines(True) if 'href="https:' not in l), encoding='utf-8')
+    page.write_text(''.join(l for l in page.read_text(encoding='utf-8').splitlines(True)
+                            if 'href="https:' not in l), encoding='utf-8')
 
 def page_settings(
     token:str, port:int,
@@ -38,9 +41,11 @@ def page_settings(
                    tornado_settings=dict(allow_remote_access=False, local_hostnames=['127.0.0.1', 'localhost'],
                                          websocket_max_message_size=most,
                                          headers={'Content-Security-Policy': POLICY})),
-        VoilaConfiguration=dict(template='fada', file_denylist=['.*'], file_allowlist=[], strip_sources=True, show_tracebacks=False,
+        VoilaConfiguration=dict(template='fada', file_denylist=['.*'], file_allowlist=[], strip_sources=True,
+                                show_tracebacks=False,
                                 allow_template_override='NO', allow_theme_override='NO'),
-        MappingKernelManager=dict(cull_idle_timeout=idle, cull_interval=max(1, min(60, idle//2)), cull_connected=True))
+        MappingKernelManager=dict(cull_idle_timeout=idle, cull_interval=max(1, min(60, idle//2)),
+                                  cull_connected=True))
 
 # %% ../nbs/15b_app.ipynb #0ba09810
 def page_notebook(notebook, to):
@@ -63,15 +68,20 @@ def _free(port:int):
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind(('127.0.0.1', port))
-        except OSError: raise FadaError(f'port {port} is taken', '127.0.0.1', 'a free port', 'give another --port') from None
+        except OSError:
+            raise FadaError(f'port {port} is taken', '127.0.0.1', 'a free port', 'give another --port') from None
 
+# %% ../nbs/15b_app.ipynb #8f259bd1
 def _started(stack, words, port, env, cwd, path, seconds=90):
     "Start a process that ends with `stack`, and wait until it answers at its port"
-    p = subprocess.Popen([sys.executable, '-m', *words], env=env, cwd=cwd); stack.callback(_ended, p); end = time.monotonic()+seconds
+    p = subprocess.Popen([sys.executable, '-m', *words], env=env, cwd=cwd); stack.callback(_ended, p)
+    end = time.monotonic()+seconds
     while not _answers(port, path):
         if p.poll() is not None:
-            raise FadaError(f'{words[0]} ended with status {p.returncode}', '', 'a running server', 'see the lines above')
-        if time.monotonic() > end: raise FadaError(f'{words[0]} does not answer within {seconds} s', f'port {port}', '', '')
+            raise FadaError(f'{words[0]} ended with status {p.returncode}', '', 'a running server',
+                            'see the lines above')
+        if time.monotonic() > end:
+            raise FadaError(f'{words[0]} does not answer within {seconds} s', f'port {port}', '', '')
         time.sleep(.2)
     return p
 
@@ -87,6 +97,7 @@ def _keyless(env:dict)->dict:
     "An environment without what looks like a secret"
     return {k: v for k,v in env.items() if not any(w in k.upper() for w in ('KEY', 'TOKEN', 'SECRET', 'PASSWORD'))}
 
+# %% ../nbs/15b_app.ipynb #17260392
 def run_app(
     notebook,                # to be shown as a page
     port:int=8866,           # of the page; the model answers at the next one
@@ -98,7 +109,8 @@ def run_app(
 ):
     "Start worker and page, open the browser, and stop both at Ctrl-C"
     if lacks := [m for m in ('voila', 'fastapi', 'uvicorn') if find_spec(m) is None]:
-        raise FadaError(f'{lacks[0]} is not installed', 'fada app', 'the packages of fada[app]', "pip install 'fada[app]'")
+        raise FadaError(f'{lacks[0]} is not installed', 'fada app', 'the packages of fada[app]',
+                        "pip install 'fada[app]'")
     token = token or os.environ.get('FADA_TOKEN') or secrets.token_urlsafe(24); _free(port); _free(port+1)
     with ExitStack() as stack:
         d = Path(stack.enter_context(tempfile.TemporaryDirectory())); page_notebook(notebook, d/'page.ipynb')
@@ -115,4 +127,5 @@ def run_app(
         try:
             while serve.poll() is None and page.poll() is None: time.sleep(.5)
         except KeyboardInterrupt: return say('stopped')
-        raise FadaError('a server ended', 'the page' if page.poll() is not None else 'the model', 'both running', 'see the lines above')
+        raise FadaError('a server ended', 'the page' if page.poll() is not None else 'the model', 'both running',
+                        'see the lines above')

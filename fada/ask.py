@@ -7,7 +7,7 @@ __all__ = ['MOST_FRAMES', 'REDRAW', 'trained_here', 'Picture', 'sample_images', 
            'offered_there', 'AskPanel', 'panel']
 
 # %% ../nbs/15_ask.ipynb #ca7a2f5d
-import html, io, os, threading, time
+import html, os, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
@@ -34,7 +34,8 @@ def trained_here(
 class Picture:
     "An image, or a cine, that can be picked"
     label: str
-    get: object                                    # function that returns a PIL image, or a list of them: the frames of a cine
+    # function that returns a PIL image, or a list of them: the frames of a cine
+    get: object
     reference: dict = field(default_factory=dict)  # {question id: answer}, where known
     mm_per_px: float|None = None                   # None: no scale is known
     dated: bool = False                            # whether the age by dates is known
@@ -48,7 +49,8 @@ def sample_images(data, each:int=4)->list:
             for k,(p,rows) in enumerate(list(g.groupby('image'))[:each], 1):
                 scale = rows.mm_per_px.iloc[0] if 'mm_per_px' in rows else None
                 dated = 'ga_days' in rows and rows.ga_days.notna().all()
-                out.append(Picture(f'{c} {k}', lambda p=p: read_image(Path(data)/p), dict(zip(rows.question_id, rows.answer)),
+                out.append(Picture(f'{c} {k}', lambda p=p: read_image(Path(data)/p),
+                                   dict(zip(rows.question_id, rows.answer)),
                                    float(scale) if scale == scale and scale else None, bool(dated)))
         return out
     from PIL import Image
@@ -90,17 +92,22 @@ def offered_here(s)->dict:
     from fada.vlm import load
     weights,adapters = trained_here(s.output) if s.model == 'blip2-nano' else (None, {})
     def offer(adapter=None):
-        again = dict(name=s.model, adapter=adapter and str(adapter), weights=weights and str(weights), precision=s.precision, device=s.device)
+        again = dict(name=s.model, adapter=adapter and str(adapter), weights=weights and str(weights),
+                     precision=s.precision, device=s.device)
         return Offered(lambda: load(*again.values()), again, receivers(model_spec(s.model)))
     out = {s.model: offer(), **{f'{s.model} + {c}': offer(a) for c,a in adapters.items()}}
-    if len(adapters) > 1: out['adapter by image'] = Offered(lambda: Routed(load(s.model, None, weights, s.precision, s.device), adapters.values()))
+    if len(adapters) > 1:
+        out['adapter by image'] = Offered(lambda: Routed(load(s.model, None, weights, s.precision, s.device),
+                                                         adapters.values()))
     return out
 
+# %% ../nbs/15_ask.ipynb #aba88de1
 class Routed:
     "A base with adapters: each image goes to the one whose training images are nearest"
     def __init__(self, vlm, folders):
         from fada.route import Router
-        self.router = Router(vlm, list(folders)); self.core,self.spec,self.base,self.why = vlm.core,vlm.spec,vlm.base,''
+        self.router = Router(vlm, list(folders))
+        self.core,self.spec,self.base,self.why = vlm.core,vlm.spec,vlm.base,''
     @property
     def adapter(self): return self.router.vlm.adapter
     def stream(self, image, questions):
@@ -114,7 +121,9 @@ def offered_there(url:str, s)->dict:
     from fada.serve import Served, offers
     first = Served(url); mine = offers(s); out = {}
     for m in first.call('GET', '/v1/models')['data']:
-        o = mine.get(m['id']); again = o and dict(name=o.model, adapter=o.adapter or None, weights=o.weights or None, precision=s.precision, device=s.device)
+        o = mine.get(m['id'])
+        again = o and dict(name=o.model, adapter=o.adapter or None, weights=o.weights or None,
+                           precision=s.precision, device=s.device)
         out[m['id']] = Offered(lambda n=m['id']: Served(url, model=n), again or {}, m.get('sends_to', []))
     return out
 
@@ -130,7 +139,8 @@ class AskPanel:
     ):
         self.models,self.pictures,self.session = models,{p.label: p for p in pictures},session
         self.attention,self.fetal_sex = attention,fetal_sex
-        self.held,self.rows,self.agreed,self.waiting = {},[],set(),None   # held: {name: loaded model}; agreed: hosts that may be sent to
+        # held: {name: loaded model}; agreed: hosts that may be sent to
+        self.held,self.rows,self.agreed,self.waiting = {},[],set(),None
         self.stream,self.thread,self.stopped = None,None,False
         self._controls(); self._place(); self._listen(); self.show()
 
@@ -142,47 +152,61 @@ def _controls(self:AskPanel):
     from fada.viewer import AnswerTable, Viewer
     wide = lambda px: w.Layout(width=f'{px}px', max_width='100%')
     self.pick = w.Dropdown(options=list(self.pictures), description='image')
-    self.upload = w.FileUpload(accept='.png,.jpg,.jpeg,.tif,.tiff,.bmp,.webp,.dcm', multiple=False, description='or open')
+    self.upload = w.FileUpload(accept='.png,.jpg,.jpeg,.tif,.tiff,.bmp,.webp,.dcm', multiple=False,
+                               description='or open')
     self.which = w.Dropdown(options=list(self.models), description='model')
     self.beside = w.Dropdown(options=[('none', ''), *((n, n) for n in self.models)], description='beside it')
-    self.question = w.Combobox(placeholder='a question, or pick one of the eight', options=[q.text for q in QUESTIONS.values()],
+    self.question = w.Combobox(placeholder='a question, or pick one of the eight',
+                               options=[q.text for q in QUESTIONS.values()],
                                ensure_option=False, description='question', layout=wide(480))
-    self.ask,self.stop = w.Button(description='Ask', button_style='primary'),w.Button(description='Stop', disabled=True)
+    self.ask,self.stop = w.Button(description='Ask',
+                                  button_style='primary'),w.Button(description='Stop', disabled=True)
     self.eight = w.Button(description='All eight questions', layout=wide(170))
-    self.closed = w.Checkbox(description='from a closed set', indent=False, layout=wide(150), tooltip='plane, quality, normality: the probability of each allowed answer')
+    self.closed = w.Checkbox(description='from a closed set', indent=False, layout=wide(150),
+                             tooltip='plane, quality, normality: the probability of each allowed answer')
     self.state,self.about,self.history = w.HTML(),w.HTML(),w.HTML()
-    self.send,self.keep_back = w.Button(description='Send it', button_style='warning'),w.Button(description='Do not send')
+    self.send,self.keep_back = w.Button(description='Send it',
+                                        button_style='warning'),w.Button(description='Do not send')
     self.views = [Viewer(width=480), Viewer(width=480)]; self.answers = AnswerTable(self.told)
-    self.method = w.Dropdown(description='map by', options=[]); self.colours = w.Dropdown(description='colours', options=['viridis', 'magma', 'cividis', 'gray'])
+    self.method = w.Dropdown(description='map by', options=[])
+    self.colours = w.Dropdown(description='colours', options=['viridis', 'magma', 'cividis', 'gray'])
     self.who = w.Text(description='judged by', placeholder='your name or initials', continuous_update=False)
     self.export = w.Button(description='Export the session', layout=wide(160)); self.file = w.HTML()
 
+# %% ../nbs/15_ask.ipynb #9637a342
 @patch
 def _place(self:AskPanel):
     "Where the widgets stand: rows that wrap, so that a narrow page needs no sideways scrolling"
     import ipywidgets as w
-    flow = lambda *children, **k: w.Box(children, layout=w.Layout(display='flex', flex_flow='row wrap', max_width='100%', **k))
-    notice = w.HTML(f'<div style="background:#fff4ce;color:#1b1f24;padding:4px 8px">{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
+    flow = lambda *children, **k: w.Box(children,
+                                        layout=w.Layout(display='flex', flex_flow='row wrap', max_width='100%', **k))
+    notice = w.HTML(f'<div style="background:#fff4ce;color:#1b1f24;padding:4px '
+                    f'8px">{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
     self.consent = w.VBox([w.HTML(), w.HBox([self.send, self.keep_back])]); self.consent.layout.display = 'none'
     for v in self.views: v.layout = w.Layout(width='490px', max_width='100%')
     self.views[1].layout.display = 'none'; self.answers.layout = w.Layout(flex='1 1 380px', min_width='0')
     past = w.Accordion([self.history], titles=['history of this session'], selected_index=None)
-    self.widget = w.VBox([notice, flow(self.pick, self.upload, self.which, self.beside), flow(self.question, self.ask, self.eight, self.stop, self.closed),
+    self.widget = w.VBox([notice, flow(self.pick, self.upload, self.which, self.beside),
+                          flow(self.question, self.ask, self.eight, self.stop, self.closed),
                           self.about, self.state, self.consent, flow(*self.views, self.answers),
-                          flow(self.method, self.colours, self.who, self.export, self.file), past], layout=w.Layout(max_width='100%'))
+                          flow(self.method, self.colours, self.who, self.export, self.file), past],
+                          layout=w.Layout(max_width='100%'))
     self.widget.add_class('fada-ask')
 
+# %% ../nbs/15_ask.ipynb #7c4a1f6f
 @patch
 def _listen(self:AskPanel):
     "What happens when a widget is used"
     from ipywidgets import jslink
-    self.ask.on_click(lambda _: self.run([self.question.value])); self.eight.on_click(lambda _: self.run(list(QUESTIONS)))
+    self.ask.on_click(lambda _: self.run([self.question.value]))
+    self.eight.on_click(lambda _: self.run(list(QUESTIONS)))
     self.stop.on_click(lambda _: self.cancel()); self.export.on_click(lambda _: self.write())
     self.send.on_click(lambda _: self.consented(True)); self.keep_back.on_click(lambda _: self.consented(False))
     self.pick.observe(lambda _: self.show(), 'value'); self.upload.observe(lambda _: self.open_upload(), 'value')
     for d in (self.which, self.beside): d.observe(lambda _: self.change(), 'value')
     for v in self.views: self.colours.observe(lambda c, v=v: setattr(v, 'colormap', c['new']), 'value')
-    for name in ('token', 'opacity', 'frame'): jslink((self.views[0], name), (self.views[1], name))   # one scrubber for both
+    # one scrubber for both
+    for name in ('token', 'opacity', 'frame'): jslink((self.views[0], name), (self.views[1], name))
 
 # %% ../nbs/15_ask.ipynb #4fbeeb0c
 @patch
@@ -206,9 +230,12 @@ def open_upload(self:AskPanel):
     "Take an uploaded image; what cannot be read is said, and the image in view stays"
     if not self.upload.value: return
     f = self.upload.value[0]
-    try: self._show(uploaded(f['name'], bytes(f['content'])), f'{f["name"]}: ready; unlike the training images, most likely')
+    try:
+        self._show(uploaded(f['name'], bytes(f['content'])),
+                   f'{f["name"]}: ready; unlike the training images, most likely')
     except FadaError as e: self.say(f'{f["name"]}: {e.what}; expected {e.expected}')
 
+# %% ../nbs/15_ask.ipynb #d0e605b6
 @patch
 def change(self:AskPanel):
     "Answer with other models from now on; what nobody uses any more is let go"
@@ -216,7 +243,8 @@ def change(self:AskPanel):
     self.held = {n: m for n,m in self.held.items() if n in self.names}
     for v in self.views: v.clear()
     self.about.value = ''   # what answered before is not what was picked now
-    self.views[1].layout.display = '' if self.beside.value else 'none'; self.say(f'{" beside ".join(self.names)}: ready')
+    self.views[1].layout.display = '' if self.beside.value else 'none'
+    self.say(f'{" beside ".join(self.names)}: ready')
 
 @property
 def _names(self): return list(dict.fromkeys(filter(None, (self.which.value, self.beside.value))))
@@ -236,7 +264,8 @@ def run(self:AskPanel, questions):
     self.cancel(); self.wait(); hosts = {h for n in self.names for h in self.models[n].receivers}-self.agreed
     self.waiting = questions if hosts else None
     if hosts:
-        self.consent.children[0].value = (f'The picture will be sent to <b>{html.escape(", ".join(sorted(hosts)))}</b>: pixels without tags, '
+        self.consent.children[0].value = (f'The picture will be sent to '
+                                          f'<b>{html.escape(", ".join(sorted(hosts)))}</b>: pixels without tags, '
                                           'black outside the sector unless [remote] keep_text = yes.')
         self.consent.layout.display = ''; return self.say('waiting for your word')
     self.stopped = False; self._busy(True); self.say('thinking …'); self.answers.rows = []
@@ -286,11 +315,13 @@ def _begin(self:AskPanel, questions):
 def _ask(self:AskPanel, questions):
     "Answer with each model in turn, draw a map if that is wanted, and say how it went"
     try:
-        image,frame = self.image,min(self.views[0].frame, len(self.frames)-1); asked = self._begin(questions); wrong = []
+        image,frame = self.image,min(self.views[0].frame, len(self.frames)-1); asked = self._begin(questions)
+        wrong = []
         self.answers.titles = self.names
         for side,name in enumerate(self.names):
             vlm = self.open(name); self._tell_methods(vlm); self.say('thinking …')
-            for (k,_),a in zip(asked, self._answers(vlm, image, [q for _,q in asked], [k for k,_ in asked], side) if asked else []):
+            for (k,_),a in zip(asked, self._answers(vlm, image, [q for _,q in asked], [k for k,_ in asked], side)
+                               if asked else []):
                 self._keep(k, side, name, a, image, frame); wrong += [a.error] if a.error else []
             self._draw(); self._name(vlm, name)
         said = 'done' if not wrong else 'stopped' if set(wrong) == {'cancelled'} else 'failed: see below'
@@ -300,12 +331,14 @@ def _ask(self:AskPanel, questions):
     finally: self.stream = None; self._busy(False)
     self.say(said)
 
+# %% ../nbs/15_ask.ipynb #9eda7a2a
 @patch
 def _answers(self:AskPanel, vlm, image, questions, places, side)->list:
     "Answers of a model, shown while they grow where it streams"
     if vlm.core is None: return vlm.ask(image, questions)
     self.stream = vlm.stream(image, questions); shown = 0.
-    self.stream.tell = lambda e: self.say({'queued': f'queued, {e.get("position", 0)} before', 'loading': 'the model is being loaded …'}.get(e['event'], 'thinking …'))
+    self.stream.tell = lambda e: self.say({'queued': f'queued, {e.get("position", 0)} before',
+                                           'loading': 'the model is being loaded …'}.get(e['event'], 'thinking …'))
     if self.stopped: self.stream.cancel()
     for _ in self.stream:
         if time.monotonic()-shown > REDRAW:
@@ -317,7 +350,8 @@ def _answers(self:AskPanel, vlm, image, questions, places, side)->list:
 def _draw(self:AskPanel):
     "Show the rows as they are"
     keys = ('text','reason','note','error','done','maps','judged')
-    self.answers.rows = [dict(question=r['question'], reference=r['reference'], said=[{k: s[k] for k in keys if k in s} for s in r['said']]) for r in self.rows]
+    self.answers.rows = [dict(question=r['question'], reference=r['reference'],
+                              said=[{k: s[k] for k in keys if k in s} for s in r['said']]) for r in self.rows]
 
 # %% ../nbs/15_ask.ipynb #80d7d403
 @patch
@@ -325,16 +359,22 @@ def _keep(self:AskPanel, k, side, name, a, image, frame):
     "Fill in an answer, and put it into the session"
     row = self.rows[k]; p = self.picture
     reason = SEX_WHY if about_sex(a.text) and not self.fetal_sex else cannot_be_known(a.question_id, a.text, bool(p.mm_per_px), p.dated)
-    words = '' if reason == SEX_WHY else a.text      # where naming it is unlawful the model's words are not kept either
-    notes = [f'the model said: {words}' if reason and words else '', f'confidence {a.confidence:.2f}' if a.confidence is not None else '', *a.flags,
+    # where naming it is unlawful the model's words are not kept either
+    words = '' if reason == SEX_WHY else a.text
+    notes = [f'the model said: {words}' if reason and words else '',
+             f'confidence {a.confidence:.2f}' if a.confidence is not None else '', *a.flags,
              self._closed(name, image, a) if not reason else '']
     from fada.vlm import image_hash
-    turn = self.session.add(Turn(p.label, image_hash(image), a.question, words, ND if reason else a.text, reason, a.question_id, a.confidence, a.error,
+    turn = self.session.add(Turn(p.label, image_hash(image), a.question, words, ND if reason else a.text, reason,
+                                 a.question_id, a.confidence, a.error,
                                  list(a.flags), row['reference'], frame, p.mm_per_px, self._again(name)), image)
     maps = bool(words and self.method.options)
-    row['said'][side] = dict(text=turn.shown, reason=reason, note=' · '.join(filter(None, notes)), error=a.error, done=bool(words), maps=maps, judged=[],
+    row['said'][side] = dict(text=turn.shown, reason=reason, note=' · '.join(filter(None, notes)), error=a.error,
+                             done=bool(words), maps=maps, judged=[],
                              turn=turn.n, answer=words, frame=frame, image=image)
-    self.history.value = '<ol>'+''.join(f'<li>{html.escape(t.image)} · {html.escape(t.question)} <b>{html.escape(t.error or t.shown)}</b></li>' for t in self.session.turns)+'</ol>'
+    self.history.value = '<ol>'+''.join(f'<li>{html.escape(t.image)} · {html.escape(t.question)} '
+                                        f'<b>{html.escape(t.error or t.shown)}</b></li>'
+                                        for t in self.session.turns)+'</ol>'
 
 @patch
 def _closed(self:AskPanel, name, image, a)->str:
@@ -342,8 +382,10 @@ def _closed(self:AskPanel, name, image, a)->str:
     from fada.choices import CHOICES
     vlm = self.held[name]
     if not self.closed.value or a.error or a.question_id not in CHOICES or not hasattr(vlm, 'choose'): return ''
-    c = vlm.choose(image, a.question_id); return 'closed set: '+', '.join(f'{k} {p:.2f}' for k,p in sorted(c.probability.items(), key=lambda i: -i[1])[:3])
+    c = vlm.choose(image, a.question_id)
+    return 'closed set: '+', '.join(f'{k} {p:.2f}' for k,p in sorted(c.probability.items(), key=lambda i: -i[1])[:3])
 
+# %% ../nbs/15_ask.ipynb #b9df2fde
 @patch
 def _again(self:AskPanel, name)->dict:
     "What `load` takes to ask again"
@@ -353,7 +395,8 @@ def _again(self:AskPanel, name)->dict:
 @patch
 def _name(self:AskPanel, vlm, name):
     "Say what answered"
-    parts = [name, getattr(vlm, 'precision', None), getattr(vlm, 'why', ''), 'adapter' if getattr(vlm, 'adapter', None) else '']
+    parts = [name, getattr(vlm, 'precision', None), getattr(vlm, 'why', ''),
+             'adapter' if getattr(vlm, 'adapter', None) else '']
     self.about.value = f'<small>{html.escape(" · ".join(str(p) for p in parts if p))}</small>'
 
 # %% ../nbs/15_ask.ipynb #f509e81f
@@ -361,11 +404,13 @@ def _name(self:AskPanel, vlm, name):
 def told(self:AskPanel, what:dict):
     "What a person did in the table of answers; beside the kernel's own thread where a model has to work"
     if what['kind'] == 'too large':
-        return self.say(f'the file has {what["bytes"]/1e6:.0f} MB; at most {self.answers.largest/1e6:.0f} MB can be opened here: use `fada ask` or a smaller file')
+        return self.say(f'the file has {what["bytes"]/1e6:.0f} MB; at most {self.answers.largest/1e6:.0f} MB can '
+                        f'be opened here: use `fada ask` or a smaller file')
     if not 0 <= what.get('row', -1) < len(self.rows): return
     if what['kind'] == 'where':
         if self.thread and self.thread.is_alive(): return self.say('wait for the answers first')
-        self.thread = threading.Thread(target=self._where, args=(what['row'], what['side']), daemon=True); self.thread.start()
+        self.thread = threading.Thread(target=self._where, args=(what['row'], what['side']), daemon=True)
+        self.thread.start()
     else: self.judge(what['row'], what['side'], what['kind'], what.get('text', ''))
 
 @patch
@@ -384,6 +429,7 @@ def _where(self:AskPanel, row:int, side:int):
     except (FadaError, RuntimeError) as e: said = f'no map: {e}'
     self.say(said)
 
+# %% ../nbs/15_ask.ipynb #9733784f
 @patch
 def where(self:AskPanel, row:int, side:int):
     "Lay the map of an answer over its image; beside it that of the other model, by the same method"
@@ -402,7 +448,8 @@ def judge(self:AskPanel, row:int, side:int, kind:str, final:str=''):
     try: j = self.session.judge(s.get('turn', 0), self.who.value, kind, final)
     except FadaError as e: return self.say(str(e))
     words = {'accept': 'accepted', 'reject': 'rejected', 'edit': f'changed to “{j["final"]}”'}[kind]
-    s['judged'] = [*s['judged'], f'{words} by {j["who"]}']; self._draw()   # a list of its own: the one before is compared with it
+    # a list of its own: the one before is compared with it
+    s['judged'] = [*s['judged'], f'{words} by {j["who"]}']; self._draw()
     self.say('kept')
 
 @patch
@@ -420,9 +467,11 @@ def panel(
     attention:bool=False,   # draw a map with each last answer
     model:str=None, data=None,
 ):
-    "The panel with the model that was trained here last, else the embedded one, or what FADA_SERVER offers; returns the widget"
+    """The panel with the model that was trained here last, else the embedded one, or what FADA_SERVER offers;
+    returns the widget"""
     from fada.settings import now
-    s = load_settings(os.environ.get('FADA_PROJECT', '.'), model=model, data=data)   # a page's kernel runs in a folder of its own
+    # a page's kernel runs in a folder of its own
+    s = load_settings(os.environ.get('FADA_PROJECT', '.'), model=model, data=data)
     server = os.environ.get('FADA_SERVER'); models = offered_there(server, s) if server else offered_here(s)
     name = f"{now()[:19].replace(':', '')}-{os.getpid()}"
     return AskPanel(models, sample_images(s.data), Session(s.output/'ask'/name), attention, s.fetal_sex).widget

@@ -36,14 +36,16 @@ def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0.
     return (weights@value).transpose(1,2).contiguous(), weights
 
 def _part(module, query, key, value, mask, scaling, bias, softcap):
-    "Fused attention; weights are formed for the rows that `_keep` names alone: heads × rows × columns, half, on the CPU"
+    """Fused attention; weights are formed for the rows that `_keep` names alone: heads × rows × columns, half, on
+    the CPU"""
     from torch.nn.functional import scaled_dot_product_attention as fused
     from fada.decode import weights_of
     groups = query.shape[1]//key.shape[1]
     if groups > 1: key,value = key.repeat_interleave(groups, 1),value.repeat_interleave(groups, 1)
     if mask is not None: mask = mask[..., :key.shape[-2]]
     if bias is not None: mask = bias if mask is None else mask+bias
-    weights = lambda rows: weights_of(query[:,:,rows]@key.transpose(2,3)*scaling, mask if mask is None or mask.shape[-2] == 1 else mask[...,rows,:], softcap)
+    weights = lambda rows: weights_of(query[:,:,rows]@key.transpose(2,3)*scaling,
+                                      mask if mask is None or mask.shape[-2] == 1 else mask[...,rows,:], softcap)
     if (wanted := _keep(module, query.shape[2], key.shape[2])) is not None:
         rows,columns = wanted
         _caught.append((module, weights(rows)[0][...,columns.to(query.device)].half().cpu()))
@@ -80,6 +82,7 @@ def _weights(query, key, mask, scaling, softcap):
     if mask is not None: scores = scores+mask
     return scores.softmax(-1), slope
 
+# %% ../nbs/12_attention.ipynb #feb2797e
 @functools.cache
 def _attention_of():
     "Attention, one head at a time, that adds a layer's part to the relevancy when its gradient passes"
@@ -95,8 +98,10 @@ def _attention_of():
             return out
         @staticmethod
         def backward(ctx, slope):
-            query,key,value,mask = ctx.saved_tensors; scaling,softcap,carry = ctx.more; groups = query.shape[1]//key.shape[1]
-            dq,dk,dv = (torch.zeros_like(t) for t in (query, key, value)); add = torch.zeros_like(carry.row); n = len(add)
+            query,key,value,mask = ctx.saved_tensors; scaling,softcap,carry = ctx.more
+            groups = query.shape[1]//key.shape[1]
+            dq,dk,dv = (torch.zeros_like(t) for t in (query, key, value)); add = torch.zeros_like(carry.row)
+            n = len(add)
             for h in range(query.shape[1]):
                 g = h//groups; weights,capped = _weights(query[0,h], key[0,g], mask, scaling, softcap)
                 dw = (slope[0,h]@value[0,g].T).float(); dv[0,g] += weights.to(slope.dtype).T@slope[0,h]
@@ -107,6 +112,7 @@ def _attention_of():
             return dq, dk, dv, None, None, None, None
     return HeadByHead
 
+# %% ../nbs/12_attention.ipynb #4689d740
 class Carried:
     "Relevancy of all positions for one position of a decoder, carried down its layers while the gradient comes down"
     def start(self, at:int, device):
@@ -117,7 +123,8 @@ class Carried:
         "Attention that keeps no weights"
         if not query.requires_grad: return _plain(query, key, value, mask, scaling, softcap)
         mask = None if mask is None else mask[0,0,:,:key.shape[2]]
-        return _attention_of().apply(query, key, value, mask, scaling, softcap, self).transpose(1,2).contiguous(), None
+        return _attention_of().apply(query, key, value, mask, scaling, softcap,
+                                     self).transpose(1,2).contiguous(), None
 
 def _plain(query, key, value, mask, scaling, softcap):
     "Attention as it is, where nothing is asked about it"
@@ -135,7 +142,8 @@ ROWS = 128   # positions that go through a feed-forward part together
 
 @contextmanager
 def lean(core):
-    "Inside, weights ask for no gradient; a decoder's layers keep their input alone, in main memory, and read it in parts"
+    """Inside, weights ask for no gradient; a decoder's layers keep their input alone, in main memory, and read it
+    in parts"""
     import torch
     from torch.utils.checkpoint import checkpoint
     def again(plain):
@@ -149,7 +157,9 @@ def lean(core):
     for p in wanted: p.requires_grad_(False)
     for layer in layers: layer.forward,layer.mlp.forward = again(layer.forward),in_rows(layer.mlp.forward)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.device, t.cpu()), lambda kept: kept[1].to(kept[0])): yield
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.device, t.cpu()),
+                                                      lambda kept: kept[1].to(kept[0])):
+            yield
     finally:
         for m in changed: del m.forward
         for p in wanted: p.requires_grad_()
@@ -164,10 +174,12 @@ def carried_down(
     from fada.families import graph_from
     carry,out = Carried(),[]; at = torch.arange(rows.start, rows.stop)
     with captured(core, carry=carry), lean(core), torch.enable_grad():
-        with graph_from(core.get_input_embeddings()): logits = core(**inputs, logits_to_keep=at, use_cache=False).logits[0]
+        with graph_from(core.get_input_embeddings()):
+            logits = core(**inputs, logits_to_keep=at, use_cache=False).logits[0]
         for k,token in enumerate(ids):
             carry.start(rows.start+k, logits.device)
-            logits[k].float().log_softmax(-1)[token].backward(retain_graph=k < len(ids)-1); out.append(carry.row.cpu())
+            logits[k].float().log_softmax(-1)[token].backward(retain_graph=k < len(ids)-1)
+            out.append(carry.row.cpu())
     return torch.nn.utils.rnn.pad_sequence(out, batch_first=True)
 
 # %% ../nbs/12_attention.ipynb #5f888bb6
@@ -185,7 +197,7 @@ def _answer_logp(vlm, features, prompt, ids):
 # %% ../nbs/12_attention.ipynb #533fc12d
 def _asked(vlm, question, answer):
     "(prompt, token ids of the answer); `FadaError` without weights, or without words"
-    from fada import choices   # what every engine can do besides
+    from fada import choices   # noqa: F401  gives VLM the methods used here
     if vlm.core is None or 'attention' not in vlm.spec.capabilities:
         raise FadaError(f'{vlm.spec.name} gives no attention', '', 'a model with weights at hand', 'use occlusion')
     i = question_id(question); prompt = build_prompt(vlm.spec, QUESTIONS[i].text if i else question)
@@ -217,10 +229,13 @@ def relevancy(
         q = core.qformer(query_embeds=start, encoder_hidden_states=patches).last_hidden_state
         logp = _answer_logp(vlm, bridge(core, q), prompt, ids)[0]
         weights = [w for _,w in caught]
-        if not weights: raise FadaError(f'no attention of {vlm.spec.name} could be caught', '', 'attention in separate steps', 'use occlusion')
+        if not weights:
+            raise FadaError(f'no attention of {vlm.spec.name} could be caught', '', 'attention in separate steps',
+                            'use occlusion')
         # one backward pass carries all tokens: a gradient of each, tokens × batch × heads × rows × columns
         slopes = torch.autograd.grad(logp, weights, torch.eye(len(ids), device=logp.device), is_grads_batched=True)
-        maps = [_compose([_weighted(w, g[t]) for w,g in zip(weights, slopes)], q.shape[1], patches.shape[1], words+t) for t in range(len(ids))]
+        maps = [_compose([_weighted(w, g[t]) for w,g in zip(weights, slopes)], q.shape[1], patches.shape[1],
+                         words+t) for t in range(len(ids))]
     side = int(round((patches.shape[1]-1)**.5))
     per = torch.stack(maps)[:,1:].reshape(-1, side, side).cpu().numpy()  # the class token, first, is no place
     return per.mean(0), per, [vlm.processor.tokenizer.decode([i]) for i in ids]

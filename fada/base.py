@@ -141,7 +141,8 @@ def train_vision(
     "Stage 1: teach the vision tower with heads that are thrown away"
     import torch
     v = model.vision_model; width,side = v.config.hidden_size,recipe.image_size//recipe.patch
-    sizes = {str(k): len(c) for k,c in targets.mirrored.items()} | {k: targets.seen.shape[1] for k in ('seen','patch')}
+    sizes = {str(k): len(c) for k,c in targets.mirrored.items()} | {k: targets.seen.shape[1]
+                                                                    for k in ('seen','patch')}
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(width, n) for k,n in sizes.items()})
     parameters = [*v.parameters(), *heads.parameters()]
     opt,schedule = optimiser(parameters, recipe.vision_lr, recipe.vision_steps, recipe.warmup,
@@ -174,7 +175,8 @@ def several_views(
 
 # %% ../nbs/09c_base.ipynb #d6dae716
 def _seen_vision(model, saw, learn):
-    "Stage 1's vision tower from the file `saw`, where an earlier run got that far, else from `learn`; returns its losses"
+    """Stage 1's vision tower from the file `saw`, where an earlier run got that far, else from `learn`; returns its
+    losses"""
     from safetensors.torch import load_file, save_file
     if saw.exists(): model.vision_model.load_state_dict(load_file(saw)); losses = []
     else:
@@ -198,7 +200,8 @@ def train_base(
     if 'truth' not in table or table.truth.isna().any():
         raise FadaError('the base is taught from sidecars', str(data), 'a folder of phantoms',
                         'run `fada phantom`')
-    key = dict(recipe_sha256=recipe_digest(recipe), data_sha256=table_digest(table), code_sha256=code_digest(DECIDING))
+    key = dict(recipe_sha256=recipe_digest(recipe), data_sha256=table_digest(table),
+               code_sha256=code_digest(DECIDING))
     if (out/'fada.json').exists() and key.items() <= read_json(out/'fada.json').items():
         return read_json(out/'fada.json')
     start = time.perf_counter(); use_threads(); seed_all(recipe.seed)

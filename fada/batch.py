@@ -253,12 +253,14 @@ def _too_big(code:int, log:Path)->bool:
 
 # %% ../nbs/13_batch.ipynb #c81a1b02
 def _smaller(parameters:dict, known:dict)->dict:
-    "Parameters for half the memory: a step's images in twice as many parts where the notebook can, else half the batch"
+    """Parameters for half the memory: a step's images in twice as many parts where the notebook can, else half the
+    batch"""
     if 'accumulate' in known: return dict(parameters, accumulate=2*known['accumulate'])
     return dict(parameters, batch=known['batch']//2) if known.get('batch', 0) > 1 else parameters
 
 def _attempt(job:Job, known:dict, env:dict, lock:int)->tuple:
-    "(exit status, why, retried): run a notebook; for want of memory a second time, at half the batch where it has one"
+    """(exit status, why, retried): run a notebook; for want of memory a second time, at half the batch where it has
+    one"""
     log,parameters,retried = job.part/'run.log',job.parameters,False
     for _ in range(4):
         code,why = _execute(job, parameters, env, lock)
@@ -270,7 +272,8 @@ def _attempt(job:Job, known:dict, env:dict, lock:int)->tuple:
     return code, why, retried
 
 def _settle(job:Job, begun:str, seconds:float, retried:bool):
-    "Name the finished folder as it is to be called, in the place of an older one; the mark that it is done goes in first"
+    """Name the finished folder as it is to be called, in the place of an older one; the mark that it is done goes
+    in first"""
     write_json(job.part/'done.json', dict(digest=begun, finished=now(), seconds=round(seconds, 1), retried=retried))
     old = job.folder.with_name(f'.{job.folder.name}.old')
     if old.exists(): shutil.rmtree(old)
@@ -292,7 +295,8 @@ def run_job(job:Job, threads:int=1)->Result:
         if _stop.is_set() or why == 'stopped': return Result(job, 'cancelled', seconds, started=began)
         if code:
             return Result(job, 'failed', seconds, f'{why or _reason(log)} (exit {code}, log: {log})', retried, began)
-        if job.digest() != begun: return Result(job, 'failed', seconds, 'what it reads was changed while it ran: run again', retried, began)
+        if job.digest() != begun:
+            return Result(job, 'failed', seconds, 'what it reads was changed while it ran: run again', retried, began)
         _settle(job, begun, seconds, retried)
         return Result(job, 'done', seconds, '', retried, began)
     finally: os.close(lock)
@@ -309,7 +313,8 @@ def _check_order(jobs):
         for a in j.after:
             if a not in names: raise FadaError(f'{j.name} comes after {a!r}', 'the batch', nearest(a, names), '')
     try: TopologicalSorter({j.name: j.after for j in jobs}).prepare()
-    except CycleError as e: raise FadaError(f'jobs wait for each other: {" → ".join(e.args[1])}', 'the batch') from None
+    except CycleError as e:
+        raise FadaError(f'jobs wait for each other: {" → ".join(e.args[1])}', 'the batch') from None
 
 class _Waiting:
     "Jobs that wait: for those before them, for a free slot and for the memory that they are planned to need"
@@ -345,7 +350,8 @@ def run_jobs(
     """Run `jobs`, each after those it depends on; one that fails does not stop the rest, Ctrl-C stops them
     all and loses nothing that is done"""
     _check_order(jobs); _stop.clear(); w = _Waiting(jobs, max(1, workers), memory)
-    if not executor: threads = threads or max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
+    if not executor:
+        threads = threads or max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
     def add(r):
         w.results[r.job.name] = r
         if say:
@@ -392,7 +398,8 @@ def run_notebooks(start='.')->Path:
               Path(__file__).resolve().parents[1] if '__file__' in globals() else Path('.')):
         if (d/'nbs'/'run'/'train.ipynb').is_file(): return d/'nbs'/'run'
     if '__file__' in globals() and (own := Path(__file__).parent/'notebooks'/'run').is_dir(): return own
-    raise FadaError('the run notebooks are not here', str(Path(start).resolve()), 'nbs/run of a clone, or fada/notebooks',
+    raise FadaError('the run notebooks are not here', str(Path(start).resolve()),
+                    'nbs/run of a clone, or fada/notebooks',
                     'install the package again, or run this from a clone of the project')
 
 # %% ../nbs/13_batch.ipynb #9dd69ab7

@@ -17,33 +17,41 @@ def _plain(text)->str:
     return html.escape(' '.join(str(text).split())).translate({ord(c): '\\'+c for c in '|`*_[]#'})
 
 def _table(head, rows)->str:
-    return '\n'.join(['| '+' | '.join(head)+' |', '|---'*len(head)+'|', *('| '+' | '.join(map(str, r))+' |' for r in rows)])
+    return '\n'.join(['| '+' | '.join(head)+' |', '|---'*len(head)+'|',
+                      *('| '+' | '.join(map(str, r))+' |' for r in rows)])
 
 def _limits(about, spec)->list:
     "What the adapter is not"
     from fada.registry import dossier
     checked = isinstance(about['preflight'], list)
-    notes = [f['said'] for f in about['preflight'] if f['level'] == 'note'] if checked else ['trained without preflight']
+    notes = [f['said'] for f in about['preflight']
+             if f['level'] == 'note'] if checked else ['trained without preflight']
     worst = about['checks'][-1]; rare = '' if worst['sensitivity'] is None else (
         f"Of {worst['abnormal']} abnormal validation images {worst['sensitivity']:.0%} were found.")
-    c = about.get('calibration'); sure = ('Confidence is the mean token probability, not calibrated.' if c is None else
-        f"Confidence was calibrated on {c['answers']} validation answers: mean error {c['error_before']:.3f} before, {c['error_after']:.3f} "
+    c = about.get('calibration')
+    sure = ('Confidence is the mean token probability, not calibrated.' if c is None else
+        f"Confidence was calibrated on {c['answers']} validation answers: mean error {c['error_before']:.3f} "
+        f"before, {c['error_after']:.3f} "
         'after, on the same answers.')
     return [NOTICE, sure, *(['Its base was trained on synthetic images only.'] if spec.embedded else []),
             *map(_plain, notes), *([rare] if rare else []),
             *([f"{len(about['lost_images'])} images vanished during training."] if about['lost_images'] else []),
-            *([f"{len(about['skipped_steps'])} steps without finite numbers were left out."] if about['skipped_steps'] else []),
+            *([f"{len(about['skipped_steps'])} steps without finite numbers were left out."]
+              if about['skipped_steps'] else []),
             f'May it be shared: {dossier(spec).share}.']
 
+# %% ../nbs/09m_card.ipynb #6a596a9c
 def _scores(metrics)->str:
     "Test scores with their controls"
-    cell = lambda s: '' if s['mean'] is None else f"{s['mean']:.2f}"+('' if s['low'] is None else f" [{s['low']:.2f}, {s['high']:.2f}]")
+    cell = lambda s: '' if s['mean'] is None else f"{s['mean']:.2f}"+(''
+                                                                      if s['low'] is None else f" [{s['low']:.2f}, {s['high']:.2f}]")
     names = sorted({k for m in metrics['questions'].values() for k in m['controls']})
     rows = [[QUESTIONS[int(q)].key, m['measure'], cell(m['score']),
              *(cell(m['controls'][n]) if n in m['controls'] else '' for n in names)]
             for q,m in sorted(metrics['questions'].items(), key=lambda kv: int(kv[0]))]
     n = metrics['normality']
-    return (f"{metrics['images']} images of {metrics['patients']} patients, split {metrics['split']}; 95 % intervals over patients.\n\n"
+    return (f"{metrics['images']} images of {metrics['patients']} patients, split {metrics['split']}; 95 % "
+            f"intervals over patients.\n\n"
             +_table(['question','measure','score',*names], rows)
             +('' if n['sensitivity'] is None else f"\n\nAbnormal images found: {n['found']} of {n['abnormal']}; "
                                                   f"normal ones cleared: {n['cleared']} of {n['normal']}."))
@@ -63,8 +71,10 @@ def model_card(
                      [[q, _plain(c), v['images'], v['drawn'], v.get('weight', 1), found(q, c)]
                       for q,cs in about['classes'].items() for c,v in cs.items()])
     scores = _scores(metrics) if metrics else (
-        'Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was kept, '
-        f"validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); no controls stand beside that.")
+        'Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was '
+        'kept, '
+        f"validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); no "
+        f"controls stand beside that.")
     limits = '\n'.join(f'- {l}' for l in _limits(about, spec))
     return f"""---
 library_name: peft
@@ -94,6 +104,7 @@ Base `{_plain(about['base'])}`, precision {about['precision']}, prompt version {
 Made {_plain(about['made'])} with {_plain(', '.join(f'{k} {v}' for k,v in about['versions'].items()))}.
 """
 
+# %% ../nbs/09m_card.ipynb #280736e5
 def write_card(
     folder,             # of an adapter bundle, or of the job that trained it
     job=None,           # folder of an evaluation with this adapter
@@ -101,9 +112,11 @@ def write_card(
     "Write README.md beside the adapter; `FadaError` where the evaluation was of another adapter"
     from fada.vlm import _inside, adapter_digest
     folder = Path(_inside(folder, 'adapter')); about = read_json(folder/'fada.json'); metrics = None
-    if 'recipe' not in about: raise FadaError('an adapter of an earlier version', str(folder), 'notes with its recipe', 'train it again')
+    if 'recipe' not in about:
+        raise FadaError('an adapter of an earlier version', str(folder), 'notes with its recipe', 'train it again')
     if job:
         metrics = read_json(Path(job)/'metrics.json'); mine = adapter_digest(folder)
         if metrics['identity']['adapter'] != mine:
-            raise FadaError('an evaluation of another adapter', str(job), f'adapter {mine[:12]}…', 'evaluate this one with --adapter')
+            raise FadaError('an evaluation of another adapter', str(job), f'adapter {mine[:12]}…',
+                            'evaluate this one with --adapter')
     return write_atomic(folder/'README.md', model_card(about, metrics))

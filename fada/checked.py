@@ -40,7 +40,8 @@ def naming_span(vlm, structures, name:str)->tuple:
     listed = write_answer(1, dict(structures=structures)).split(', ')
     before = listed[:listed.index(write_answer(1, dict(structures=[name])))]
     answer = ', '.join([*before, write_answer(1, dict(structures=[name]))])
-    return answer, slice(len(answer_tokens(vlm, 1, ', '.join(before)+',')) if before else 0, len(answer_tokens(vlm, 1, answer)))
+    return answer, slice(len(answer_tokens(vlm, 1, ', '.join(before)+',')) if before else 0,
+                         len(answer_tokens(vlm, 1, answer)))
 
 def make_sample(vlm, category:str, patient:int, seed:int=0)->Sample|None:
     "A sample, kept or not (its `fall` tells); None where the pair does not differ in one visible structure"
@@ -62,8 +63,10 @@ def mask_scores(
     near = distance_transform_edt(~mask) <= TOLERANCE
     h = np.nan_to_num(np.asarray(heat, float), nan=-np.inf); plus = np.where(np.isfinite(h), np.maximum(h, 0), 0)
     level = np.quantile(h[np.isfinite(h)], .9) if np.isfinite(h).any() else np.inf
-    top = h >= level if (h >= level).mean() < .5 else h > level   # few hot pixels on nothing; a flat map points nowhere
-    return dict(pointing=float(near[h == h.max()].mean()), energy=float(plus[mask].sum()/plus.sum()) if plus.sum() else 0.,
+    # few hot pixels on nothing; a flat map points nowhere
+    top = h >= level if (h >= level).mean() < .5 else h > level
+    return dict(pointing=float(near[h == h.max()].mean()),
+                energy=float(plus[mask].sum()/plus.sum()) if plus.sum() else 0.,
                 iou=float((top & mask).sum()/max(1, (top | mask).sum())))
 
 # %% ../nbs/12d_checked.ipynb #d53d12e1
@@ -79,7 +82,8 @@ def faithfulness_images(heat, image, fill:str):
     return gone, [np.where((rank < s)[...,None], plain, cover) for s in SHARES]
 
 def faithfulness(vlm, sample, heat, fill:str)->tuple:
-    "(deletion, insertion): areas under the probability of the naming words, 0 to 1; deletion is better low, insertion high"
+    """(deletion, insertion): areas under the probability of the naming words, 0 to 1; deletion is better low,
+    insertion high"""
     gone,shown = faithfulness_images(heat, sample.image, fill)
     p = np.exp(answer_logp(vlm, gone+shown, 1, sample.answer)[:,sample.span].mean(1)); n = len(gone)
     return float(np.trapezoid(p[:n], SHARES)), float(np.trapezoid(p[n:], SHARES))
@@ -88,7 +92,8 @@ def faithfulness(vlm, sample, heat, fill:str)->tuple:
 def randomised(vlm, seed:int=0):
     "The same model with every weight matrix shuffled: same distribution of weights, nothing learned"
     import torch
-    other = copy.copy(vlm); other.model = copy.deepcopy(vlm.model); other._features = type(vlm._features)(); g = torch.Generator().manual_seed(seed)
+    other = copy.copy(vlm); other.model = copy.deepcopy(vlm.model); other._features = type(vlm._features)()
+    g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in other.model.parameters():
             if p.ndim > 1: p.copy_(p.flatten()[torch.randperm(p.numel(), generator=g).to(p.device)].view_as(p))
@@ -99,7 +104,8 @@ def _span_map(m, span):
     m.heat = np.asarray(m.per_token)[span].mean(0)
     return m.pixels()
 
-METHODS = {name: (lambda vlm, s, f=f: _span_map(f(vlm, s.image, 1, s.answer), s.span)) for name,f in MAP_METHODS.items()}
+METHODS = {name: (lambda vlm, s, f=f: _span_map(f(vlm, s.image, 1, s.answer), s.span))
+           for name,f in MAP_METHODS.items()}
 
 def blind_maps(image)->dict:
     "Maps that know nothing of any model: even, towards the middle, the sector"
@@ -120,7 +126,8 @@ def score_map(vlm, sample, heat)->dict:
 
 def score_sample(vlm, other, sample, methods=METHODS)->list:
     "Rows of scores: every method, the method on random weights, and the blind maps"
-    about = dict(category=sample.category, patient=f'{sample.category}/{sample.patient}', structure=sample.structure); rows = []
+    about = dict(category=sample.category, patient=f'{sample.category}/{sample.patient}',
+                 structure=sample.structure); rows = []
     for name,m in methods.items():
         rows.append(dict(about, what=name, **score_map(vlm, sample, m(vlm, sample))))
         rows.append(dict(about, what=f'{name} (random weights)', **score_map(vlm, sample, m(other, sample))))
@@ -146,14 +153,17 @@ def check_maps(vlm,
         counts[TESTED] += 1
         if s.fall <= 0: continue
         counts[KEPT] += 1; rows += score_sample(vlm, other, s, methods)
-    if not rows: raise FadaError(f'the answers of {vlm.spec.name} depend on no structure', f'{counts[TESTED]} pairs', 'at least one sample', 'more patients, or another model')
+    if not rows:
+        raise FadaError(f'the answers of {vlm.spec.name} depend on no structure', f'{counts[TESTED]} pairs',
+                        'at least one sample', 'more patients, or another model')
     return pd.DataFrame(rows), counts
 
 # %% ../nbs/12d_checked.ipynb #433f3358
 BADGE = 'verified for this model'
 
 def against(scores, method:str, control:str, score:str)->dict:
-    "By how much a method is better than a control: mean with interval, above 0 is better; for deletion the sign is turned"
+    """By how much a method is better than a control: mean with interval, above 0 is better; for deletion the sign
+    is turned"""
     pick = lambda what: scores[scores.what == what].set_index('patient')[score]
     a,b = pick(method).align(pick(control), join='inner'); sign = -1 if score.startswith('deletion') else 1
     return difference(sign*a.to_numpy(), sign*b.to_numpy(), a.index.to_numpy())
@@ -169,7 +179,8 @@ def verdict(scores, method:str)->list:
 
 def verdicts(scores)->dict:
     "Method: what it does not beat"
-    return {m: verdict(scores, m) for m in scores.what.unique() if m not in BLIND and not m.endswith('(random weights)')}
+    return {m: verdict(scores, m) for m in scores.what.unique() if m not in BLIND
+            and not m.endswith('(random weights)')}
 
 # %% ../nbs/12d_checked.ipynb #e0845e8b
 def map_table(scores, counts)->str:
@@ -178,11 +189,13 @@ def map_table(scores, counts)->str:
         v = scores[scores.what == what]; i = mean_interval(v[s], v.patient)
         return f'{i["mean"]:.2f}'+('' if i['low'] is None else f' [{i["low"]:.2f}, {i["high"]:.2f}]')
     found = verdicts(scores); names = [*found, *(f'{m} (random weights)' for m in found), *BLIND]
-    lines = [f'{counts[KEPT]} of {counts[TESTED]} pairs kept: leaving the structure out lowers the answer. 95 % intervals, clustered on the patient.', '',
+    lines = [f'{counts[KEPT]} of {counts[TESTED]} pairs kept: leaving the structure out lowers the answer. 95 % '
+             f'intervals, clustered on the patient.', '',
              '| map | '+' | '.join(SCORES)+' | |', '|---'*(len(SCORES)+2)+'|']
     badge = lambda n: BADGE if n in found and not found[n] else 'not verified' if n in found else 'control'
     lines += [f'| {n} | '+' | '.join(cell(n, s) for s in SCORES)+f' | {badge(n)} |' for n in names]
-    lines += ['', *(f'- {m} does not beat '+'; '.join(f'{c} on {", ".join(s for k,s in missing if k == c)}' for c in dict.fromkeys(k for k,_ in missing))
+    lines += ['', *(f'- {m} does not beat '+'; '.join(f'{c} on {", ".join(s for k,s in missing if k == c)}'
+                                                      for c in dict.fromkeys(k for k,_ in missing))
                     for m,missing in found.items() if missing)]
     if all(found.values()): lines += ['', '**No method beats every control here.**']
     return '\n'.join(lines)

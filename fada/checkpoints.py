@@ -60,7 +60,8 @@ def shards(folder)->list:
     if index.is_file():
         names = sorted(set(read_json(index).get('weight_map', {}).values()))
         outside = [n for n in names if Path(n).name != n]
-        if outside: raise FadaError(f'the index names {outside[0]!r}', str(index), 'files of this folder', 'do not use it')
+        if outside:
+            raise FadaError(f'the index names {outside[0]!r}', str(index), 'files of this folder', 'do not use it')
         missing = [n for n in names if not (folder/n).is_file()]
         if missing:
             raise FadaError(f'{len(missing)} of {len(names)} shards are missing, the first {missing[0]}',
@@ -129,7 +130,8 @@ def locate(
     if spec.embedded: return str(ASSETS/spec.checkpoint)
     if Path(spec.checkpoint).is_dir(): return spec.checkpoint
     if Path(spec.checkpoint).is_absolute() or spec.checkpoint.startswith(('.','~')):
-        raise FadaError('no model in the checkpoint folder', spec.checkpoint, 'config.json and safetensors', f'correct the row of {spec.name}')
+        raise FadaError('no model in the checkpoint folder', spec.checkpoint, 'config.json and safetensors',
+                        f'correct the row of {spec.name}')
     place = state_folder()/spec.name if spec.parts else _snapshot(spec)
     if place and (Path(place)/'config.json').is_file(): return str(place)
     made = 'composed' if spec.parts else 'downloaded'
@@ -141,6 +143,7 @@ def _entry(spec)->dict:
     entry = ledger(spec.name)
     return entry if entry.get('checkpoint', spec.checkpoint) == spec.checkpoint else {}
 
+# %% ../nbs/05b_checkpoints.ipynb #c32cfe52
 def _snapshot(spec):
     "Folder of a downloaded revision, or None; pins what another tool downloaded"
     from huggingface_hub import try_to_load_from_cache
@@ -293,8 +296,10 @@ _GEMMA_VISION = re.compile(r'vision_tower|multi_modal_projector')
 _COUNTERS = re.compile(r'(^|\.)(position_ids|rotary_emb\.inv_freq)$')
 
 def no_memory(e)->bool:
-    "Whether an exception means that memory ran out: CUDA, a CPU allocation and a mapped file each say it in their own words"
-    return isinstance(e, MemoryError) or bool(re.search(r'allocate memory|out of memory|not enough memory', str(e), re.I))
+    """Whether an exception means that memory ran out: CUDA, a CPU allocation and a mapped file each say it in their
+    own words"""
+    return isinstance(e, MemoryError) or bool(re.search(r'allocate memory|out of memory|not enough memory', str(e),
+                                                        re.I))
 
 def load_model(
     spec:ModelSpec, weights=None, precision:str='fp32', device:str='auto',
@@ -373,7 +378,8 @@ def weights_bytes(model)->int:
     return sum(t.numel()*t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 def quantisation_bytes(model)->int:
-    "Bytes of bitsandbytes' scales, offsets and code books, which are neither parameters nor buffers; shared ones once"
+    """Bytes of bitsandbytes' scales, offsets and code books, which are neither parameters nor buffers; shared ones
+    once"""
     found = []
     for m in model.modules():
         state = getattr(getattr(m, 'weight', None), 'quant_state', None)   # nf4

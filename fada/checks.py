@@ -177,7 +177,7 @@ def _check_question(out, q, g):
         spelt = ' · '.join(f'{s!r} {n}×' for s,n in same.answer.value_counts().head(5).items())
         _add(out, source(same), 0, f'Q{q}', 'label drift', f'{spelt} → {norm!r} (rules: {rules})', 'repaired')
     unread = g[g.structured == '{}'] if 'structured' in g else g[[not read_answer(q, a) for a in g.answer]]
-    for a,same in unread.groupby('answer_norm'):
+    for _,same in unread.groupby('answer_norm'):
         f,_,i = source(same).rpartition(':')
         _add(out, f, int(i or 0), f'Q{q}', 'not understood', f'{len(same)} answers such as '
              f'{same.answer.iloc[0][:60]!r} have no structured form: text scores only')

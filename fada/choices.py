@@ -17,7 +17,8 @@ from .decode import release
 from .vlm import VLM, Answer, Request, _prepare, image_hash, wording
 
 # %% ../nbs/07g_choices.ipynb #085f766d
-CHOICES = {3: tuple(sorted({f'{c.plane}, {kind}' for c in CATEGORIES.values() for kind in ('standard','non-standard')})),
+CHOICES = {3: tuple(sorted({f'{c.plane}, {kind}' for c in CATEGORIES.values()
+                            for kind in ('standard','non-standard')})),
            6: tuple(GRADES), 7: ('no abnormality seen', 'abnormal')}
 
 @dataclass
@@ -29,7 +30,8 @@ class Choice:
     logp: dict           # choice: log-probability of its tokens in the model's own words
 
     def _repr_markdown_(self):
-        return f'**{self.question}** '+', '.join(f'{k} {p:.2f}' for k,p in sorted(self.probability.items(), key=lambda i: -i[1]))
+        return f'**{self.question}** '+', '.join(f'{k} {p:.2f}'
+                                                 for k,p in sorted(self.probability.items(), key=lambda i: -i[1]))
 
 def force(steps, ids)->list:
     "Log-probability of the token lists `ids` (one a row) where the rows would say them"
@@ -46,7 +48,8 @@ def force(steps, ids)->list:
 @patch
 def answer_ids(self:VLM, prompt:str, answer:str, image:bool)->list:
     "Token ids of `answer` as training puts them after `prompt`, without the end"
-    tok = getattr(self.processor, 'tokenizer', self.processor); two = self.core.config.get_text_config().is_encoder_decoder
+    tok = getattr(self.processor, 'tokenizer', self.processor)
+    two = self.core.config.get_text_config().is_encoder_decoder
     if hasattr(self, 'render'):
         said = self.render(prompt, image, answer)[1]; said = said[:said.index(answer)+len(answer)]
     else: said = answer if two else ' '+answer
@@ -61,11 +64,14 @@ def choose(self:VLM, image, question,
     import torch
     (i,text,prompt), = _prepare(self, Request(image, [question])); choices = list(choices or CHOICES.get(i, ()))
     if len(set(choices)) < 2 or not all(choices) or any(a != b and b.startswith(a) for a in choices for b in choices):
-        raise FadaError(f'choices {choices}', text, 'two or more texts, none of which begins another', 'pass `choices`')
-    if self.core is None: raise FadaError(f'{self.spec.name} gives no probabilities', '', 'a model that runs here', 'see `fada models`')
+        raise FadaError(f'choices {choices}', text, 'two or more texts, none of which begins another',
+                        'pass `choices`')
+    if self.core is None:
+        raise FadaError(f'{self.spec.name} gives no probabilities', '', 'a model that runs here', 'see `fada models`')
     ids = [self.answer_ids(prompt, c, image is not None) for c in choices]
     with torch.inference_mode(), quick_linears(self.core):
-        logp = np.array(force(self.begin(self.see([image]), [0]*len(ids), [prompt]*len(ids), max(map(len, ids))), ids))
+        logp = np.array(force(self.begin(self.see([image]), [0]*len(ids), [prompt]*len(ids), max(map(len, ids))),
+                              ids))
     p = np.exp((logp-logp.max())/temperature); p /= p.sum()
     return Choice(text, choices[int(p.argmax())], dict(zip(choices, p.tolist())), dict(zip(choices, logp.tolist())))
 
@@ -78,7 +84,8 @@ def fit_temperature(
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
     logp,truth = np.asarray(logp, float),np.asarray(truth)
-    if len(logp) < 2: raise FadaError(f'{len(logp)} validation answers', 'calibration', 'two or more', 'use a larger split')
+    if len(logp) < 2:
+        raise FadaError(f'{len(logp)} validation answers', 'calibration', 'two or more', 'use a larger split')
     loss = lambda t: -log_softmax(logp/np.exp(t), 1)[np.arange(len(truth)),truth].mean()
     return float(np.exp(minimize_scalar(loss, bounds=(-4, 4), method='bounded').x))
 
@@ -105,7 +112,8 @@ class Stream:
     "Answers as they come: iterate over the pieces, `cancel` to stop; `answers` holds what was said"
     def __init__(self, vlm, image,
                  questions):   # one: iterating gives pieces; a list: (number of the question, piece)
-        if vlm.core is None: raise FadaError(f'{vlm.spec.name} does not stream', '', 'a model that runs here', 'see `fada models`')
+        if vlm.core is None:
+            raise FadaError(f'{vlm.spec.name} does not stream', '', 'a model that runs here', 'see `fada models`')
         self.vlm,self.image,self.one,self._stop = vlm,image,isinstance(questions, (str, int)),False
         self.asked = _prepare(vlm, Request(image, [questions] if self.one else list(questions)))
         sha = image_hash(image)
@@ -136,13 +144,15 @@ def __iter__(self:Stream):
             for n,token,p in new:
                 said[n][0].append(token); said[n][1].append(p); a = self.answers[n]
                 text = wording(tok, *said[n], v.kept)[0]; piece = text[len(a.text):]
-                if not piece or (text.endswith('\ufffd') and n in left): continue   # half a letter waits for its other half
+                # half a letter waits for its other half
+                if not piece or (text.endswith('\ufffd') and n in left): continue
                 a.text = text; yield piece if self.one else (n, piece)
     except GeneratorExit: self._stop = True; raise
     finally:
         for n,(ids,logp) in enumerate(said): self._close(n, ids, logp, seen[0], self._stop and n in left, start)
         del steps; release(v.device)
 
+# %% ../nbs/07g_choices.ipynb #75ddc30e
 @patch
 def _close(self:Stream, n, ids, logp, seen, cut, start):
     "Word an answer that has ended, or was stopped"

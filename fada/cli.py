@@ -140,8 +140,10 @@ def _set_aside(folder, m)->str:
     import csv
     none = [q.key for q in QUESTIONS.values() if not m['rows_by_question'].get(q.id)]; lines = []
     if m['quarantined']:
-        with open(folder/QUARANTINE, encoding='utf-8', newline='') as f: why = Counter(r['reason'] for r in csv.DictReader(f))
-        lines = [f'  {n:6}  {reason}' for reason,n in why.most_common(6)]+[f'  all of them, with file and row: {folder/QUARANTINE}']
+        with open(folder/QUARANTINE, encoding='utf-8', newline='') as f:
+            why = Counter(r['reason'] for r in csv.DictReader(f))
+        lines = [f'  {n:6}  {reason}'
+                 for reason,n in why.most_common(6)]+[f'  all of them, with file and row: {folder/QUARANTINE}']
     return '\n'.join(['', *lines, *([f"  no answer at all to: {', '.join(none)}"] if none else [])]).rstrip()
 
 # %% ../nbs/16_cli.ipynb #ad968b77
@@ -149,26 +151,34 @@ def _set_aside(folder, m)->str:
 def train(
     data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
     precision:Precision=None, device:Device=None,
-    task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch; planes: a classifier.')]='lora',
+    task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch; planes: a '
+                                          'classifier.')]='lora',
     out:Annotated[Optional[str], typer.Option('--out', '--output', help='Folder of the result.')]=None,
     steps:int=120,
-    rank:Annotated[Optional[int], typer.Option(help="Of the LoRA layers. Default, as of --lr and --batch: the family's.")]=None,
+    rank:Annotated[Optional[int],
+                   typer.Option(help="Of the LoRA layers. Default, as of --lr and --batch: the family's.")]=None,
     lr:Annotated[Optional[float], typer.Option(help='Learning rate.')]=None,
     batch:Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]=None,
     accumulate:Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]=1,
     images:Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]=0,
-    balance:Annotated[Optional[str], typer.Option(help='What rare answers are given: draw, loss or none. Default: settings.ini.')]=None,
-    abnormal_weight:Annotated[Optional[float], typer.Option(help='How many times as often, or at most as much. Default: settings.ini.')]=None,
+    balance:Annotated[Optional[str], typer.Option(help='What rare answers are given: draw, loss or none. Default: '
+                                                       'settings.ini.')]=None,
+    abnormal_weight:Annotated[Optional[float], typer.Option(help='How many times as often, or at most as much. '
+                                                                 'Default: settings.ini.')]=None,
     checks:Annotated[int, typer.Option(help='Validations, spread over the steps.')]=4,
     patience:Annotated[int, typer.Option(help='Checks without a better score until training stops; 0: never.')]=3,
     keep_every:Annotated[int, typer.Option(help='Steps between checkpoints: what a power cut may cost.')]=20,
-    packing:Annotated[bool, typer.Option(help='All questions of an image in one sequence, where the family allows it.')]=True,
+    packing:Annotated[bool, typer.Option(help='All questions of an image in one sequence, where the family allows '
+                                              'it.')]=True,
     cache:Annotated[bool, typer.Option(help='Compute what the frozen vision tower gives once.')]=True,
-    augment:Annotated[bool, typer.Option('--augment', help='Change pictures without changing their answers; no cache then.')]=False,
+    augment:Annotated[bool, typer.Option('--augment', help='Change pictures without changing their answers; no '
+                                                           'cache then.')]=False,
     optimiser:Annotated[str, typer.Option(help='adamw; on a card also adamw8bit and paged8bit.')]='adamw',
-    checkpointing:Annotated[bool, typer.Option('--checkpointing', help='Gradient checkpointing: less memory, more arithmetic.')]=False,
+    checkpointing:Annotated[bool, typer.Option('--checkpointing',
+                                               help='Gradient checkpointing: less memory, more arithmetic.')]=False,
     processes:Annotated[int, typer.Option(help='That train an adapter together on this machine, one a card.')]=1,
-    skip_preflight:Annotated[bool, typer.Option('--skip-preflight', help='Begin without the checks; noted in the adapter.')]=False,
+    skip_preflight:Annotated[bool, typer.Option('--skip-preflight',
+                                                help='Begin without the checks; noted in the adapter.')]=False,
     replace:Annotated[bool, typer.Option('--replace', help='Delete what another run left in the folder.')]=False,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
@@ -181,12 +191,15 @@ def train(
     out = (Path(out) if out
            else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
     about = train_job(s, out, task, weights, processes=processes, **({} if task != 'lora' else dict(
-        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, balance=balance, abnormal_weight=abnormal_weight,
+        rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, balance=balance,
+        abnormal_weight=abnormal_weight,
         checks=checks, patience=patience, keep_every=keep_every, packing=packing, cache=cache, augment=augment,
         optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)))
     if os.environ.get('RANK', '0') != '0': return   # one of several processes speaks
-    use = dict(lora=f'; ask and evaluate with --adapter {out}', base=f'; ask, train and evaluate with --weights {out}')
-    _show(about, json, f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: {out}"
+    use = dict(lora=f'; ask and evaluate with --adapter {out}',
+               base=f'; ask, train and evaluate with --weights {out}')
+    _show(about, json,
+          f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: {out}"
           + use.get(task, ''))
 
 # %% ../nbs/16_cli.ipynb #d7e8d8c0
@@ -204,7 +217,8 @@ def evaluate(
     preset:Annotated[str, typer.Option(help='seed45: five categories, three images of each, three questions.')]='',
     examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
     answers:Annotated[Optional[str],
-                      typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]=None,
+                      typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model '
+                                        'is asked.')]=None,
     shard:Annotated[str, typer.Option(help='2/4: answer the second of four parts only, for --merge.')]='',
     merge:Annotated[Optional[list[str]],
                     typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]=None,
@@ -276,9 +290,12 @@ def twins(
     folder = Path(out) if out else s.output/'run'/job_name(s, weights, adapter).replace('evaluate', 'twins', 1)
     r = twins_job(s, folder, weights, adapter, n, images); m = r['summary']
     share = lambda v: interval_text(v) if v['n'] else 'none asked'
-    lines = [f"{m['pairs']} pairs: changed when it must {share(m['change'])}, stayed when it must {share(m['keep'])} (both answers right)",
-             *(f"  {t['differ']:10} {t['question']:18} must {t['expected']:7} {t['passed']:.2f} of {t['pairs']}" for t in r['table']),
-             *(f"  {p['question']:18} spread over wordings {p['spread']:.2f}, one answer for {p['one answer']:.0%}" for p in r.get('phrasings', ()))]
+    lines = [f"{m['pairs']} pairs: changed when it must {share(m['change'])}, stayed when it must "
+             f"{share(m['keep'])} (both answers right)",
+             *(f"  {t['differ']:10} {t['question']:18} must {t['expected']:7} {t['passed']:.2f} of {t['pairs']}"
+               for t in r['table']),
+             *(f"  {p['question']:18} spread over wordings {p['spread']:.2f}, one answer for {p['one answer']:.0%}"
+               for p in r.get('phrasings', ()))]
     _show(r, json, '\n'.join([*lines, *([] if r['trained_on_phantoms']
                                         else ['a probe: failing it may be the synthetic look']), r['notice'],
                               str(folder)]))
@@ -294,7 +311,8 @@ def runs(
     since:Annotated[Optional[str], typer.Option(help='A day such as 2026-01-31.')]=None,
     run:Annotated[Optional[str], typer.Option(help='Jobs of this run.')]=None,
     remove:Annotated[bool, typer.Option('--prune',
-                                        help='Say which of the listed jobs would be removed; with --yes: remove them.')]=False,
+                                        help='Say which of the listed jobs would be removed; with --yes: remove '
+                                             'them.')]=False,
     weights:Annotated[bool, typer.Option('--weights', help='With --prune: only weights and adapters.')]=False,
     yes:Annotated[bool, typer.Option('--yes', help='Do it.')]=False, json:Json=False, quiet:Quiet=False,
 ):
@@ -323,11 +341,15 @@ def paper(run:Annotated[str, typer.Argument(help='Folder with one folder per job
 @app.command()
 def batch(
     grid:Annotated[str, typer.Argument(help='TOML file: models, categories, precisions, seeds, tasks.')],
-    out:Annotated[Optional[str], typer.Option(help="Folder of the batch. Default: the grid's name below [output] folder.")]=None,
-    dry_run:Annotated[bool, typer.Option('--dry-run', help='Print the jobs with planned memory and hours; run none.')]=False,
-    only:Annotated[str, typer.Option(help='Names of jobs, with wildcards, by commas; what they need comes along.')]='',
+    out:Annotated[Optional[str],
+                  typer.Option(help="Folder of the batch. Default: the grid's name below [output] folder.")]=None,
+    dry_run:Annotated[bool, typer.Option('--dry-run',
+                                         help='Print the jobs with planned memory and hours; run none.')]=False,
+    only:Annotated[str,
+                   typer.Option(help='Names of jobs, with wildcards, by commas; what they need comes along.')]='',
     force:Annotated[bool, typer.Option('--force', help='Do again what is done.')]=False,
-    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: [cluster] of settings.ini, else this machine.')]='',
+    scheduler:Annotated[str, typer.Option(help='Address of a Dask scheduler, as tcp://host:8786. Default: '
+                                               '[cluster] of settings.ini, else this machine.')]='',
     json:Json=False, quiet:Quiet=False,
 ):
     """Run what is missing of a grid of trainings and evaluations; exit status 1 where a job is not done.
@@ -337,7 +359,8 @@ def batch(
     from fada.grid import batch_text, dry_run as rehearse, run_grid, totals_text
     if dry_run:
         t,totals = rehearse(grid, out, only)
-        return _show(dict(jobs=_rows(t), totals=totals), json, t.to_string(index=False, na_rep='not known')+'\n'+totals_text(totals))
+        return _show(dict(jobs=_rows(t), totals=totals), json,
+                     t.to_string(index=False, na_rep='not known')+'\n'+totals_text(totals))
     about = run_grid(grid, out, only, force, scheduler, **({'say': lambda line: None} if quiet else {}))
     _show(about, json, batch_text(about))
     if set(about['states']) - {'done', 'reused'}: raise typer.Exit(1)
@@ -345,7 +368,8 @@ def batch(
 # %% ../nbs/16_cli.ipynb #9115f046
 @app.command()
 def card(adapter:Annotated[str, typer.Argument(help='Folder of an adapter bundle, or of the job that trained it.')],
-         job:Annotated[Optional[str], typer.Option(help='Folder of an evaluation with this adapter: its scores and controls.')]=None,
+         job:Annotated[Optional[str], typer.Option(help='Folder of an evaluation with this adapter: its scores and '
+                                                        'controls.')]=None,
          json:Json=False, quiet:Quiet=False):
     """Write the card of an adapter: data, settings, scores with controls, limits.
 
@@ -364,8 +388,10 @@ def push(adapter:Annotated[str, typer.Argument(help='Folder of an adapter bundle
     s = _settings(quiet)
     from fada.push import push_adapter
     about = push_adapter(adapter, repo, s, public)
-    _show(about, json, f"{about['url']} ({'private' if about['private'] else 'public'}): {', '.join(about['files'])}\nMay it be shared: {about['terms']}.")
+    _show(about, json, f"{about['url']} ({'private' if about['private'] else 'public'}): "
+                       f"{', '.join(about['files'])}\nMay it be shared: {about['terms']}.")
 
+# %% ../nbs/16_cli.ipynb #a5d86123
 @app.command()
 def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None,
             title:str='FADA report', json:Json=False, quiet:Quiet=False):
@@ -377,7 +403,8 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
     jobs = collect(run); report = write_report(run, s.data if data else None, title)
     _show(dict(report=str(report), lines=headline(jobs), quality=_rows(quality_table(jobs)),
                **(dict(gains=_rows(gains(jobs)), ranks=_rows(rank_table(systems(jobs))),
-                       pairs=_rows(ready_table(jobs))) if len(systems(jobs)) > 1 else dict(gains=[], ranks=[], pairs=[])),
+                       pairs=_rows(ready_table(jobs)))
+                       if len(systems(jobs)) > 1 else dict(gains=[], ranks=[], pairs=[])),
                which=_rows(which_to_use(jobs)),
                planes=_rows(plane_table(run, jobs)),
                resources=_rows(resource_table(jobs))), json,
@@ -392,12 +419,14 @@ def ask(
         typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
     model:Model=None, weights:Weights=None,
     adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
-    adapters:Annotated[Optional[str], typer.Option(help='Folder with adapters of several categories: the nearest answers.')]=None,
+    adapters:Annotated[Optional[str],
+                       typer.Option(help='Folder with adapters of several categories: the nearest answers.')]=None,
     category:Annotated[Optional[str], typer.Option(help='With --adapters: the category, where it is known.')]=None,
     precision:Precision=None, device:Device=None,
     report:Annotated[Optional[str],
                      typer.Option(help='Add a report: templates, or a text model that may rephrase.')]=None,
-    choices:Annotated[bool, typer.Option('--choices', help='Plane, quality, normality: the probability of each allowed answer.')]=False,
+    choices:Annotated[bool, typer.Option('--choices', help='Plane, quality, normality: the probability of each '
+                                                           'allowed answer.')]=False,
     json:Json=False, quiet:Quiet=False,
 ):
     "Ask questions of one image.\n\nExample: fada ask femur.png quality 'What is recommended?'"
@@ -413,12 +442,15 @@ def ask(
     else: answers = vlm.ask(picture, asked)
     chosen = _choices(vlm, picture, answers) if choices else {}
     written = _report(answers, report, s) if report else None
-    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error, flags=a.flags,
+    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error,
+                             flags=a.flags,
                              **({'more': a.more} if a.more else {}),
-                             **({'choices': chosen[a.question_id]} if a.question_id in chosen else {})) for a in answers],
+                             **({'choices': chosen[a.question_id]} if a.question_id in chosen else {}))
+                             for a in answers],
                **({'report': written} if report else {}), notice=NOTICE), json,
           '\n'.join([*(f"Adapter {r['adapter']}: {r['why']}" for a in answers[:1] if (r := a.more.get('route'))),
-                     *('\n  '.join([a.question, a.text, *(f'{p:.3f} {c}' for c,p in chosen.get(a.question_id, {}).items())])
+                     *('\n  '.join([a.question, a.text,
+                                    *(f'{p:.3f} {c}' for c,p in chosen.get(a.question_id, {}).items())])
                        for a in answers if not a.error),
                      *([UNLIKE_TEXT] if any('unlike training' in a.flags for a in answers) else []),
                      *([f"Report\n{written['text']}"] if report else []), NOTICE]))
@@ -426,8 +458,10 @@ def ask(
         if a.error: print(f'error: {a.question}: {a.error}', file=sys.stderr)
     if all(a.error for a in answers): raise typer.Exit(1)
 
+# %% ../nbs/16_cli.ipynb #dc672feb
 def _choices(vlm, picture, answers)->dict:
-    "{question id: {allowed answer: probability, the likeliest first}} of the answered questions that have a closed set"
+    """{question id: {allowed answer: probability, the likeliest first}} of the answered questions that have a
+    closed set"""
     from fada.choices import CHOICES
     asked = [a.question_id for a in answers if a.question_id in CHOICES and not a.error]
     return {q: dict(sorted(vlm.choose(picture, q).probability.items(), key=lambda c: -c[1])) for q in asked}
@@ -688,7 +722,8 @@ def test(name:Name, precision:Precision=None, device:Device=None, weights:Weight
     except FadaError: get_model(spec)
     r = try_model(name, s.precision, s.device, weights)
     lines = [f"{k:10} {'passed' if r[k] is True else r[k]}" for k in ('answer','train','attention') if k in r]
-    _show(r, json, '\n'.join(lines+[f"{name}{' in '+r['precision'] if r['precision'] else ''} on {r['device']}, {r['seconds']:.0f} s"]))
+    _show(r, json, '\n'.join(lines+[f"{name}{' in '+r['precision'] if r['precision'] else ''} on {r['device']}, "
+                                    f"{r['seconds']:.0f} s"]))
     if any(r.get(k, True) is not True for k in ('answer','train','attention')): raise typer.Exit(1)
 
 @models_app.command()
@@ -709,7 +744,8 @@ def show(name:Annotated[Optional[str], typer.Argument(help='One model; none: all
 # %% ../nbs/16_cli.ipynb #e3e92191
 Task = Annotated[str, typer.Option(help='answer or train.')]
 Questions = Annotated[int, typer.Option(help='Questions of each image, asked together.')]
-Batch = Annotated[Optional[int], typer.Option(help='Images at a time. Default: 1 to answer, to train as `fada train`.')]
+Batch = Annotated[Optional[int],
+                  typer.Option(help='Images at a time. Default: 1 to answer, to train as `fada train`.')]
 NewTokens = Annotated[Optional[int],
                       typer.Option(help='Longest answer. Default: [generate] max_new_tokens.')]
 Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
@@ -717,6 +753,7 @@ Checkpointing = Annotated[bool, typer.Option('--checkpointing/--no-checkpointing
                                              help='Train with gradient checkpointing: less memory, more arithmetic.')]
 Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models that take images of any size.')]
 
+# %% ../nbs/16_cli.ipynb #e0e0c0bf
 @app.command()
 def plan(
     model:Annotated[list[str], typer.Argument(help='Names from `fada models`.')],
@@ -726,7 +763,8 @@ def plan(
                    typer.Option(help='Size of the card, as 8GiB. Default: the card here, else 8GiB.')]=None,
     questions:Questions=8, batch:Batch=None,
     reserve:Annotated[str, typer.Option(help='For desktop and other processes.')]='1.5GB',
-    steps:Annotated[Optional[int], typer.Option(help='Training steps, for the hours. Default: as `fada train`.')]=None,
+    steps:Annotated[Optional[int],
+                    typer.Option(help='Training steps, for the hours. Default: as `fada train`.')]=None,
     rank:Annotated[Optional[int], typer.Option(help='Rank of the adapter. Default: as `fada train`.')]=None,
     accumulate:Annotated[int, typer.Option(help="Parts that a training step's images go through in.")]=1,
     checkpointing:Checkpointing=False, new_tokens:NewTokens=None,
@@ -769,10 +807,13 @@ def measure(
     os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # the CPU profiler warns of what it did not see begin
     from fada.memory import in_gib
     from fada.plan import measure_model
-    r = measure_model(model, task, s.precision, s.device, questions, batch, s.max_new_tokens, side=side, weights=weights,
+    r = measure_model(model, task, s.precision, s.device, questions, batch, s.max_new_tokens, side=side,
+                      weights=weights,
                       random=random, config=config, checkpointing=checkpointing)
-    _show(r, json, f"{model}, {task}, {s.precision} on {r['machine']}{', random weights' if random else ''}: loaded in "
-          f"{r['load_seconds']:.1f} s, {r['seconds_per_question']:.2f} s a question, peak {in_gib(r['peak_bytes'])}, predicted "
+    _show(r, json, f"{model}, {task}, {s.precision} on {r['machine']}{', random weights' if random else ''}: "
+                   f"loaded in "
+          f"{r['load_seconds']:.1f} s, {r['seconds_per_question']:.2f} s a question, peak "
+          f"{in_gib(r['peak_bytes'])}, predicted "
           f"{in_gib(r['predicted_bytes'])} ({100*r['error']:+.1f} %)")
 
 # %% ../nbs/16_cli.ipynb #b2648057
@@ -798,7 +839,8 @@ def notebooks(folder:Annotated[str, typer.Argument(help='Where they go; what is 
     _settings(quiet)
     from fada.book import copy_notebooks
     r = copy_notebooks(folder)
-    _show(r, json, f"{len(r['written'])} files in {folder}, {len(r['kept'])} were there already; next: jupyter lab {folder}")
+    _show(r, json, f"{len(r['written'])} files in {folder}, {len(r['kept'])} were there already; next: jupyter lab "
+                   f"{folder}")
 
 # %% ../nbs/16_cli.ipynb #f139a23c
 if __name__ == '__main__': main()

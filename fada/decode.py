@@ -276,7 +276,9 @@ class Rows(Steps):
         self.hidden,self.plain = None,is_plain_opt(words.decoder)
         if self.shared: self.group()
         else: self.slots.fill(prefix.layers, self.at)
-        if self.processors: self.history = left_padded([[*(heads[n] if heads else []), *t] for n,t in zip(at, tails)], words.pad, **on)[0]
+        if self.processors:
+            self.history = left_padded([[*(heads[n] if heads else []), *t] for n,t in zip(at, tails)], words.pad,
+                                       **on)[0]
 
 # %% ../nbs/07f_decode.ipynb #90f9ffda
 @patch
@@ -337,7 +339,8 @@ def mask(self:Rows, a:int, b:int, window:int=None):
     import torch
     P = self.prefix.tokens; narrow = window is not None and P+b > window; one = b-a == 1 and not narrow
     if one: return self.behind()[...,:P+b] if self.padded else None
-    place = torch.cat([torch.arange(-P, 0, device=self.words.device).expand(len(self.place), -1), self.place[:,:b]], 1)
+    place = torch.cat([torch.arange(-P, 0, device=self.words.device).expand(len(self.place), -1), self.place[:,:b]],
+                      1)
     seen = torch.cat([self.prefix.valid[self.at], self.valid[:,:b]], 1)
     far = self.place[:,a:b,None]-place[:,None]
     ok = seen[:,None] & (far >= 0)
@@ -529,7 +532,8 @@ def in_parts(vlm,
     at:list, tokens:list, costs:Costs,
     run,             # list of row numbers → list of results
 )->list:
-    "Results of `run` over all rows, in parts that fit; when memory runs out the budget is halved, and remembered in `vlm.budget`"
+    """Results of `run` over all rows, in parts that fit; when memory runs out the budget is halved, and remembered
+    in `vlm.budget`"""
     out,todo = [None]*len(at),list(range(len(at)))
     spent = lambda rows: sum(costs.row+tokens[i]*costs.token for i in rows)+len({at[i] for i in rows})*costs.image
     while todo:

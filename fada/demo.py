@@ -52,7 +52,8 @@ def demo_stages(
     evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False),
                    *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), True)
                      for c in DEMO_CATEGORIES)]
-    twins = job('twins', 'twins', dict(common, output=str(out/'twins'), categories=','.join(DEMO_CATEGORIES), pairs=1, images=5 if small else 20),
+    twins = job('twins', 'twins', dict(common, output=str(out/'twins'), categories=','.join(DEMO_CATEGORIES),
+                                       pairs=1, images=5 if small else 20),
                 read, [out/'twins'/'twins.json'])
     yield 'evaluation with controls, and twins', [
         job(name, 'evaluate',

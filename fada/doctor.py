@@ -45,7 +45,8 @@ def fails(check, found, remedy)->Finding:
 
 # %% ../nbs/06b_doctor.ipynb #a56712ec
 PYTHONS = ((3,11), (3,13))
-PACKAGES = ('torch', 'transformers', 'peft', 'accelerate', 'safetensors', 'numpy', 'scipy', 'pandas', 'pyarrow', 'sklearn',
+PACKAGES = ('torch', 'transformers', 'peft', 'accelerate', 'safetensors', 'numpy', 'scipy', 'pandas', 'pyarrow',
+            'sklearn',
             'PIL', 'pydicom', 'openpyxl', 'matplotlib', 'papermill', 'ipywidgets', 'psutil')
 REINSTALL = 'run: pip install -c constraints.txt -e .'
 
@@ -73,7 +74,8 @@ _QUERY = ('nvidia-smi', '--query-gpu=name,driver_version,memory.total,memory.use
 def _no_driver(why): return FadaError('the NVIDIA driver does not answer', _QUERY[0], 'a list of cards', why)
 
 def cards()->list:
-    "[(name, driver, total, used bytes)] as the driver says; empty without a driver, `FadaError` where it does not answer"
+    """[(name, driver, total, used bytes)] as the driver says; empty without a driver, `FadaError` where it does not
+    answer"""
     if not shutil.which(_QUERY[0]): return []
     try: r = subprocess.run(_QUERY, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as e: raise _no_driver(type(e).__name__) from None
@@ -152,7 +154,8 @@ def _lacks(spec, s)->str:
     return ''
 
 def check_model(s:Settings)->Finding:
-    "Whether the configured model can answer: files here and whole, a service allowed with key and SDK, an ensemble's parts"
+    """Whether the configured model can answer: files here and whole, a service allowed with key and SDK, an
+    ensemble's parts"""
     if why := _lacks(spec := model_spec(s.model), s): return fails('model', why, '')
     if spec.family == 'api': return ok('model', f'{s.model} may be asked; it has no weights here')
     return ok('model', f'the parts of {s.model} are here' if spec.family == 'ensemble' else
@@ -178,8 +181,10 @@ def check_downloads(s:Settings)->Finding:
     home = Path(os.environ.get('HF_HOME') or Path.home()/'.cache'/'huggingface'); spec = model_spec(s.model)
     at = next(p for p in (home, *home.parents) if p.exists())
     free = shutil.disk_usage(at).free; need = 0 if spec.embedded else 2*spec.parameters
-    if not os.access(at, os.W_OK): return warns('downloads', f'{at} cannot be written', 'set HF_HOME to a folder of yours')
-    if free < max(need, LEAST_DISK): return warns('downloads', f'{free/1e9:.1f} GB free in {at}', 'set HF_HOME to a larger disk')
+    if not os.access(at, os.W_OK):
+        return warns('downloads', f'{at} cannot be written', 'set HF_HOME to a folder of yours')
+    if free < max(need, LEAST_DISK):
+        return warns('downloads', f'{free/1e9:.1f} GB free in {at}', 'set HF_HOME to a larger disk')
     return ok('downloads', f'{free/1e9:.0f} GB free in {at}')
 
 # %% ../nbs/06b_doctor.ipynb #924e6f41
@@ -203,7 +208,8 @@ def check_bitsandbytes(s:Settings|None=None)->Finding:
     if off['int8'] > .05 or off['nf4'] > .25:
         return bad('bitsandbytes', f'wrong products {off}', 'reinstall it, or use bf16')
     said = ', '.join(f'{100*v:.1f} % in {k}' for k,v in off.items())
-    return ok('bitsandbytes', f'int8 and nf4 work on {device}; a test product is off the plain one by {said} of its norm')
+    return ok('bitsandbytes',
+              f'int8 and nf4 work on {device}; a test product is off the plain one by {said} of its norm')
 
 # %% ../nbs/06b_doctor.ipynb #6dda13cb
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome', 'msedge')
@@ -214,7 +220,8 @@ def check_browser()->Finding:
     place = next((shutil.which(b) for b in BROWSERS if shutil.which(b)), None)
     if not place: return warns('browser', 'no Chromium on the path', get)
     try: r = subprocess.run([place, '--version'], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as e: return warns('browser', f'{place} does not start ({type(e).__name__})', get)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return warns('browser', f'{place} does not start ({type(e).__name__})', get)
     if r.returncode: return warns('browser', f'{place} does not start', get)
     return ok('browser', r.stdout.strip() or place)
 

@@ -88,7 +88,8 @@ def combine(
     readings = [(r, w) for t,w in said if q and (r := reading(q, t))]
     if not readings: return own, '', []
     s = vote(q, readings)
-    text = write_answer(q, s); more = [c for c in added(text, '\n'.join(t for t,_ in said)) if not c.startswith(ND)]   # a size may be missing
+    # a size may be missing
+    text = write_answer(q, s); more = [c for c in added(text, '\n'.join(t for t,_ in said)) if not c.startswith(ND)]
     return (own, text, more) if more else (text, '', [])
 
 # %% ../nbs/07e_ensemble.ipynb #e282a684
@@ -239,10 +240,11 @@ def load_ensemble(spec:ModelSpec, s:Settings,
     names = list(dict.fromkeys([*votes, *route.values()])); loaded = {n: part(n) for n in names}
     return Ensemble(spec, loaded, votes, route, (loaded.get(writer) or part(writer)) if writer else None)
 
+# %% ../nbs/07e_ensemble.ipynb #e130a06c
 def receivers(spec:ModelSpec)->list:
     "Where images go when a model of the registry is asked: the hosts of its services; none for what runs here"
     from fada.remote import house, read_service
     if spec.family == 'ensemble':
-        return list(dict.fromkeys(h for n in [*read_parts(spec)[0], *read_parts(spec)[1].values()] for h in receivers(model_spec(n))))
+        return list(dict.fromkeys(h for n in [*read_parts(spec)[0], *read_parts(spec)[1].values()]
+                                  for h in receivers(model_spec(n))))
     return [house(read_service(spec).url)] if spec.family == 'api' else []
-

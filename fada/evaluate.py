@@ -261,8 +261,8 @@ def _loaded(s, weights, adapter)->tuple:
     # its remark on an optional CPU kernel is not the user's business
     logging.getLogger('bitsandbytes').setLevel(logging.CRITICAL)
     # imported before the clock of loading starts: a library's own import is no part of a model's load time
-    import bitsandbytes, peft
-    from transformers import Blip2ForConditionalGeneration, Blip2Processor
+    import bitsandbytes, peft   # noqa: F401
+    from transformers import Blip2ForConditionalGeneration, Blip2Processor   # noqa: F401
     with measured() as loading:
         vlm = load(s.model, adapter or None, weights or None, s.precision, s.device, s.max_new_tokens)
     return vlm, dict(load_seconds=loading['seconds'], load_grown_bytes=loading['grown_bytes'],
@@ -297,7 +297,7 @@ def plot_summary(questions:dict, title:str=''):
     figure"""
     import matplotlib.pyplot as plt
     fig,ax = plt.subplots(figsize=(8.5,4)); marks = dict(zip(SHOWN, 'sDov^x'))
-    for i,(q,m) in enumerate(sorted(questions.items(), key=lambda kv: int(kv[0]))):
+    for i,(_,m) in enumerate(sorted(questions.items(), key=lambda kv: int(kv[0]))):
         s = m['score']
         if s['mean'] is not None:
             ax.errorbar(i, s['mean'],

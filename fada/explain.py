@@ -6,7 +6,6 @@
 __all__ = ['VERDICTS', 'EXPLAIN', 'keep_verdicts', 'badge', 'methods_of', 'methods', 'explain', 'map_record', 'map_of_record']
 
 # %% ../nbs/12g_explain.ipynb #ff60204b
-import json
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -24,9 +23,11 @@ def keep_verdicts(vlm, scores, counts,
     folder=None,   # None: where FADA keeps what it knows of models
 )->Path:
     "Keep what `check_maps` found for the weights of a model"
-    if not getattr(vlm, 'base', None): raise FadaError('weights without a digest', vlm.spec.name, 'a model loaded by `load`', '')
+    if not getattr(vlm, 'base', None):
+        raise FadaError('weights without a digest', vlm.spec.name, 'a model loaded by `load`', '')
     path = Path(folder or state_folder()/'maps')/_key(vlm); path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, dict(model=vlm.spec.name, base=vlm.base, adapter=vlm.adapter, when=now(), pairs=counts[TESTED], kept=counts[KEPT],
+    write_json(path, dict(model=vlm.spec.name, base=vlm.base, adapter=vlm.adapter, when=now(), pairs=counts[TESTED],
+                          kept=counts[KEPT],
                           not_beaten={m: [list(x) for x in missing] for m,missing in verdicts(scores).items()}))
     return path
 
@@ -40,7 +41,8 @@ def badge(vlm, method:str)->str:
 
 # %% ../nbs/12g_explain.ipynb #668f7e8c
 EXPLAIN = {**MAP_METHODS, 'raw attention, sinks hidden': partial(MAP_METHODS['raw attention'], hide_sinks=True)}
-_PATCHED = ('qwen2.5-vl','qwen3-vl')   # take an image as a list of patches: there is no way from an empty picture to it
+# take an image as a list of patches: there is no way from an empty picture to it
+_PATCHED = ('qwen2.5-vl','qwen3-vl')
 
 def methods_of(spec)->list:
     "Names of the methods for a model of the registry: none where asking may cost money or no image is read"
@@ -59,7 +61,8 @@ def explain(
 )->Map:
     "Where an answer depended on the image, with what is known of the method for this model"
     if method not in (able := methods(vlm)):
-        raise FadaError(f'no map by {method!r}', vlm.spec.name if hasattr(vlm, 'spec') else '', ', '.join(able) or 'a model whose weights are at hand', nearest(method, able) if able else '')
+        raise FadaError(f'no map by {method!r}', vlm.spec.name if hasattr(vlm, 'spec') else '', ', '.join(able)
+                        or 'a model whose weights are at hand', nearest(method, able) if able else '')
     if hasattr(vlm, 'explain'): return vlm.explain(image, question, answer, method)
     m = EXPLAIN[method](vlm, image, question, answer); m.badge = badge(vlm, method.removesuffix(', sinks hidden'))
     return m
@@ -67,9 +70,11 @@ def explain(
 # %% ../nbs/12g_explain.ipynb #7fc5a19d
 def map_record(m:Map)->dict:
     "A map as JSON: heat as lists, places without a value as null"
-    rows = lambda a: None if a is None else [[None if not np.isfinite(v) else float(f'{v:.4g}') for v in r] for r in np.asarray(a)]
+    rows = lambda a: None if a is None else [[None if not np.isfinite(v) else float(f'{v:.4g}') for v in r]
+                                             for r in np.asarray(a)]
     per = None if m.per_token is None else [rows(p) for p in m.per_token]
-    return dict(method=m.method, units=m.units, question=m.question, answer=m.answer, model=m.model, tokens=list(m.tokens), note=m.note,
+    return dict(method=m.method, units=m.units, question=m.question, answer=m.answer, model=m.model,
+                tokens=list(m.tokens), note=m.note,
                 badge=m.badge, box=list(map(float, m.box)), heat=rows(m.heat), per_token=per)
 
 def map_of_record(record:dict, image)->Map:

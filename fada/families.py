@@ -335,13 +335,15 @@ def count_image_tokens(self:Chat, t)->list:
 def layout(self:Chat, image, texts)->tuple:
     """(what the processor makes of an image with the first of its texts, token ids of every text); the image is processed
     once"""
-    t = self.inputs([image], texts[:1], return_text_replacement_offsets=True); place = t.pop('text_replacement_offsets')[0][0]
+    t = self.inputs([image], texts[:1], return_text_replacement_offsets=True)
+    place = t.pop('text_replacement_offsets')[0][0]
     head = t['input_ids'][0].tolist(); special = self.adds_special(texts)
     def expand(text): return text.replace(place['text'], place['replacement'], 1)
     ids = self.tokenizer([expand(x) for x in texts], add_special_tokens=special)['input_ids']
     end = self.image_end(head)
     if any(row[:end] != head[:end] or self.image_end(row) != end for row in ids):
-        raise FadaError('questions of one image begin differently', self.spec.name, 'a template that puts the image before the question', '')
+        raise FadaError('questions of one image begin differently', self.spec.name,
+                        'a template that puts the image before the question', '')
     check_room(self, max(map(len, ids)), self.core.config.get_text_config())
     return t, ids
 
@@ -374,7 +376,8 @@ def features(self:Chat, images, inputs)->list:
 # %% ../nbs/07a_families.ipynb #a6d10b03
 @patch
 def read_images(self:Chat, ids, features, inputs, head=None):
-    "The prefix of each image: token ids that end with its image (or whole prompts), its features, its processor inputs"
+    """The prefix of each image: token ids that end with its image (or whole prompts), its features, its processor
+    inputs"""
     import torch
     from types import SimpleNamespace
     words = self.words(); on = dict(device=words.device)
@@ -389,7 +392,8 @@ def read_images(self:Chat, ids, features, inputs, head=None):
     if not words.mrope: more['position_ids'] = (valid.cumsum(1)-1).clamp(min=0)+self.first_position
     model = self.core.model
     ahead = (lambda: model.rope_deltas[:,0]) if words.mrope else self.first_position
-    return read_prefix(lambda **kw: model(input_ids=t, attention_mask=valid, mm_encoder_outputs=dict(image=out), **more, **kw),
+    return read_prefix(lambda **kw: model(input_ids=t, attention_mask=valid, mm_encoder_outputs=dict(image=out),
+                                          **more, **kw),
                        valid, head, ahead)
 
 # %% ../nbs/07a_families.ipynb #ab6fdfc9
@@ -406,7 +410,8 @@ def begin(self:Chat, seen, at, prompts, most):
     if seen[at[0]] is not None: return self.begin_images(seen, at, [self.render(p, True)[0] for p in prompts], most)
     if 'no-image' not in self.spec.capabilities:
         with blind(self):
-            return self.begin_images([Image.new('RGB', (64,64))], [0]*len(at), [self.render(p, True)[0] for p in prompts], most)
+            return self.begin_images([Image.new('RGB', (64,64))], [0]*len(at),
+                                     [self.render(p, True)[0] for p in prompts], most)
     texts = [self.render(p, False)[0] for p in prompts]; words = self.words()
     ids = self.tokenizer(texts, add_special_tokens=self.adds_special(texts))['input_ids']
     check_room(self, max(map(len, ids)), self.core.config.get_text_config())
@@ -439,7 +444,8 @@ def blind(vlm):
 _PER_TOKEN = ('attention_mask', 'token_type_ids', 'mm_token_type_ids')
 
 def append_answers(t, answers, pad:int, ignore=-100, kind:int=0)->dict:
-    "Left-padded prompt inputs with answer ids of token type `kind` appended, right-padded anew, and labels on the answers"
+    """Left-padded prompt inputs with answer ids of token type `kind` appended, right-padded anew, and labels on the
+    answers"""
     keep = [m.bool() for m in t['attention_mask']]; device = t['input_ids'].device
     rows = [ids[k].tolist()+a for ids,k,a in zip(t['input_ids'], keep, answers)]
     out = dict(t, input_ids=_padded(rows, pad).to(device)); fill = dict(attention_mask=1, token_type_ids=kind)
@@ -542,13 +548,15 @@ class Florence(Chat):
     def words(self)->Words:
         "The parts that turn token ids into logits"
         lm = self.core.model.language_model
-        return Words(lm.decoder, self.core.get_input_embeddings(), self.core.lm_head, end_ids(self.core.generation_config),
+        return Words(lm.decoder, self.core.get_input_embeddings(), self.core.lm_head,
+                     end_ids(self.core.generation_config),
                      self.tokenizer.pad_token_id, settings=self.core.generation_config)
 
 # %% ../nbs/07a_families.ipynb #f09f7c2b
 @patch
 def begin_images(self:Florence, images, at, texts, most):
-    "Answers about images, before their first step: the encoder reads image and question together, padded on the right"
+    """Answers about images, before their first step: the encoder reads image and question together, padded on the
+    right"""
     import torch
     t = self.inputs([images[n] for n in at], texts); used = sorted(set(at)); words = self.words()
     one = [{k: v[at.index(n)][None] for k,v in t.items()} for n in used]
@@ -580,7 +588,8 @@ def places_in_words(
 
 @patch
 def in_words(self:Florence, text, prompt, image)->str:
-    "An answer with its places read: those of a task prompt in pixels of `image`, none in the answer to a free question"
+    """An answer with its places read: those of a task prompt in pixels of `image`, none in the answer to a free
+    question"""
     task = re.match(r'<[A-Z_]+>', prompt); plain = re.sub(r'<loc_\d+>', '', text).strip()
     kinds = self.processor.tasks_answer_post_processing_type
     if image is None or not task or kinds.get(task[0], 'pure_text') == 'pure_text': return plain

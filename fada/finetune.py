@@ -29,7 +29,8 @@ from .watch import class_counts
 
 # %% ../nbs/09k_finetune.ipynb #31fba148
 def lora_recipe(spec, **given)->LoraRecipe:
-    "The recipe of a model's family with what is `given`; `FadaError` names an option that is none or a value out of range"
+    """The recipe of a model's family with what is `given`; `FadaError` names an option that is none or a value out
+    of range"""
     known = {f.name: f.type for f in fields(LoraRecipe)}; h = hyper(spec)
     for k,v in given.items():
         if k not in known: raise FadaError(f'unknown option {k!r} of a training', '', nearest(k, known), '')
@@ -85,6 +86,7 @@ def finetune(
     team.tell(None); take_bundle(vlm, out)
     return read_json(out/'fada.json')
 
+# %% ../nbs/09k_finetune.ipynb #84291f46
 def take_bundle(vlm, out):
     "From here on the model answers with the adapter that was kept, and says so"
     from peft import set_peft_model_state_dict
@@ -106,23 +108,29 @@ def describe(fit:Fit, categories, parts, train, start)->dict:
                 batch=r.batch, seed=r.seed, images=len(m), recipe=asdict(r), why=hyper(vlm.spec).why,
                 trained_on_sha256=table_digest(train), trainable=parts,
                 preflight=fit.preflight or 'skipped', kept_step=fit.best['step'], stopped_early=fit.stopped,
-                losses=loss_curve(fit.losses), gradient_norms=loss_curve(fit.norms), skipped_steps=fit.skips, lost_images=m.lost,
-                validation=[[c['step'], round(c['score'], 4)] for c in fit.checks], checks=fit.checks, calibration=fit.best['calibration'],
-                classes=class_counts(train, dict(zip(m.names, fit.p)), weights_of(train, r)), features=cache_note(fit),
+                losses=loss_curve(fit.losses), gradient_norms=loss_curve(fit.norms), skipped_steps=fit.skips,
+                lost_images=m.lost,
+                validation=[[c['step'], round(c['score'], 4)] for c in fit.checks], checks=fit.checks,
+                calibration=fit.best['calibration'],
+                classes=class_counts(train, dict(zip(m.names, fit.p)), weights_of(train, r)),
+                features=cache_note(fit),
                 packed=m.packs, processes=fit.team.size,
                 vocabulary={str(q): sorted(g.answer.unique())[:200] for q,g in train.groupby('question_id')},
                 training_seconds=round(fit.seconds, 1), seconds=round(time.perf_counter()-start, 1),
                 peak_bytes=peak_bytes(), made=now(), versions=environment())
 
+# %% ../nbs/09k_finetune.ipynb #ea26c926
 def cache_note(fit:Fit)->dict:
     "Whether features were kept, and how much that gained: what the draws would have cost against what keeping did"
     m,drawn = fit.material,fit.recipe.batch*fit.step
     if not m.kept:
-        return dict(kept=False, why='pictures are changed' if fit.recipe.augment else 'switched off' if not fit.recipe.cache
+        return dict(kept=False,
+                    why='pictures are changed' if fit.recipe.augment else 'switched off' if not fit.recipe.cache
                                else 'its questions go through apart, with the picture')
     each = m.cache_seconds/len(m) if m.cache_seconds else None
     gain = None if not each else round((fit.seconds+drawn*each)/(fit.seconds+m.cache_seconds), 2)
-    return dict(kept=True, seconds=round(m.cache_seconds, 2), bytes=int(m.features.array.nbytes), seconds_an_image=each,
+    return dict(kept=True, seconds=round(m.cache_seconds, 2), bytes=int(m.features.array.nbytes),
+                seconds_an_image=each,
                 images_drawn=drawn, times_as_fast=gain, helps=None if gain is None else gain > 1.05,
                 tower_bytes_freed=fit.tower.bytes, tower_stays=fit.tower.why)
 
@@ -132,9 +140,11 @@ def likeness_of(m:Material, held:Material):
         of = dict(zip(m.table.image, m.table.category)); names = [of[n] for n in m.names]
         if m.kept: return np.stack([summary(m.features[[i]][0]).numpy() for i in range(len(m))]), names
         there = [i for i,n in enumerate(m.names) if n not in m.lost]
-        return np.concatenate([look(m.vlm, [read_image(m.folder/m.names[i])]) for i in there]), [names[i] for i in there]
+        return np.concatenate([look(m.vlm, [read_image(m.folder/m.names[i])])
+                               for i in there]), [names[i] for i in there]
     return fit_likeness(*looks(m), *looks(held))
 
+# %% ../nbs/09k_finetune.ipynb #cda84062
 def write_bundle(fit:Fit, about:dict):
     "Write adapter and notes, then clear away what a resumption would have needed"
     from peft import set_peft_model_state_dict
@@ -155,14 +165,17 @@ def start_processes(n:int, s, out, weights, options:dict)->dict:
     with tempfile.TemporaryDirectory() as d:
         order,fault = Path(d)/'job.json',Path(d)/'fault.json'
         given = {k: v if isinstance(v := getattr(s, k), (int,tuple)) else str(v) for k in names}
-        write_json(order, dict(settings=given, out=str(out), weights=str(weights or ''), options=options, fault=str(fault)))
-        run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), '--no-python',
+        write_json(order,
+                   dict(settings=given, out=str(out), weights=str(weights or ''), options=options, fault=str(fault)))
+        run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n),
+               '--no-python',
                sys.executable, '-c', 'from fada.finetune import join_job; join_job()', str(order)]
         with subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
             for line in p.stderr: said = (said+line)[-4000:]; quiet or print(line, end='', file=sys.stderr)
         if fault.is_file(): raise FadaError(**read_json(fault))
         if p.returncode:
-            raise FadaError(f'training by {n} processes ended with status {p.returncode}', str(out), '', said.strip()[-400:])
+            raise FadaError(f'training by {n} processes ended with status {p.returncode}', str(out), '',
+                            said.strip()[-400:])
     return read_json(Path(out)/'adapter'/'fada.json')
 
 # %% ../nbs/09k_finetune.ipynb #51d0eb8c
@@ -178,7 +191,8 @@ def join_job():
     s = changed(s, device=_own_card(s.device))
     try: train_job(s, o['out'], weights=o['weights'] or None, **o['options'])
     except FadaError as e:
-        if os.environ['RANK'] == '0': write_json(o['fault'], dict(what=e.what, where=e.where, expected=e.expected, do=e.do))
+        if os.environ['RANK'] == '0':
+            write_json(o['fault'], dict(what=e.what, where=e.where, expected=e.expected, do=e.do))
         sys.exit(1)
 
 def _own_card(device:str)->str:
@@ -206,7 +220,8 @@ def train_job(
     for split in ('train', *(['val'] if task == 'lora' else [])): load_table(s.data, s.categories, split)
     out = writable_folder(out)
     if processes > 1 and 'WORLD_SIZE' not in os.environ:
-        if task != 'lora': raise FadaError(f'{processes} processes for task {task!r}', '', 'lora', 'train it with one')
+        if task != 'lora':
+            raise FadaError(f'{processes} processes for task {task!r}', '', 'lora', 'train it with one')
         return start_processes(processes, s, out, weights, options)
     if task == 'planes':
         from fada.planes import train_planes
@@ -219,6 +234,7 @@ def train_job(
                          s.data, s.categories, out/'adapter', seed=s.seed, **options)
     write_json(out/'config.json', dict(kind='train', task=task, model=s.model, weights=str(weights or ''),
                                        precision=s.precision, categories=list(s.categories),
-                                       seed=s.seed, data=str(s.data), seconds=about['seconds'], processes=about.get('processes', 1),
+                                       seed=s.seed, data=str(s.data), seconds=about['seconds'],
+                                       processes=about.get('processes', 1),
                                        **({'preflight': 'skipped'} if options.get('skip_preflight') else {})))
     return about

@@ -44,6 +44,7 @@ def in_cells(
     cut = lambda n: np.arange(grid)*n//grid
     return np.add.reduceat(np.add.reduceat(a, cut(a.shape[-2]), -2), cut(a.shape[-1]), -1)
 
+# %% ../nbs/12h_gradients.ipynb #b82ab8bc
 def gradient_map(
     vlm, image, question,
     answer:str=None,    # text to explain; None: what the model says
@@ -52,7 +53,8 @@ def gradient_map(
     grid:int=16,        # cells a side; gradients of single pixels are noise
 )->Map:
     "Integrated gradients of an answer and of each of its tokens; `FadaError` where pixels do not lie in one picture"
-    if vlm.core is None: raise FadaError(f'{vlm.spec.name} has no weights at hand', '', 'a model that runs here', 'use `occlusion`')
+    if vlm.core is None:
+        raise FadaError(f'{vlm.spec.name} has no weights at hand', '', 'a model that runs here', 'use `occlusion`')
     if steps < 1: raise FadaError(f'{steps} steps', '', 'at least 1', '')
     answer = said(vlm, image, question) if answer is None else answer
     ids = answer_tokens(vlm, question, answer); prompt = prompt_of(vlm, question)
@@ -60,11 +62,15 @@ def gradient_map(
         (run,_,rows),(blank,_,_) = (forced(vlm, im, prompt, ids) for im in (_as_rgb(image), cover_with(image, fill)))
         real,empty = run.args[0],blank.args[0]
         if real.ndim < 4 or real.shape[:-3].numel() > 1:
-            raise FadaError(f'{vlm.spec.name} takes an image in parts', '', 'a model that takes it as one picture', 'use `occlusion`')
-        if not 1 <= grid <= min(real.shape[-2:]): raise FadaError(f'a grid of {grid}', '', f'1 to {min(real.shape[-2:])}', '')
+            raise FadaError(f'{vlm.spec.name} takes an image in parts', '', 'a model that takes it as one picture',
+                            'use `occlusion`')
+        if not 1 <= grid <= min(real.shape[-2:]):
+            raise FadaError(f'a grid of {grid}', '', f'1 to {min(real.shape[-2:])}', '')
         per,gained = faded(run.func, empty, real, rows, ids, steps)
     per = in_cells(per.sum(1), grid); share = per.sum()/gained.sum() if gained.sum() else np.nan
-    note = f'The map sums to {share:.0%} of what the answer gained'+('; take more steps.' if not .9 < share < 1.1 else '.')
+    note = f'The map sums to {share:.0%} of what the answer gained'+('; take more steps.'
+                                                                     if not .9 < share < 1.1 else '.')
     tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
-    return as_map(vlm, image, per.mean(0), f'integrated gradients, {fill}', 'gain of log-probability', question, answer,
+    return as_map(vlm, image, per.mean(0), f'integrated gradients, {fill}', 'gain of log-probability', question,
+                  answer,
                   per_token=per, tokens=[tok.decode([i]) for i in ids], note=note)

@@ -214,7 +214,8 @@ def model_memory(name:str, task:str, precision:str, device:str, **how)->tuple:
 # %% ../nbs/13c_grid.ipynb #a93db631
 def _kind(j):
     "What jobs of about the same length have in common: task, part or whole, model, precision"
-    p = j.parameters; return j.name.split('-')[0], '-part' in j.name, bool(p.get('shards')), p['model'], p['precision']
+    p = j.parameters
+    return j.name.split('-')[0], '-part' in j.name, bool(p.get('shards')), p['model'], p['precision']
 
 def _seen_hours(jobs)->dict:
     "{kind: median hours} of the jobs of a batch that are done, whatever their settings"
@@ -239,14 +240,17 @@ def grid_totals(t, slots:int=1)->dict:
     "Of the jobs of `grid_table` that are to be done: number, hours on `slots` where known, memory, disk"
     todo = t[t.state != 'done']; known = todo.hours.notna()
     memory = todo.memory_gib.dropna().astype(float); peak = memory.nlargest(slots).sum()
-    return dict(jobs=len(t), to_do=len(todo), hours=round(float((todo.hours*todo.slots).sum())/slots, 2), hours_unknown=int((~known).sum()),
+    return dict(jobs=len(t), to_do=len(todo), hours=round(float((todo.hours*todo.slots).sum())/slots, 2),
+                hours_unknown=int((~known).sum()),
                 memory_unknown=int(todo.memory_gib.isna().sum()),
                 largest_gib=float(memory.max()) if len(memory) else 0., together_gib=round(float(peak), 2),
                 disk_mib=round(float(todo.disk_mib.sum()), 1))
 
+# %% ../nbs/13c_grid.ipynb #becb062c
 def totals_text(m:dict)->str:
     "The totals as a line"
-    hours = f"{m['hours']:.2f} h" + (f" and {m['hours_unknown']} jobs whose time was not measured here" if m['hours_unknown'] else '')
+    hours = f"{m['hours']:.2f} h" + (f" and {m['hours_unknown']} jobs whose time was not measured here"
+                                     if m['hours_unknown'] else '')
     unknown = f"; {m['memory_unknown']} jobs whose memory is not known count as none" if m['memory_unknown'] else ''
     return (f"{m['jobs']} jobs, {m['to_do']} to do: {hours}; memory up to {m['largest_gib']:.1f} GiB a job, "
             f"{m['together_gib']:.1f} together; adapters {m['disk_mib']:.0f} MiB{unknown}")
@@ -258,14 +262,16 @@ def plan_jobs(jobs, device:str='cpu')->list:
     found,kind = [],device.split(':')[0]
     for j in jobs:
         p = {**notebook_parameters(j.notebook), **j.parameters}
-        if p.get('shards'): j.memory,j.known = 0,True; found.append(dict(hours=None, disk=0)); continue   # a merge of parts
+        # a merge of parts
+        if p.get('shards'): j.memory,j.known = 0,True; found.append(dict(hours=None, disk=0)); continue
         task = 'train' if p.get('task') == 'lora' else 'answer'
         how = dict(batch=16)   # images that an evaluation asks about together
         if task == 'train':
             how = {k: p[k] for k in ('steps','accumulate','checkpointing','augment','optimiser') if k in p}
             how.update(batch=p['batch'] or None, rank=p['rank'] or None)
         memory,hours,disk = model_memory(p['model'], task, p['precision'], kind, **how)
-        j.known = memory is not None; j.memory = 0 if memory is None else memory if kind == 'cuda' else j.slots*(memory+BESIDE)
+        j.known = memory is not None
+        j.memory = 0 if memory is None else memory if kind == 'cuda' else j.slots*(memory+BESIDE)
         found.append(dict(hours=hours, disk=disk))
     return found
 
@@ -287,7 +293,8 @@ def may_leave(
     from fada.ensemble import receivers
     for name in [] if s.remote else dict.fromkeys(models):
         if hosts := receivers(model_spec(name)):
-            raise FadaError(f'{name} sends images to {", ".join(hosts)}, and nothing may be sent', '[remote] allowed of settings.ini',
+            raise FadaError(f'{name} sends images to {", ".join(hosts)}, and nothing may be sent',
+                            '[remote] allowed of settings.ini',
                             'allowed = yes', 'set it where images may leave this machine, or leave the model out')
 
 # %% ../nbs/13c_grid.ipynb #7b8c5fb9
@@ -334,7 +341,8 @@ def run_grid(
     from fada.cluster import cluster_of
     from fada.memory import parse_size
     g = read_grid(path); s = load_settings(data=g.data); out = writable_folder(folder or s.output/g.name)
-    jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter(); _set_limits(g, jobs, out.resolve()/'.stop', force)
+    jobs = chosen(grid_jobs(g, out), only); start = time.perf_counter()
+    _set_limits(g, jobs, out.resolve()/'.stop', force)
     memory = _plan_missing(g, jobs, s)
     if 'memory' in g.limits: memory = parse_size(g.limits['memory'], 'memory')
     note = lambda results: _note(out, g, results, jobs, start)
@@ -382,5 +390,6 @@ def batch_text(about:dict)->str:
     "The outcome in a few lines: counts, then every job that is not done, with its reason"
     head = ', '.join(f'{n} {s}' for s,n in about['states'].items())
     seen = lambda r: f"; notebook {r['notebook']}" if r['notebook'] and r['state'] == 'failed' else ''
-    bad = [f"{r['job']}: {r['state']}: {r['reason']}{seen(r)}" for r in about['results'] if r['state'] not in ('done', 'reused')]
+    bad = [f"{r['job']}: {r['state']}: {r['reason']}{seen(r)}" for r in about['results']
+           if r['state'] not in ('done', 'reused')]
     return '\n'.join([f"{head} in {about['seconds']:.0f} s; {about['folder']}/batch.json", *bad])

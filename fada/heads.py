@@ -48,15 +48,18 @@ def _forced_qformer(vlm, image, prompt, ids):
     "The pass of a model whose language model reads queries"
     import torch
     core,tok = vlm.core,vlm.processor.tokenizer; two = core.config.text_config.is_encoder_decoder
-    p = tok(prompt)['input_ids']; row = torch.tensor([p if two else p+ids], device=core.device); queries = core.query_tokens.shape[1]
+    p = tok(prompt)['input_ids']; row = torch.tensor([p if two else p+ids], device=core.device)
+    queries = core.query_tokens.shape[1]
     more = dict(labels=torch.tensor([ids], device=core.device)) if two else {}
     def run(pixels):
         patches = core.vision_model(pixels).last_hidden_state
         x = vlm.read(patches, [prompt]) if hasattr(vlm, 'read') else project(vlm, patches)
         x = torch.cat([x, core.get_input_embeddings()(row).to(x.dtype)], 1)
-        return core.language_model(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device), **more)
+        return core.language_model(inputs_embeds=x,
+                                   attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device), **more)
     columns = torch.arange(queries+row.shape[1]) < queries; first = queries+len(p)-1
-    return partial(run, pixel_values(vlm, [image])), columns, slice(0, len(ids)) if two else slice(first, first+len(ids))
+    return partial(run,
+                   pixel_values(vlm, [image])), columns, slice(0, len(ids)) if two else slice(first, first+len(ids))
 
 # %% ../nbs/12c_heads.ipynb #0470d0b5
 _CROSS = r'EncDecAttention|encoder_attn'
@@ -78,8 +81,10 @@ def keeper(core, columns, rows, two:bool):
 @dataclass
 class Heads:
     "Raw attention of an answer: attention, not evidence"
-    language: np.ndarray   # layers × heads × tokens × image columns: shares of a row that sums to 1 over everything read
-    qformer: np.ndarray    # layers × heads × queries × patches, without the class token; None where there is no Q-Former
+    # layers × heads × tokens × image columns: shares of a row that sums to 1 over everything read
+    language: np.ndarray
+    # layers × heads × queries × patches, without the class token; None where there is no Q-Former
+    qformer: np.ndarray
     grid: object           # rows over columns or patches → maps
     tokens: list
     about: dict            # vlm, image, question, answer
@@ -94,7 +99,8 @@ class Heads:
         return self._laid(np.einsum('tq,lhqp->lhtp', reads, self.qformer.astype(np.float32)))
     def queries(self):
         "What each query of a Q-Former read, averaged over layers and heads: queries × rows × columns"
-        if self.qformer is None: raise FadaError('this model has no Q-Former', '', 'a BLIP-2 or InstructBLIP', 'use `maps`')
+        if self.qformer is None:
+            raise FadaError('this model has no Q-Former', '', 'a BLIP-2 or InstructBLIP', 'use `maps`')
         return self._laid(self.qformer.astype(np.float32).mean((0,1)))
     def _laid(self, a):
         import torch
@@ -118,17 +124,21 @@ def look(vlm, image, question,
 )->Heads:
     "Raw attention from each answer token to the image, in one pass; `FadaError` where no weights are at hand"
     import torch
-    from fada import choices
-    if vlm.core is None: raise FadaError(f'{vlm.spec.name} has no weights at hand', '', 'a model that runs here', 'use `occlusion`')
+    from fada import choices   # noqa: F401  gives VLM the methods used here
+    if vlm.core is None:
+        raise FadaError(f'{vlm.spec.name} has no weights at hand', '', 'a model that runs here', 'use `occlusion`')
     answer = said(vlm, image, question) if answer is None else answer; ids = answer_tokens(vlm, question, answer)
     run,columns,rows = forced(vlm, image, prompt_of(vlm, question), ids)
     names = {id(m): n for n,m in vlm.core.named_modules()}; two = vlm.core.config.get_text_config().is_encoder_decoder
     with room_for(vlm, image), captured(vlm.core, keeper(vlm.core, columns, rows, two)) as caught, torch.no_grad():
         run(); parts = [(names[id(m)], w.numpy()) for m,w in caught]
     language = [w for n,w in parts if 'qformer' not in n]; bridge = [w[...,1:] for n,w in parts if 'qformer' in n]
-    if not language: raise FadaError(f'no attention of {vlm.spec.name} could be caught', '', 'attention in separate steps', 'use occlusion')
+    if not language:
+        raise FadaError(f'no attention of {vlm.spec.name} could be caught', '', 'attention in separate steps',
+                        'use occlusion')
     bridge = np.stack(bridge) if bridge else None; tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
-    return Heads(np.stack(language), bridge, _grid_of(vlm, image, int(columns.sum()) if bridge is None else bridge.shape[-1]),
+    return Heads(np.stack(language), bridge,
+                 _grid_of(vlm, image, int(columns.sum()) if bridge is None else bridge.shape[-1]),
                  [tok.decode([i]) for i in ids], dict(vlm=vlm, image=image, question=question, answer=answer))
 
 # %% ../nbs/12c_heads.ipynb #1d791e37
@@ -152,9 +162,11 @@ def raw_map(heads:Heads,
         if k is not None and not -size <= k < size: raise FadaError(f'{what} {k}', '', f'0 to {size-1}', '')
     a = a[slice(None) if layer is None else [layer]][:,slice(None) if head is None else [head]].mean((0,1))
     if hide_sinks: a[:,sinks] = np.nan
-    which = ' '.join(f'{w} {k}' for w,k in (('layer',layer), ('head',head)) if k is not None) or 'all layers and heads'
+    which = ' '.join(f'{w} {k}' for w,k in (('layer',layer), ('head',head))
+                     if k is not None) or 'all layers and heads'
     place = ', '.join(f'row {r} column {c}' for r,c in np.argwhere(sinks)[:6])
     note = f'{n} sink{"s" if n > 1 else ""} ({place}), {"hidden" if hide_sinks else "shown"}.' if n else 'No sinks found.'
     v = heads.about
-    return as_map(v['vlm'], v['image'], a.mean(0), f'raw attention, {which}', 'share of attention', v['question'], v['answer'],
+    return as_map(v['vlm'], v['image'], a.mean(0), f'raw attention, {which}', 'share of attention', v['question'],
+                  v['answer'],
                   tokens=heads.tokens, per_token=a, note=note, sinks=sinks)

@@ -49,9 +49,11 @@ def learning_linear():
             return onednn_linear(x, weight, bias)
         @staticmethod
         def backward(ctx, grad):
-            x,weight = ctx.saved_tensors; goes_in,own,bias = ctx.needs_input_grad; flat = grad.reshape(-1, grad.shape[-1])
+            x,weight = ctx.saved_tensors; goes_in,own,bias = ctx.needs_input_grad
+            flat = grad.reshape(-1, grad.shape[-1])
             return (onednn_linear(grad, weight.t()) if goes_in else None,
-                    onednn_linear(flat.t(), x.reshape(-1, x.shape[-1]).t()) if own else None, flat.sum(0) if bias else None)
+                    onednn_linear(flat.t(), x.reshape(-1, x.shape[-1]).t()) if own else None,
+                    flat.sum(0) if bias else None)
     return Linear
 
 # %% ../nbs/07h_linears.ipynb #2efbdab6

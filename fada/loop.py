@@ -55,8 +55,10 @@ class KeptFeatures:
     def __len__(self): return len(self.array)
     def __getitem__(self, at):
         import torch
-        t = torch.from_numpy(np.array(self.array[at])); return t.view(torch.bfloat16) if self.kind == 'bfloat16' else t
+        t = torch.from_numpy(np.array(self.array[at]))
+        return t.view(torch.bfloat16) if self.kind == 'bfloat16' else t
 
+# %% ../nbs/09i_loop.ipynb #e6d2b51f
 def keep_features(
     path,             # of the file; one that is whole is used as it is
     n:int,            # images
@@ -65,7 +67,8 @@ def keep_features(
 )->tuple:             # (KeptFeatures, seconds that making them took: 0 where the file was there)
     "Compute features once and keep them; a file cut off while it was written is begun anew"
     import torch
-    path,part = Path(path),Path(path).with_suffix('.part'); start = time.perf_counter(); kind = path.with_suffix('.json')
+    path,part = Path(path),Path(path).with_suffix('.part'); start = time.perf_counter()
+    kind = path.with_suffix('.json')
     if path.is_file() and kind.is_file(): return KeptFeatures(path, json.loads(kind.read_text())), 0.
     try:
         with open(part, 'wb') as f:
@@ -73,7 +76,8 @@ def keep_features(
                 t = make(list(range(i, min(n, i+batch)))).detach().cpu().contiguous()
                 a = (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy()
                 if not i:
-                    np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(a.dtype), fortran_order=False,
+                    np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(a.dtype),
+                                                                 fortran_order=False,
                                                                  shape=(n, *a.shape[1:])))
                     kind.write_text(json.dumps(str(t.dtype).removeprefix('torch.')))
                 f.write(a.tobytes())
@@ -102,7 +106,8 @@ class Material:
         keeps = recipe.cache and not augment and (self.packs if self.chat else vlm.trains_on == 'features')
         self.heads,self.tokens = [None]*len(self.names),[None]*len(self.names)
         if self.packs and not self.chat: self.tokens = [self.tokens_of(r) for r in self.rows]
-        by = {k: w.tolist() for k,w in weights_of(table, recipe).groupby(table.image)}; self.weights = [by[n] for n in self.names]
+        by = {k: w.tolist() for k,w in weights_of(table, recipe).groupby(table.image)}
+        self.weights = [by[n] for n in self.names]
         self.size = [sum(answer_tokens(vlm, a, p)*w for (p,a),w in zip(r, ws))   # tokens that carry loss, as much as they count
                      for r,ws in zip(self.rows, self.weights)]
         if keeps: self.keep(cache)
@@ -129,7 +134,8 @@ class Material:
     def tokens_of(self, rows)->list:
         "(prompt ids, answer ids) of an image's questions, as `train.collate` lays them out"
         tok = self.vlm.processor.tokenizer
-        return [(tok(p)['input_ids'], tok(' '+a, add_special_tokens=False)['input_ids']+[tok.eos_token_id]) for p,a in rows]
+        return [(tok(p)['input_ids'], tok(' '+a, add_special_tokens=False)['input_ids']+[tok.eos_token_id])
+                for p,a in rows]
 
 # %% ../nbs/09i_loop.ipynb #69c17cdc
 @patch
@@ -143,7 +149,8 @@ def lay_out(self:Material, i, image)->dict:
 
 @patch
 def read(self:Material, at):
-    "What the frozen vision tower gives of images `at`: patches, or for a packed chat model what its language model reads"
+    """What the frozen vision tower gives of images `at`: patches, or for a packed chat model what its language
+    model reads"""
     import torch
     images = [self.picture(i) for i in at]
     with torch.no_grad(), quick_linears(self.vlm.core):
@@ -184,6 +191,7 @@ def apart(self:Material, at, pick):
         size = w*sum(answer_tokens(vlm, a, p) for r in rows for p,a in r); total,n = total+loss*size,n+size
     return total/n
 
+# %% ../nbs/09i_loop.ipynb #8a359561
 @patch
 def chat_prefix(self:Material, at, features)->tuple:
     "What the language model of a chat model reads of images `at`, and which of it sees each other"
@@ -225,7 +233,8 @@ def present(self:Material, at)->list:
     if self.kept or self.vlm.trains_on == 'nothing': return list(at)
     for i in at:
         name = self.names[i]
-        if not any((self.folder/n).is_file() for n in (name, name.split('#')[0])): self.lost[name] = 'vanished while training'
+        if not any((self.folder/n).is_file() for n in (name, name.split('#')[0])):
+            self.lost[name] = 'vanished while training'
     return [i for i in at if self.names[i] not in self.lost]
 
 # %% ../nbs/09i_loop.ipynb #a1e8ad83
@@ -235,7 +244,8 @@ class Tower:
         named = [*model.named_parameters(), *model.named_buffers()]
         self.tensors = [t for n,t in named if part_of(n) == 'vision_model' and t.numel()]
         self.folder,self.file,self.why = folder,None,''
-        held = any(type(m).__name__ == 'Linear8bitLt' for n,m in model.named_modules() if part_of(n) == 'vision_model')
+        held = any(type(m).__name__ == 'Linear8bitLt' for n,m in model.named_modules()
+                   if part_of(n) == 'vision_model')
         if held: self.why = 'its weights in int8 stay'
         elif any(t.requires_grad for t in self.tensors): self.why = 'it is trained'
         self.bytes = 0 if self.why else sum(t.nbytes for t in self.tensors)
@@ -291,7 +301,8 @@ MOST_SKIPS = 5   # steps without finite numbers until training stops
 
 class Fit:
     "A LoRA training: all that changes while it runs"
-    def __init__(self, vlm, recipe:LoraRecipe, material:Material, validation:Material, run:str, folder, p=None, team=None):
+    def __init__(self, vlm, recipe:LoraRecipe, material:Material, validation:Material, run:str, folder, p=None,
+                 team=None):
         # run: what identifies it; p: probability of drawing each image; folder: takes the checkpoint
         self.vlm,self.recipe,self.material,self.validation = vlm,recipe,material,validation
         self.run,self.folder,self.p,self.team = run,Path(folder),p,team or Team()
@@ -305,7 +316,8 @@ class Fit:
         "(title, parameters, steps) of what is done one after the other"
         trained = [(n, p) for n,p in self.vlm.model.named_parameters() if p.requires_grad]
         new = [p for n,p in trained if 'lora_' not in n]; all_ = [p for _,p in trained]
-        return ([('new parts', new, max(1, self.recipe.steps//2))] if new else []) + [('LoRA', all_, self.recipe.steps)]
+        return ([('new parts', new, max(1, self.recipe.steps//2))]
+                if new else []) + [('LoRA', all_, self.recipe.steps)]
 
     def begin(self, parameters, steps):
         "A fresh optimiser and a fresh order of images, or those of the checkpoint"
@@ -314,8 +326,10 @@ class Fit:
         self.rng = np.random.default_rng(self.recipe.seed)
         if self.found: self.restore()
 
+# %% ../nbs/09i_loop.ipynb #ba1c15ab
 def make_optimiser(recipe:LoraRecipe, parameters, steps:int):
-    "(optimiser, schedule) of a recipe; the 8-bit ones keep moments in a quarter of the memory, the paged one off the card"
+    """(optimiser, schedule) of a recipe; the 8-bit ones keep moments in a quarter of the memory, the paged one off
+    the card"""
     import torch
     opt,schedule = optimiser(parameters, recipe.lr, steps, recipe.warmup, recipe.weight_decay, recipe.betas)
     if recipe.optimiser == 'adamw': return opt, schedule
@@ -324,7 +338,8 @@ def make_optimiser(recipe:LoraRecipe, parameters, steps:int):
     if recipe.optimiser not in kinds:
         raise FadaError(f'unknown optimiser {recipe.optimiser!r}', '', 'adamw, '+', '.join(kinds), '')
     if not parameters[0].is_cuda:
-        raise FadaError(f'{recipe.optimiser} works on a card only', str(parameters[0].device), 'cuda', 'take adamw on a CPU')
+        raise FadaError(f'{recipe.optimiser} works on a card only', str(parameters[0].device), 'cuda',
+                        'take adamw on a CPU')
     opt = kinds[recipe.optimiser](parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, schedule.lr_lambdas[0])
 
@@ -339,7 +354,8 @@ def take(self:Fit):
         raise FadaError(f'none of the {len(drawn)} images of a step is there any more', str(m.folder),
                         'the images of the table',
                         'bring them back and run the same command again')
-    self.opt.zero_grad(set_to_none=False); total = torch.zeros((), device=self.parameters[0].device); whole = m.count(at)
+    self.opt.zero_grad(set_to_none=False); total = torch.zeros((), device=self.parameters[0].device)
+    whole = m.count(at)
     for part in np.array_split(self.team.share(at), r.accumulate):
         if not len(part): continue
         with quick_linears(self.vlm.core):
@@ -354,6 +370,7 @@ def take(self:Fit):
     else: self.skip(total, norm)
     self.schedule.step()
 
+# %% ../nbs/09i_loop.ipynb #e9908d84
 @patch
 def skip(self:Fit, loss, norm):
     "Note a step that cannot be taken; `FadaError` when there were too many"
@@ -363,7 +380,8 @@ def skip(self:Fit, loss, norm):
     self.skips.append(dict(step=self.step+1, loss=str(loss), norm=str(norm), parts=parts))
     if len(self.skips) >= MOST_SKIPS:
         advice = 'bf16, or fp32 for the part' if self.vlm.precision in ('fp16','int8','nf4') else 'a lower learning rate'
-        raise FadaError(f'the loss or its gradient was no number in {len(self.skips)} steps', ', '.join(parts) or 'the loss',
+        raise FadaError(f'the loss or its gradient was no number in {len(self.skips)} steps',
+                        ', '.join(parts) or 'the loss',
                         'finite numbers', f'try {advice}; the last good checkpoint stays')
 
 # %% ../nbs/09i_loop.ipynb #23ee8422
@@ -378,7 +396,8 @@ def check(self:Fit, step:int)->bool:
         v,core = self.validation,self.vlm.core; core.eval(); few = list(range(min(LOSS_IMAGES, len(v))))
         scored = validation_answers(self.vlm, v.seen(), v.table, v.names)
         with torch.no_grad():
-            losses = {QUESTIONS[q].key: round(float(v.loss(few, q)), 4) for q in sorted({q for i in few for q in v.kinds[i]})}
+            losses = {QUESTIONS[q].key: round(float(v.loss(few, q)), 4)
+                      for q in sorted({q for i in few for q in v.kinds[i]})}
         self.checks.append(describe_check(step, scored, losses, self.samples)); self.note_best(step, scored)
         self.live(self.losses, self.norms, self.checks)
         core.train(); self.vlm._features.clear()   # room for the steps
@@ -404,7 +423,8 @@ def save(self:Fit):
     if not self.team.first: return
     (opt,numbers),(chance,places) = optimiser_state(self.opt),chance_state(self.rng)
     now_ = {n: p for n,p in self.vlm.model.named_parameters() if p.requires_grad}
-    tensors = {f'{kind}/{k}': v for kind,group in (('now',now_),('best',self.kept),('optimiser',opt),('chance',chance))
+    tensors = {f'{kind}/{k}': v
+               for kind,group in (('now',now_),('best',self.kept),('optimiser',opt),('chance',chance))
                for k,v in group.items()}
     schedule = {k: v for k,v in self.schedule.state_dict().items() if k != 'lr_lambdas'}
     save_checkpoint(self.folder/CHECKPOINT, tensors,

@@ -60,7 +60,8 @@ class Map:
     per_token: object = None   # tokens × rows × columns, where the method tells tokens apart
     note: str = ''             # what has to be said with it
     badge: str = ''            # whether the method was checked for this model, and what came of it
-    sinks: object = None       # rows × columns, bool: places that draw attention from every token, where that was looked for
+    # rows × columns, bool: places that draw attention from every token, where that was looked for
+    sinks: object = None
     @property
     def size(self): return self.image.shape[1],self.image.shape[0]
     def pixels(self, token:int=None, smooth=True):
@@ -68,14 +69,18 @@ class Map:
         return to_pixels(self.heat if token is None else self.tokenwise()[token], self.box, self.size, smooth)
     def tokenwise(self):
         "Maps of the tokens; `FadaError` where the method has none"
-        if self.per_token is None: raise FadaError(f'{self.method} has one map for the whole answer', self.model, 'a method with a map for each token', 'use `relevancy_map`')
+        if self.per_token is None:
+            raise FadaError(f'{self.method} has one map for the whole answer', self.model,
+                            'a method with a map for each token', 'use `relevancy_map`')
         return self.per_token
-    def _repr_markdown_(self): return f'**{self.method}** of “{self.answer}” ({self.model}); {self.units}; {LABEL}. {self.note}'
+    def _repr_markdown_(self):
+        return f'**{self.method}** of “{self.answer}” ({self.model}); {self.units}; {LABEL}. {self.note}'
 
 def as_map(vlm, image, heat, method, units, question, answer, **kw)->Map:
     "A map with the box that the model was shown"
     im = np.asarray(_as_rgb(image))
-    return Map(im, np.asarray(heat, float), shown_box(vlm, im.shape[1::-1]), method, units, str(question), answer, vlm.spec.name, **kw)
+    return Map(im, np.asarray(heat, float), shown_box(vlm, im.shape[1::-1]), method, units, str(question), answer,
+               vlm.spec.name, **kw)
 
 # %% ../nbs/12a_maps.ipynb #30e9dece
 def relevancy_map(vlm, image, question,
@@ -85,7 +90,8 @@ def relevancy_map(vlm, image, question,
     from fada.attention import relevancy
     answer = said(vlm, image, question) if answer is None else answer
     with room_for(vlm, image): heat,per,tokens = relevancy(vlm, image, question, answer)
-    return as_map(vlm, image, heat, 'relevancy', 'gradient × attention', question, answer, tokens=tokens, per_token=per)
+    return as_map(vlm, image, heat, 'relevancy', 'gradient × attention', question, answer, tokens=tokens,
+                  per_token=per)
 
 @contextmanager
 def room_for(vlm, image):
@@ -98,14 +104,16 @@ def room_for(vlm, image):
         short = True
     if short:   # outside the handler, so that the traceback keeps no tensor alive
         release(vlm.device); w,h = _as_rgb(image).size
-        raise FadaError(f'memory ran out for a map of an image of {w} × {h} pixels', vlm.spec.name, 'more free memory',
+        raise FadaError(f'memory ran out for a map of an image of {w} × {h} pixels', vlm.spec.name,
+                        'more free memory',
                         'explain a part of the answer, a smaller image, or take `occlusion`, which goes in parts')
 
 def said(vlm, image, question)->str:
     "What the model answers; `FadaError` where that is an error or nothing"
     a = vlm.ask(image, question)
     if a.error: raise FadaError(f'no answer to explain: {a.error}', vlm.spec.name, 'an answer', 'ask again')
-    if not a.text.strip(): raise FadaError('an answer of zero tokens', vlm.spec.name, 'at least one token to explain', 'ask again')
+    if not a.text.strip():
+        raise FadaError('an answer of zero tokens', vlm.spec.name, 'at least one token to explain', 'ask again')
     return a.text
 
 # %% ../nbs/12a_maps.ipynb #d3dc6522
@@ -135,7 +143,8 @@ def save_map(m:Map, path):
     from pathlib import Path
     path = Path(path); path = path if path.suffix == '.npz' else path.with_name(path.name+'.npz')
     more = {k: v for k in ('per_token','sinks') if (v := getattr(m, k)) is not None}
-    np.savez_compressed(path, image=m.image, heat=m.heat, box=np.array(m.box, float), tokens=np.array(m.tokens, str), pixels=m.pixels(),
+    np.savez_compressed(path, image=m.image, heat=m.heat, box=np.array(m.box, float),
+                        tokens=np.array(m.tokens, str), pixels=m.pixels(),
                         **more, **{k: np.array(getattr(m, k)) for k in _WORDS})
     return path
 

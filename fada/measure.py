@@ -163,11 +163,12 @@ def measure_femur(image, mm_per_px)->Measurement:
             thick = mask.sum()*px*px/np.ptp(u)
             score = np.ptp(u)*min(ratio,8)*max(level-_beside(soft, mask, px, 7), 0)*min(thick,3.5)**2
             if np.ptp(u) > 8 and ratio > 2.5 and axis[0]**2 > .4: rods.append((score, np.ptp(u), mask))
-    for score,length,mask in sorted(rods, key=lambda r: -r[0]):
+    for _,length,mask in sorted(rods, key=lambda r: -r[0]):
         m = _rod_length(soft, mask, px, mm_per_px)
         if m.mm > .8*length: return m
     raise _nothing('FL')
 
+# %% ../nbs/03b_measure.ipynb #60a9ca75
 def _rod_length(soft, mask, px, mm_per_px):
     """From a part of the rod to its ends: along its own bow,
     to where it is halfway between its level and the tissue's"""

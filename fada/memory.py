@@ -164,7 +164,8 @@ def kv_bytes_per_token(
 MATRIX = (  # registry name, precision, published, what it really was
     ('blip2-opt-2.7b', 'int8', '4.21 GB', 'the weights alone, to a hundredth: cache and activations come on top'),
     ('blip2-opt-2.7b', 'fp16', '5.4 GB', 'not its fp16, which is larger: no precision gives this figure'),
-    ('medgemma-4b', 'int8', '4.98 GB', 'the whole multimodal model: the vision tower was loaded all along, and never used'),
+    ('medgemma-4b', 'int8', '4.98 GB',
+     'the whole multimodal model: the vision tower was loaded all along, and never used'),
     ('medgemma-4b-text', 'int8', '4.98 GB', 'what the language model alone would have taken'),
     ('florence-2-large', 'int8', '0.7 GB', 'no measurement: the model failed to run there'),
     ('llava-1.5-7b', 'int8', '7 to 8 GB', 'the weights; on a card of 8 GB nothing is left for the cache'),
@@ -176,5 +177,6 @@ def published_matrix()->list:
     rows = []
     for name,precision,said,was in MATRIX:
         n = sum(weight_bytes(count_weights(skeleton(MODELS[name]), MODELS[name].fp32_parts), precision))
-        rows.append(dict(model=name, precision=precision, published=said, weights=in_gb(n), binary=in_gib(n), was=was))
+        rows.append(dict(model=name, precision=precision, published=said, weights=in_gb(n), binary=in_gib(n),
+                         was=was))
     return rows

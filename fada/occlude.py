@@ -32,7 +32,8 @@ def speckle_like(image, seed:int=0):
     from PIL import Image
     from scipy.ndimage import gaussian_filter
     grey = np.asarray(_as_rgb(image).convert('L'), float); inside = sector_mask(image)
-    noise = gaussian_filter(np.random.default_rng(seed).rayleigh(size=grey.shape), .7); noise = (noise-noise.mean())/noise.std()
+    noise = gaussian_filter(np.random.default_rng(seed).rayleigh(size=grey.shape), .7)
+    noise = (noise-noise.mean())/noise.std()
     level = grey[inside].mean() if inside.any() else 0.
     out = np.where(inside, np.clip(level*(1+.2*noise), 0, 255), 0).astype(np.uint8)
     return Image.fromarray(out).convert('RGB')
@@ -90,8 +91,10 @@ def answer_logp(
 ):                  # images × tokens
     "Log-probability of each token of `answer` for each image"
     import torch
-    from fada import choices   # what every engine can do besides
-    if vlm.core is None: raise FadaError(f'{vlm.spec.name} gives no probabilities', '', 'a model that runs here', 'use `occlusion`, which compares texts')
+    from fada import choices   # noqa: F401  gives VLM the methods used here
+    if vlm.core is None:
+        raise FadaError(f'{vlm.spec.name} gives no probabilities', '', 'a model that runs here',
+                        'use `occlusion`, which compares texts')
     prompt,ids,images = prompt_of(vlm, question),answer_tokens(vlm, question, answer),list(images)
     def run(rows):
         out = []
@@ -115,7 +118,9 @@ def text_change(vlm, images, question, answer:str)->np.ndarray:
     "How much of `answer` is lost for each image, by asking; `FadaError` where an image gets no answer"
     out = []
     for a in vlm.answer([Request(im, [question]) for im in images]):
-        if a.error: raise FadaError(f'a covered image got no answer: {a.error}', vlm.spec.name, 'an answer to each', 'try again')
+        if a.error:
+            raise FadaError(f'a covered image got no answer: {a.error}', vlm.spec.name, 'an answer to each',
+                            'try again')
         out.append(words_lost(answer, a.text))
     return np.array(out)
 
@@ -131,10 +136,13 @@ def covered(image, cover, grid:int):
 
 def _check_grid(vlm, image, grid:int, paid:bool):
     w,h = _as_rgb(image).size
-    if not 1 <= grid <= min(w, h): raise FadaError(f'a grid of {grid}', f'an image of {w} × {h} pixels', f'1 to {min(w,h)} cells a side', '')
+    if not 1 <= grid <= min(w, h):
+        raise FadaError(f'a grid of {grid}', f'an image of {w} × {h} pixels', f'1 to {min(w,h)} cells a side', '')
     if vlm.paid and not paid:
-        raise FadaError(f'occlusion asks {grid*grid+1} paid questions', vlm.spec.name, 'paid=True, if that is meant', 'or choose a smaller grid')
+        raise FadaError(f'occlusion asks {grid*grid+1} paid questions', vlm.spec.name,
+                        'paid=True, if that is meant', 'or choose a smaller grid')
 
+# %% ../nbs/12b_occlude.ipynb #072e9ca5
 def occlusion(
     vlm, image, question,
     answer:str=None,   # text to explain; None: what the model says
@@ -145,10 +153,12 @@ def occlusion(
 )->Map:
     "Fall of an answer's log-probability with a cell covered; for a service: share of its words that are lost"
     _check_grid(vlm, image, grid, paid)
-    cover = cover_with(image, fill, max(_as_rgb(image).size)/grid/2); answer = said(vlm, image, question) if answer is None else answer
+    cover = cover_with(image, fill, max(_as_rgb(image).size)/grid/2)
+    answer = said(vlm, image, question) if answer is None else answer
     images = list(covered(image, cover, grid)); about = f'occlusion {grid} × {grid}, {fill}'
     if vlm.core is None:
-        m = as_map(vlm, image, text_change(vlm, images, question, answer).reshape(grid, grid), about, 'share of words lost', question, answer)
+        m = as_map(vlm, image, text_change(vlm, images, question, answer).reshape(grid, grid), about,
+                   'share of words lost', question, answer)
     else:
         logp = answer_logp(vlm, [_as_rgb(image), *images], question, answer, batch); fall = logp[:1]-logp[1:]
         per = fall.T.reshape(-1, grid, grid); tok = getattr(vlm.processor, 'tokenizer', vlm.processor)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from .train import IGNORE
 
 # %% ../nbs/09f_packing.ipynb #ad91ec45
-PACKS = ('blip2-opt','blip2-llama','blip2-gemma3','llava','gemma3','internvl','smolvlm')  # architectures that allow it
+# architectures that allow it
+PACKS = ('blip2-opt','blip2-llama','blip2-gemma3','llava','gemma3','internvl','smolvlm')
 
 @dataclass
 class Pack:

@@ -389,7 +389,8 @@ def enough_patients(n:int, categories, seed:int=0):
     for j in phantom_jobs(n, categories, seed): seen[j['category']].add(j['number'])
     if min(map(len, seen.values())) > 2: return
     need = len(seen)*(1+next(i for i,(p,*_) in enumerate(VISITS) if p == 2))
-    raise FadaError(f'{n} phantoms of {len(seen)} categories', '', f'at least {need}: three patients in each category, to train, '
+    raise FadaError(f'{n} phantoms of {len(seen)} categories', '',
+                    f'at least {need}: three patients in each category, to train, '
                     'validate and test on', 'draw more, or fewer categories')
 
 # %% ../nbs/03a_phantoms.ipynb #abf93ad9

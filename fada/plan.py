@@ -260,7 +260,8 @@ def _watch_language(vlm, dry):
     layers = next(m for n,m in vlm.core.named_modules()
                   if isinstance(m, ModuleList) and part_of(n) == 'language_model'
                   and n.endswith(('layers','block')) and 'encoder' not in n.split('.'))
-    left = [1, 2, 3]; first = next(m for m in layers[0].modules() if isinstance(m, Linear))   # once a pass, layer or not
+    # once a pass, layer or not
+    left = [1, 2, 3]; first = next(m for m in layers[0].modules() if isinstance(m, Linear))
     first.register_forward_pre_hook(lambda *a: dry.phase() if left and left.pop() else None)
 
 def _dry(task, spec, config, layers, new, precision, half, device, batch, questions, side, prompt, recipe,
@@ -391,7 +392,8 @@ def planned_parts(
 def training_speed(name:str, precision:str, device:str='cuda')->tuple:
     "(FLOP/s, where they come from) of training"
     seen = ledger(name).get('measured', {}).get(f'train {precision}')
-    if seen and seen['device'].startswith(device): return seen['flops_per_second'], f"measured here on {seen['machine']}"
+    if seen and seen['device'].startswith(device):
+        return seen['flops_per_second'], f"measured here on {seen['machine']}"
     return PUBLISHED_SPEED, 'the published run of BLIP-2 in int8 on an 8 GB RTX 4070'
 
 def _check(spec, task, precision, questions, new, recipe):
@@ -565,7 +567,8 @@ _TITLES = dict(answer='Answering', train='LoRA training')
 _COLOURS = dict(zip(PARTS, ('#0072b2', '#56b4e9', '#e69f00', '#d55e00', '#009e73', '#cc79a7', '#999999')))
 
 def plan_figure(plans, path=None, cards=CARDS):
-    "Stacked bars of the parts, one bar a plan, a panel for each task, lines at the cards; saved where `path` is given"
+    """Stacked bars of the parts, one bar a plan, a panel for each task, lines at the cards; saved where `path` is
+    given"""
     from matplotlib.figure import Figure
     tasks = [t for t in TASKS if any(p.task == t for p in plans)]
     n = max(sum(p.task == t for p in plans) for t in tasks)
@@ -583,9 +586,11 @@ def plan_figure(plans, path=None, cards=CARDS):
                           for k,p in enumerate(mine)], fontsize=6.5)
     handles = {l: h for ax in axes for h,l in zip(*ax.get_legend_handles_labels())}
     names = [p for p in PARTS if p in handles]
-    fig.legend([handles[p] for p in names], names, loc='outside lower center', ncols=7 if len(tasks) > 1 else 4, fontsize=8, frameon=False)
+    fig.legend([handles[p] for p in names], names, loc='outside lower center', ncols=7 if len(tasks) > 1 else 4,
+               fontsize=8, frameon=False)
     said = f"{plans[0].batch} image{'s'*(plans[0].batch > 1)} with {plans[0].questions} questions at a time"
-    fig.suptitle(f"Predicted peak, {said}. Dotted: {', '.join(f'{c/2**30:g}' for c in cards)} GiB cards less what others take",
+    fig.suptitle(f"Predicted peak, {said}. Dotted: {', '.join(f'{c/2**30:g}' for c in cards)} GiB cards less what "
+                 f"others take",
                  fontsize=9)
     if path: fig.savefig(path, dpi=80)
     return fig
@@ -595,7 +600,8 @@ def _filled(p, width, device):
     "A parameter with random numbers in the place of a shape, quantised on arrival where its kind is"
     import torch
     if not p.is_floating_point() or type(p).__name__ in ('Params4bit','Int8Params'):
-        kw = {k: v for k,v in p.__dict__.items() if k in ('compress_statistics','quant_type','quant_storage','blocksize')}
+        kw = {k: v for k,v in p.__dict__.items()
+              if k in ('compress_statistics','quant_type','quant_storage','blocksize')}
         if type(p).__name__ == 'Int8Params': kw = dict(has_fp16_weights=False)
         return type(p)(torch.randn(p.shape, dtype=width)*.02, requires_grad=False, **kw).to(device)
     return torch.nn.Parameter((torch.randn(p.shape, dtype=p.dtype, device=device)*.02), requires_grad=p.requires_grad)
@@ -682,7 +688,8 @@ def measure_model(
     out = dict(model=model, task=task, precision=precision, device=device, machine=_machine(device),
                random_weights=random, batch=batch, questions=questions, new_tokens=new_tokens,
                load_seconds=round(loaded, 2), seconds_per_question=seconds/(batch*questions),
-               seconds_per_step=seconds if task == 'train' else None, weights_bytes=stays, peak_bytes=peak, predicted_bytes=predicted, error=predicted/peak-1,
+               seconds_per_step=seconds if task == 'train' else None, weights_bytes=stays, peak_bytes=peak,
+               predicted_bytes=predicted, error=predicted/peak-1,
                activation_bytes=a['bytes'], predicted_activation_bytes=predicted-p.weights_bytes,
                resident_bytes=resident_bytes(), made=now(),
                flops_per_second=p.flops/seconds if task == 'train' else None)

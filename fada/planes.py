@@ -104,7 +104,8 @@ def train_planes(
     over = lambda right: mean_interval(pd.Series(right.astype(float), test.index), test.patient)
     metrics = dict(kind='fada plane classifier', model='plane-classifier', method=kind, classes=names,
                    base=vlm.base if vlm else None, options=o if kind == 'cnn' else {}, split=split,
-                   losses=loss_curve(losses), images=len(test), train_images=len(train), accuracy=over(plane(said) == truth),
+                   losses=loss_curve(losses), images=len(test), train_images=len(train),
+                   accuracy=over(plane(said) == truth),
                    majority=over(truth == common), score=mean_interval(scored.score, scored.patient),
                    trained_on_sha256=table_digest(train), seed=seed,
                    seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())

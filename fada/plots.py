@@ -41,7 +41,8 @@ def colour_limits(heats)->tuple:
 def colour_bar(drawn, axs, units):
     "A colour bar for one picture or a grid of them, with units and the label that a map is no evidence"
     bar = drawn.figure.colorbar(drawn, ax=axs, fraction=.046, pad=.02); bar.solids.set_alpha(1)
-    bar.set_label(f'{units} ({LABEL})', fontsize=6); bar.ax.tick_params(labelsize=6); bar.formatter.set_powerlimits((-2,3))
+    bar.set_label(f'{units} ({LABEL})', fontsize=6); bar.ax.tick_params(labelsize=6)
+    bar.formatter.set_powerlimits((-2,3))
     bar.ax.yaxis.offsetText.set_fontsize(6)
     return bar
 
@@ -53,7 +54,8 @@ def draw_tokens(m,
     "A strip with the map of each token, on one scale; returns the figure"
     import matplotlib.pyplot as plt
     per = m.tokenwise(); n = len(per); cols = min(columns, n); rows = -(-n//cols)
-    fig,axs = plt.subplots(rows, cols, figsize=(1.7*cols+.8, 1.9*rows), squeeze=False, layout='constrained'); limits = colour_limits([per])
+    fig,axs = plt.subplots(rows, cols, figsize=(1.7*cols+.8, 1.9*rows), squeeze=False, layout='constrained')
+    limits = colour_limits([per])
     for k,ax in enumerate(axs.flat):
         if k < n: draw_map(m, k, ax, alpha, limits, m.tokens[k].strip() or '␣', bar=False)
         else: ax.axis('off')
@@ -70,20 +72,24 @@ def draw_heads(heads,
     from fada.heads import raw_map
     a = heads.maps(); sinks = find_sinks(a); whole = raw_map(heads); a = a.mean(2) if token is None else a[:,:,token]
     if hide_sinks: a[...,sinks] = np.nan
-    L,H = a.shape[:2]; limits = colour_limits([a]); fig,axs = plt.subplots(L, H, figsize=(1.4*H+1, 1.5*L+.5), squeeze=False, layout='constrained')
+    L,H = a.shape[:2]; limits = colour_limits([a])
+    fig,axs = plt.subplots(L, H, figsize=(1.4*H+1, 1.5*L+.5), squeeze=False, layout='constrained')
     for l in range(L):
         for h in range(H):
             ax = axs[l,h]; ax.imshow(whole.image); ax.axis('off'); ax.set_title(f'layer {l} head {h}', fontsize=6)
-            ax.imshow(to_pixels(a[l,h], whole.box, whole.size), cmap='viridis', alpha=alpha, vmin=limits[0], vmax=limits[1])
+            ax.imshow(to_pixels(a[l,h], whole.box, whole.size), cmap='viridis', alpha=alpha, vmin=limits[0],
+                      vmax=limits[1])
             if not hide_sinks: _ring(ax, whole, sinks)
-    fig.suptitle(f'raw attention: {LABEL}. {int(sinks.sum())} sinks {"hidden" if hide_sinks else "ringed"}', fontsize=8)
+    fig.suptitle(f'raw attention: {LABEL}. {int(sinks.sum())} sinks {"hidden" if hide_sinks else "ringed"}',
+                 fontsize=8)
     colour_bar(axs.flat[0].images[-1], axs, 'share of attention')
     return fig
 
 def _ring(ax, m, sinks):
     "Rings around the places of sinks"
     x0,y0,x1,y1 = m.box; rows,cols = sinks.shape
-    for r,c in np.argwhere(sinks): ax.plot(x0+(c+.5)*(x1-x0)/cols, y0+(r+.5)*(y1-y0)/rows, 'o', mfc='none', mec='red', ms=7, mew=.8)
+    for r,c in np.argwhere(sinks):
+        ax.plot(x0+(c+.5)*(x1-x0)/cols, y0+(r+.5)*(y1-y0)/rows, 'o', mfc='none', mec='red', ms=7, mew=.8)
 
 # %% ../nbs/12e_plots.ipynb #6d4a1c2f
 def side_by_side(
@@ -95,7 +101,8 @@ def side_by_side(
     import matplotlib.pyplot as plt
     if not maps: raise FadaError('no maps', '', 'at least one', '')
     units = {m.units for m in maps.values()}
-    if one_scale and len(units) > 1: raise FadaError(f'maps in {", ".join(sorted(units))}', 'one scale', 'one unit', 'leave `one_scale` out')
+    if one_scale and len(units) > 1:
+        raise FadaError(f'maps in {", ".join(sorted(units))}', 'one scale', 'one unit', 'leave `one_scale` out')
     limits = colour_limits([m.pixels() for m in maps.values()]) if one_scale else None
     fig,axs = plt.subplots(1, len(maps), figsize=(3.1*len(maps), 3), squeeze=False, layout='constrained')
     for ax,(name,m) in zip(axs[0], maps.items()): draw_map(m, None, ax, alpha, limits, f'{name}\n“{m.answer}”')

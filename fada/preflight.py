@@ -37,7 +37,8 @@ def read_rows(m:Material, i:int)->list:
         p = pack([m.tokens[i]]); head = m.heads[i] or []; rows = []
         for b,a in enumerate(answers):
             mine = p.block[0] == b; carries = p.labels[0][mine] != IGNORE; ids = p.ids[0][mine]
-            rows.append(Row(head+ids[~carries].tolist(), p.labels[0][mine][carries].tolist(), *_image_tokens(m, head, i), a))
+            rows.append(Row(head+ids[~carries].tolist(), p.labels[0][mine][carries].tolist(),
+                            *_image_tokens(m, head, i), a))
         return rows
     return _chat_rows(m, i) if m.chat else _plain_rows(m, i)
 
@@ -49,6 +50,7 @@ def _image_tokens(m, ids, i)->tuple:
     n = ids.count(config.image_token_id)
     return n, m.features[[i]].shape[1] if m.kept else n
 
+# %% ../nbs/09e_preflight.ipynb #72bcb6be
 def _queries(m, i)->int:
     "Image tokens that the Q-Former of this model really gives"
     import torch
@@ -69,16 +71,19 @@ def _plain_rows(m, i)->list:
         rows.append(Row(ids[0][~carries].tolist(), labels[0][carries].tolist(), *n, a))
     return rows
 
+# %% ../nbs/09e_preflight.ipynb #bbf9ac05
 def _chat_rows(m, i)->list:
     "Rows of a chat model whose questions go through apart"
     from fada.families import answer_labels, append_answers
     vlm,tok = m.vlm,m.vlm.tokenizer; rows = []; picture = m.picture(i)
     for p,a in m.rows[i]:
         read,said = vlm.render(p, picture is not None, a); t = vlm.inputs(vlm.see([picture]), [read])
-        if vlm.spec.architecture == 'florence2': ids,labels = t['input_ids'][0].tolist(),answer_labels(tok, [said])[0].tolist()
+        if vlm.spec.architecture == 'florence2':
+            ids,labels = t['input_ids'][0].tolist(),answer_labels(tok, [said])[0].tolist()
         else:
             out = append_answers(t, [tok(said, add_special_tokens=False)['input_ids']], tok.pad_token_id)
-            on = out['labels'][0] != IGNORE; ids,labels = out['input_ids'][0][~on].tolist(),out['labels'][0][on].tolist()
+            on = out['labels'][0] != IGNORE
+            ids,labels = out['input_ids'][0][~on].tolist(),out['labels'][0][on].tolist()
         rows.append(Row(ids, labels, *_image_tokens(m, ids, i), a))
     return rows
 
@@ -114,7 +119,8 @@ def check_labels(m:Material)->Finding:
         if said != squeeze(tok.decode(tok(r.said, add_special_tokens=False)['input_ids'], skip_special_tokens=True)):
             return Finding('label mask', 'stop', f'loss falls on {tok.decode(r.answer)!r}, the answer is {r.said!r}')
         if r.answer[-1] not in ends(m.vlm) and tok.decode(r.answer[-1:]).strip():
-            return Finding('label mask', 'stop', f'{tok.decode(r.answer)!r} has no end token: answers would never stop')
+            return Finding('label mask', 'stop',
+                           f'{tok.decode(r.answer)!r} has no end token: answers would never stop')
     return Finding('label mask', 'ok', 'loss on answers and their end only')
 
 def ends(vlm)->set:
@@ -122,6 +128,7 @@ def ends(vlm)->set:
     tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
     return {tok.eos_token_id, *vlm.words().ends}
 
+# %% ../nbs/09e_preflight.ipynb #0fd253b4
 def check_image(m:Material, images:int=4)->Finding:
     "Every image token is there, and the longest row fits into the model"
     if m.vlm.trains_on == 'nothing': return Finding('image tokens', 'ok', 'a model that reads words alone')
@@ -180,7 +187,8 @@ def check_overfit(m:Material, recipe)->Finding:
         return Finding('two answers by heart', 'stop', f'the loss is no number: {losses[-1]}')
     if losses[0] < OVERFIT['known']: said = f'{losses[0]:.2f}: known already'
     good = losses[-1] < max(OVERFIT['fall']*losses[0], OVERFIT['known'])
-    return Finding('two answers by heart', 'ok' if good else 'stop', said if good else f'the loss does not fall: {said}')
+    return Finding('two answers by heart', 'ok' if good else 'stop',
+                   said if good else f'the loss does not fall: {said}')
 
 # %% ../nbs/09e_preflight.ipynb #68bb2a3a
 def training_bytes(
@@ -216,7 +224,8 @@ FEW = 10   # images of a category below which a note is due
 
 def coverage_table(table:pd.DataFrame)->pd.DataFrame:
     "Rows by category and question, and how many different answers"
-    t = table.pivot_table(index='category', columns=table.question_id.map(lambda q: QUESTIONS[q].key), values='answer',
+    t = table.pivot_table(index='category', columns=table.question_id.map(lambda q: QUESTIONS[q].key),
+                          values='answer',
                           aggfunc='count', fill_value=0)
     return t[[k.key for k in QUESTIONS.values() if k.key in t]]
 
@@ -245,11 +254,13 @@ def preflight(
 )->list:                   # of Finding
     "All checks, in seconds; `FadaError` with the first finding that stops the run"
     found = []
-    for check in (lambda: check_coverage(m.table), lambda: check_parts(m.vlm), lambda: check_labels(m), lambda: check_image(m),
+    for check in (lambda: check_coverage(m.table), lambda: check_parts(m.vlm), lambda: check_labels(m),
+                  lambda: check_image(m),
                   lambda: check_memory(m, recipe), lambda: check_overfit(m, recipe)):
         f = check(); found += f if isinstance(f, list) else [f]
         stop = [x for x in found if x.level == 'stop']
         if stop:
-            raise FadaError(f'preflight, {stop[0].check}: {stop[0].said}', m.vlm.spec.name, 'a training that can succeed',
+            raise FadaError(f'preflight, {stop[0].check}: {stop[0].said}', m.vlm.spec.name,
+                            'a training that can succeed',
                             'mend it, or train with --skip-preflight, which is noted in the adapter')
     return found

@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'public_notes', 'public_copy', 'push_adapter', 'push_error']
 
 # %% ../nbs/09n_push.ipynb #abb68f8d
-import json, re, tempfile
+import re, tempfile
 from pathlib import Path
 from .settings import FadaError, read_json, write_json
 from .card import write_card
@@ -17,7 +17,8 @@ WEIGHTS = ('adapter_model.safetensors', 'features.npz')   # taken as they are
 def public_notes(about:dict)->dict:
     "What fada.json says, without names of images, answers as somebody wrote them, and folders"
     checks = [{k: v for k,v in c.items() if k != 'samples'} for c in about['checks']]
-    return dict({k: v for k,v in about.items() if k != 'vocabulary'}, checks=checks, lost_images=len(about['lost_images']))
+    return dict({k: v for k,v in about.items() if k != 'vocabulary'}, checks=checks,
+                lost_images=len(about['lost_images']))
 
 def public_copy(
     folder,        # of an adapter bundle
@@ -27,12 +28,14 @@ def public_copy(
     from shutil import copyfile
     from fada.registry import model_spec
     folder,out = Path(folder),Path(out); about = read_json(folder/'fada.json')
-    if not (folder/WEIGHTS[0]).is_file(): raise FadaError('no adapter weights', str(folder), WEIGHTS[0], 'train it again')
+    if not (folder/WEIGHTS[0]).is_file():
+        raise FadaError('no adapter weights', str(folder), WEIGHTS[0], 'train it again')
     if not (folder/'README.md').is_file(): write_card(folder)
     for name in (*WEIGHTS, 'README.md'):
         if (folder/name).is_file(): copyfile(folder/name, out/name)
     write_json(out/'fada.json', public_notes(about))
-    spec = model_spec(about['model']); base = spec.name if spec.embedded or Path(spec.checkpoint).is_dir() else spec.checkpoint
+    spec = model_spec(about['model'])
+    base = spec.name if spec.embedded or Path(spec.checkpoint).is_dir() else spec.checkpoint
     write_json(out/'adapter_config.json', dict(read_json(folder/'adapter_config.json'), base_model_name_or_path=base))
     return sorted(p.name for p in out.iterdir())
 
@@ -50,7 +53,8 @@ def push_adapter(
     from fada.vlm import _inside
     folder = Path(_inside(folder, 'adapter')); spec = model_spec(read_json(folder/'fada.json')['model'])
     if not settings.push:
-        raise FadaError('an adapter may not leave this machine', '[hub] push of settings.ini', 'push = yes', 'see settings.ini')
+        raise FadaError('an adapter may not leave this machine', '[hub] push of settings.ini', 'push = yes',
+                        'see settings.ini')
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo): raise FadaError(f'{repo!r} is no repository', '', 'owner/name', '')
     api = HfApi()
     with tempfile.TemporaryDirectory() as d:
@@ -62,14 +66,19 @@ def push_adapter(
                 raise FadaError('the repository is public', repo, 'a private one', 'name another, or say --public')
             done = api.upload_folder(repo_id=repo, folder_path=d, commit_message=f'LoRA for {spec.name}')
         except _hub_errors() as e: raise push_error(e, repo) from None
-    return dict(url=f'{api.endpoint}/{repo}', private=private, files=files, commit=done.oid, terms=dossier(spec).share)
+    return dict(url=f'{api.endpoint}/{repo}', private=private, files=files, commit=done.oid,
+                terms=dossier(spec).share)
 
+# %% ../nbs/09n_push.ipynb #ee6328fb
 def push_error(e, repo:str)->FadaError:
     "What went wrong at the hub, and what to do about it"
     from huggingface_hub import errors as h
     if isinstance(e, h.OfflineModeIsEnabled):
-        return FadaError('the hub is switched off', repo, 'HF_HUB_OFFLINE unset', 'unset HF_HUB_OFFLINE for this one command')
+        return FadaError('the hub is switched off', repo, 'HF_HUB_OFFLINE unset',
+                         'unset HF_HUB_OFFLINE for this one command')
     code = getattr(getattr(e, 'response', None), 'status_code', None)
-    if code in (401, 403): return FadaError('the hub refuses', repo, 'a token that may write there', 'set HF_TOKEN or run `hf auth login`')
+    if code in (401, 403):
+        return FadaError('the hub refuses', repo, 'a token that may write there',
+                         'set HF_TOKEN or run `hf auth login`')
     return FadaError(f'the hub cannot be reached or broke off ({type(e).__name__})', repo, 'a network connection',
                      'run the same command again: it ends in one commit or in none')

@@ -296,7 +296,8 @@ def look_at(r, images, workers=None):
     r.seen.update(look_all(r.folder, here, workers))
     for n in here:
         if r.seen[n]['error']: r.set_aside(n, 0, 'image', r.seen[n]['error'])
-        elif (pages := r.seen[n].get('pages') or 1) > 1: r.note(n, 0, 'image', f'the first of {pages:.0f} pages is read')
+        elif (pages := r.seen[n].get('pages') or 1) > 1:
+            r.note(n, 0, 'image', f'the first of {pages:.0f} pages is read')
     return {n for n in here if not r.seen[n]['error']}
 
 # %% ../nbs/04c_readers.ipynb #feb08224
@@ -592,6 +593,7 @@ def no_phantoms(folder):
         raise FadaError('phantoms, whose answers were made with them', str(folder), 'a folder of your own',
                         '`fada prepare` makes their table, `fada data verify` proves it')
 
+# %% ../nbs/04c_readers.ipynb #f5674a0a
 def read_any(
     folder,
     reader:str='auto',     # auto or a name as `guess_reader` returns it

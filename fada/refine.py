@@ -165,7 +165,8 @@ def claims(
     text:str,
 )->frozenset:  # of (meanings, affirmed): a claim holds if one of its meanings does
     "All that `text` claims: terms affirmed or denied, numbers and sides of what, and words outside the vocabulary"
-    clauses = [_clause_claims(c) for c in _clauses(_plain(text))]; out = set().union(*(c for c,_,_ in clauses))|_loose_claims(clauses)
+    clauses = [_clause_claims(c) for c in _clauses(_plain(text))]
+    out = set().union(*(c for c,_,_ in clauses))|_loose_claims(clauses)
     if (n := sum(_OF_NOTHING in c for c,_,_ in clauses)) > 1:
         out.add((frozenset({('negation', f'of nothing, {n} times')}), True))
     flip = lambda m: (m[0], m[1][3:]) if m[0] == 'state' and m[1].startswith('no ') else None

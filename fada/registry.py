@@ -66,9 +66,12 @@ class Hyper:
 
 _QLORA = '2e-4 is the rate of QLoRA up to 13 B (Dettmers et al. 2023, arXiv:2305.14314) and of LLaVA-1.5\'s own LoRA script'
 HYPER = {
-    'nano': Hyper(8, 2e-3, 16, 'tried on the five categories of the demonstration: a model of 1.4 M parameters wants large steps'),
-    'composed': Hyper(8, 1e-3, 8, 'a new Q-Former and projection learn from nothing, LoRA follows them; tried on blip2-mini'),
-    't5': Hyper(8, 3e-4, 4, 'T5 wants larger steps than decoders: 1e-4 to 3e-4 (transformers\' notes on training T5)'),
+    'nano': Hyper(8, 2e-3, 16, 'tried on the five categories of the demonstration: a model of 1.4 M parameters '
+                               'wants large steps'),
+    'composed': Hyper(8, 1e-3, 8,
+                      'a new Q-Former and projection learn from nothing, LoRA follows them; tried on blip2-mini'),
+    't5': Hyper(8, 3e-4, 4,
+                'T5 wants larger steps than decoders: 1e-4 to 3e-4 (transformers\' notes on training T5)'),
     'billions': Hyper(8, 2e-4, 2, _QLORA+'; 2 images with 8 questions each fit beside 4-bit weights on 8 GB'),
     'millions': Hyper(8, 5e-4, 4, 'between the small and the large: not tuned here')}
 

@@ -58,14 +58,16 @@ def _named(host:str, url:str)->str:
     try: at = addresses(host)
     except OSError as e:
         if '.' in host: return host
-        raise FadaError(f'no connection (name resolution: {e.strerror or e})', url, 'the name of a host', '') from None
+        raise FadaError(f'no connection (name resolution: {e.strerror or e})', url, 'the name of a host',
+                        '') from None
     return host if not at or not all(map(_near, at)) else NEAR[1]
 
 # %% ../nbs/07c_remote.ipynb #20a86c16
 def host_kind(
     url:str,
 )->str:       # this machine, private network, or the name of a public host
-    "What kind of host `url` names now; `FadaError` for a secret or a disguised address, and for a public host without TLS"
+    """What kind of host `url` names now; `FadaError` for a secret or a disguised address, and for a public host
+    without TLS"""
     p = urlsplit(url); host = unicodedata.normalize('NFKC', p.hostname or '')
     if p.scheme not in ('http', 'https') or not host:
         raise FadaError('no address of a service', 'url', 'such as http://127.0.0.1:8000/v1', '')
@@ -75,7 +77,8 @@ def host_kind(
     try: kind = _near(host) or host
     except ValueError:
         if re.fullmatch(r'0x[0-9a-f]*|\d+', host.rstrip('.').rpartition('.')[2]):
-            raise FadaError('an address in disguise', url, 'four numbers from 0 to 255, without leading zeros', '') from None
+            raise FadaError('an address in disguise', url, 'four numbers from 0 to 255, without leading zeros',
+                            '') from None
         plain = p.scheme == 'http' or '.' not in host   # else it is public, and encrypted
         kind = NEAR[0] if host == 'localhost' else _named(host, url) if plain else host
     if p.scheme == 'http' and kind not in NEAR:
@@ -293,7 +296,8 @@ def _process(pid:int)->list:
     except OSError: state = ['X']
     return [platform.node(), pid, '' if state[0] in 'ZX' else state[19]]
 
-ABANDONED = 1200.   # seconds after which a question of another machine's is asked anew: longer than any wait between two tries
+# seconds after which a question of another machine's is asked anew: longer than any wait between two tries
+ABANDONED = 1200.
 
 def _lives(r)->bool:
     "Whether the process that made a reservation still runs"
@@ -385,11 +389,13 @@ def money(tokens, price:dict)->float|None:
 # %% ../nbs/07c_remote.ipynb #920e526b
 def _reservation(job, mine, tokens)->dict:
     "What the journal holds of a question until its record comes"
-    return dict(reservation=mine, key=job.key, reserved=[int(n) for n in tokens], holder=_process(os.getpid()), at=time.time())
+    return dict(reservation=mine, key=job.key, reserved=[int(n) for n in tokens], holder=_process(os.getpid()),
+                at=time.time())
 
 # %% ../nbs/07c_remote.ipynb #542aeae1
 class Meter:
-    "What was taken and what is under way, against the budget; shared by all threads and processes through the journal"
+    """What was taken and what is under way, against the budget; shared by all threads and processes through the
+    journal"""
     def __init__(self,
         budget,   # (amount, unit)
         price,    # of the service, {} where not known
@@ -507,7 +513,8 @@ def ask_once(self:Remote, job:Job,
     self.journal.refresh()
     if known := self.journal.answers.get(job.key): return dict(known, replayed=True)
     try:
-        while not stop() and (need := self.meter.reserve(job, self.max_new_tokens, mine)) is None: halt.wait(LOOK_AGAIN)
+        while not stop() and (need := self.meter.reserve(job, self.max_new_tokens, mine)) is None:
+            halt.wait(LOOK_AGAIN)
         if isinstance(need, dict): return need
         if need is not None: end = self._tries(job, need, mine, spent, halt)
     except Trouble as t: end = t

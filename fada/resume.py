@@ -35,7 +35,8 @@ def read_checkpoint(path)->tuple:
     "(tensors, state) of a checkpoint; `FadaError` where it is damaged"
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(str(path), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['state'])
+        with safe_open(str(path), 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['state'])
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise FadaError(f'a damaged checkpoint ({e})', str(path), 'a checkpoint of a training',
                         'delete it: the training then begins anew') from None
@@ -56,7 +57,8 @@ def set_optimiser(opt, tensors:dict, numbers:dict):
     state = {}
     for name,v in {**tensors, **numbers['state']}.items():
         i,_,k = name.partition('.'); state.setdefault(int(i), {})[k] = v
-    groups = [{k: tuple(v) if isinstance(v, list) and k == 'betas' else v for k,v in g.items()} for g in numbers['groups']]
+    groups = [{k: tuple(v) if isinstance(v, list) and k == 'betas' else v for k,v in g.items()}
+              for g in numbers['groups']]
     opt.load_state_dict(dict(state=state, param_groups=groups))
 
 # %% ../nbs/09g_resume.ipynb #4826c70b
@@ -65,7 +67,8 @@ def chance_state(rng)->tuple:
     import torch
     tensors = {'cpu': torch.get_rng_state(), **{f'cuda{i}': t for i,t in enumerate(torch.cuda.get_rng_state_all())}}
     kind,keys,pos,gauss,cached = np.random.get_state()
-    return tensors, dict(python=random.getstate(), numpy=[kind, keys.tolist(), pos, gauss, cached], draws=rng.bit_generator.state)
+    return tensors, dict(python=random.getstate(), numpy=[kind, keys.tolist(), pos, gauss, cached],
+                         draws=rng.bit_generator.state)
 
 def set_chance(rng, tensors:dict, numbers:dict):
     "Put all random generators back"
@@ -90,7 +93,8 @@ def find_checkpoint(
     found = read_checkpoint(at) if at.is_file() and not (replace and _foreign(at, key)) else None
     mine = found[1].get('run') if found else read_json(done).get('run', 'an unnamed run') if done.is_file() else key
     if mine != key and not replace:
-        raise FadaError('the output folder holds another run', str(folder), 'an empty folder, or the same model, data and settings',
+        raise FadaError('the output folder holds another run', str(folder),
+                        'an empty folder, or the same model, data and settings',
                         'choose another --output, or --replace to delete what is there')
     if mine != key or (found is None and replace): clear_run(folder); return None
     return found
@@ -102,5 +106,6 @@ def _foreign(path, key)->bool:
 
 def clear_run(folder):
     "Delete what a training writes into its folder"
-    for n in (CHECKPOINT, 'fada.json', 'adapter_model.safetensors', 'adapter_config.json', 'README.md', 'features.npz'):
+    for n in (CHECKPOINT, 'fada.json', 'adapter_model.safetensors', 'adapter_config.json', 'README.md',
+              'features.npz'):
         (Path(folder)/n).unlink(missing_ok=True)

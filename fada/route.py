@@ -57,6 +57,7 @@ class Likeness:
 
 MOST_AXES = 32
 
+# %% ../nbs/09j_route.ipynb #4f5cdd55
 def fit_likeness(
     x:np.ndarray, categories,           # summaries of training images, and the category of each
     held:np.ndarray, held_categories,   # the same of validation images
@@ -76,7 +77,8 @@ FILE = 'features.npz'
 def save_likeness(folder, l:Likeness):
     "Keep it beside the adapter"
     np.savez_compressed(Path(folder)/FILE, categories=np.array(l.categories), means=l.means.astype(np.float32),
-                        axes=l.axes.astype(np.float32), spread=l.spread.astype(np.float32), rest=l.rest, limit=l.limit)
+                        axes=l.axes.astype(np.float32), spread=l.spread.astype(np.float32), rest=l.rest,
+                        limit=l.limit)
 
 def load_likeness(folder):
     "What the training images of an adapter look like; None where the bundle does not say"
@@ -84,15 +86,18 @@ def load_likeness(folder):
     if not path.is_file(): return None
     try: f = dict(np.load(path))
     except (ValueError, OSError, EOFError, BadZipFile) as e:
-        raise FadaError(f'damaged features of the training images ({e})', str(path), FILE, 'train the adapter again') from None
+        raise FadaError(f'damaged features of the training images ({e})', str(path), FILE,
+                        'train the adapter again') from None
     return Likeness(f['categories'].tolist(), f['means'], f['axes'], f['spread'], float(f['rest']), float(f['limit']))
 
 # %% ../nbs/09j_route.ipynb #c29f4f9b
 def adapters_below(folder)->list:
     "Folders of adapter bundles in and below `folder`; `FadaError` where there are none"
-    found = sorted(p.parent for p in Path(folder).rglob('fada.json') if (p.parent/'adapter_model.safetensors').is_file())
+    found = sorted(p.parent for p in Path(folder).rglob('fada.json')
+                   if (p.parent/'adapter_model.safetensors').is_file())
     if not found:
-        raise FadaError('no adapters', str(folder), 'folders with adapter_model.safetensors', 'train one with `fada train`')
+        raise FadaError('no adapters', str(folder), 'folders with adapter_model.safetensors',
+                        'train one with `fada train`')
     return found
 
 @dataclass
@@ -103,6 +108,7 @@ class Route:
     category: str|None # told or proposed
     unlike: float|None # distance to what the adapter was trained on, above 1 is unlike; None: not known
 
+# %% ../nbs/09j_route.ipynb #9c8f83dd
 class Router:
     "A base with an adapter for each category"
     def __init__(self,
@@ -115,7 +121,8 @@ class Router:
             about = read_json(folder/'fada.json'); name = '+'.join(about['categories'])
             if not self.adapters: attach(vlm, folder, name)
             else: attach(vlm, folder, name, beside=True)
-            self.adapters[name] = vlm.adapter; self.likeness[name] = load_likeness(folder); self.sure[name] = vlm.calibration
+            self.adapters[name] = vlm.adapter; self.likeness[name] = load_likeness(folder)
+            self.sure[name] = vlm.calibration
             if len(about['categories']) > 1 or about['categories'] == ['all']: self.shared = name
         self.kept = {n: type(vlm._features)() for n in (*self.adapters, 'base')}; self.on = None; self.use('base')
 
@@ -128,7 +135,8 @@ class Router:
         if name == 'base': v.model.base_model.disable_adapter_layers()
         else: v.model.base_model.enable_adapter_layers(); v.model.set_adapter(name)
         for p in v.model.parameters(): p.requires_grad_(False)
-        v.adapter,v.likeness = self.adapters.get(name, self.base_digest),self.likeness.get(name); v.calibration = self.sure.get(name)
+        v.adapter,v.likeness = self.adapters.get(name, self.base_digest),self.likeness.get(name)
+        v.calibration = self.sure.get(name)
         v._features,self.on = self.kept[name],name
 
 # %% ../nbs/09j_route.ipynb #2a2b6ef5
@@ -144,7 +152,8 @@ def route(self:Router, image, category:str=None)->Route:
     if category:
         c = known_category(category).name
         if c in self.adapters: return to(c, 'told', c)
-        return to(fallback, f'no adapter for {c}: answered by {"the shared adapter" if self.shared else "the base"}', c)
+        return to(fallback,
+                  f'no adapter for {c}: answered by {"the shared adapter" if self.shared else "the base"}', c)
     own = {n: v for n,v in far.items() if n != self.shared}
     if own and min(own.values()) <= 1:
         c = min(own, key=own.get); return to(c, f'proposed: nearest to the training images of {c}', c)

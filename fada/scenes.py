@@ -579,6 +579,7 @@ def cervix(plan)->Scene:
         [f(*inner).tolist(), f(*outer).tolist()], L)
     return scene
 
+# %% ../nbs/03_scenes.ipynb #f247423f
 def _cervical_canal(plan, m, f, inner, outer, bend, level):
     "Glandular area, canal with bright walls, and the two ends"
     q = [inner, (inner[0]*.4,bend), (outer[0]*.4,bend), outer]

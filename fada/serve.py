@@ -25,7 +25,8 @@ class Order:
     session: str = ''
     explain: tuple = ()           # (answer, method): a map is asked for, of this answer to the one question
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    events: list = field(default_factory=list)    # dicts with `event`: queued, loading, thinking, token, answer, map, done, cancelled, failed
+    # dicts with `event`: queued, loading, thinking, token, answer, map, done, cancelled, failed
+    events: list = field(default_factory=list)
     ended: bool = False
     stopped: threading.Event = field(default_factory=threading.Event)
     readers: list = field(default_factory=list)   # (event loop, asyncio.Event) of those who wait for more
@@ -61,7 +62,8 @@ def offers(s)->dict:     # {name: Offer}
     from fada.ask import trained_here
     weights,adapters = trained_here(s.output) if s.model == 'blip2-nano' else (None, {})
     base = str(weights or '')
-    return {s.model: Offer(s.model, '', base), **{f'{s.model}/{c}': Offer(s.model, str(a), base) for c,a in adapters.items()}}
+    return {s.model: Offer(s.model, '', base),
+            **{f'{s.model}/{c}': Offer(s.model, str(a), base) for c,a in adapters.items()}}
 
 # %% ../nbs/15a_serve.ipynb #147c6bf8
 class Worker:
@@ -79,12 +81,14 @@ class Worker:
         self.memory = memory or machine_memory(resolve_device(s.device))
         self.orders,self.loaded = queue.Queue(waiting),{}     # loaded: {offer: [model, bytes, last use]}
         self.tickets,self.turns,self.gate = 0,0,threading.Lock()
-        self.closed,self.thread = threading.Event(),threading.Thread(target=self.work, daemon=True); self.thread.start()
+        self.closed,self.thread = threading.Event(),threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def submit(self, order:Order):
         "Take an order; `FadaError` for an unknown offer, for no question and where too many wait"
         if order.offer not in self.names:
-            raise FadaError(f'unknown model {order.offer!r}', '', nearest(order.offer, self.names), 'see GET /v1/models')
+            raise FadaError(f'unknown model {order.offer!r}', '', nearest(order.offer, self.names),
+                            'see GET /v1/models')
         if not order.questions: raise FadaError('no question', '', 'at least one', '')
         with self.gate:   # tickets in the order of the queue
             if self.orders.full():
@@ -104,7 +108,8 @@ def work(self:Worker):
         except FadaError as e: order.tell('failed', error=str(e))
         except Exception as e:   # whatever it was, the next in the queue must be served
             print(f'order {order.id}: {type(e).__name__}: {e}', file=sys.stderr)
-            order.tell('failed', error=f'{type(e).__name__}: it could not be answered; the log of the server says more')
+            order.tell('failed',
+                       error=f'{type(e).__name__}: it could not be answered; the log of the server says more')
 
 @patch
 def close(self:Worker):
@@ -122,7 +127,9 @@ def need(self:Worker, offer:Offer)->int:
     "Bytes that a model is planned to take here"
     from fada.plan import plan
     from fada.checkpoints import resolve_device
-    try: return plan(offer.model, 'answer', self.s.precision, device=resolve_device(self.s.device).split(':')[0], find=False).peak_bytes
+    try:
+        return plan(offer.model, 'answer', self.s.precision, device=resolve_device(self.s.device).split(':')[0],
+                    find=False).peak_bytes
     except FadaError: return 0   # nothing of it is here: a service, an ensemble
 
 @patch
@@ -221,8 +228,10 @@ def sent_image(url:str):
     if not head.startswith('data:') or not head.endswith(';base64'):
         raise FadaError('an image by address', 'image', 'data:image/png;base64,…', 'send the picture itself')
     try: raw = base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError): raise FadaError('not base64', 'image', 'data:image/png;base64,…', '') from None
-    kinds = {'image/png': 'png', 'image/jpeg': 'jpg', 'image/tiff': 'tif', 'application/dicom': 'dcm', 'image/bmp': 'bmp',
+    except (binascii.Error, ValueError):
+        raise FadaError('not base64', 'image', 'data:image/png;base64,…', '') from None
+    kinds = {'image/png': 'png', 'image/jpeg': 'jpg', 'image/tiff': 'tif', 'application/dicom': 'dcm',
+             'image/bmp': 'bmp',
              'image/webp': 'webp'}
     kind = head[5:-7]
     if kind not in kinds: raise FadaError(f'a picture of kind {kind!r}', 'image', ', '.join(kinds), '')
@@ -247,7 +256,8 @@ class Sessions:
         return key
     def of(self, key:str)->list:
         "The history of a session; `FadaError` where there is none of that secret"
-        if key not in self.kept: raise FadaError('no such session', '', 'the secret of POST /sessions', 'open a new one')
+        if key not in self.kept:
+            raise FadaError('no such session', '', 'the secret of POST /sessions', 'open a new one')
         self.kept[key] = rows = self.kept.pop(key)[-self.rows:]; return rows
 
 # %% ../nbs/15a_serve.ipynb #7d4cd5de
@@ -266,7 +276,8 @@ def _text_and_image(messages)->tuple:
 
 def _completion(order, model, text=None, finish=None, whole=None)->dict:
     "A chat completion, or a chunk of one"
-    body = dict(message=dict(role='assistant', content=whole)) if whole is not None else dict(delta=dict(content=text) if text else {})
+    body = dict(message=dict(role='assistant',
+                             content=whole)) if whole is not None else dict(delta=dict(content=text) if text else {})
     kind = 'chat.completion' if whole is not None else 'chat.completion.chunk'
     return dict(id=f'chatcmpl-{order.id}', object=kind, created=int(time.time()), model=model,
                 choices=[dict(index=0, finish_reason=finish, **body)])
@@ -321,7 +332,8 @@ def _own_routes(app, desk):
     from fastapi import Request
     worker,sessions = desk.worker,desk.sessions
     @app.get('/health')
-    async def health(): return dict(alive=True, waiting=worker.orders.qsize(), loaded=len(worker.loaded), notice=NOTICE)
+    async def health(): return dict(alive=True, waiting=worker.orders.qsize(), loaded=len(worker.loaded),
+                                    notice=NOTICE)
     @app.post('/sessions')
     async def open_session(): return dict(session=sessions.open())
     @app.get('/history')
@@ -337,7 +349,8 @@ def _own_routes(app, desk):
     async def maps(request:Request):
         b = await desk.body(request); q,asked = b.get('question'),(b.get('answer'), b.get('method', 'relevancy'))
         if isinstance(q, bool) or not isinstance(q, (str, int)) or not all(isinstance(x, str) for x in asked):
-            raise FadaError('question, answer or method', 'the request', 'a text each; a question may be a number', '')
+            raise FadaError('question, answer or method', 'the request', 'a text each; a question may be a number',
+                            '')
         events = await desk.whole(request, await desk.take(b.get('image', ''), [q], b.get('model'), explain=asked))
         if events[-1]['event'] != 'done': raise FadaError(events[-1].get('error', 'cancelled'), 'a map')
         return {k: v for k,v in events[-2].items() if k != 'event'}
@@ -393,23 +406,29 @@ class Served:
         model:str='',       # name of GET /v1/models; empty: the first
     ):
         self.url,self.model,self.token = url.rstrip('/'),model,token or os.environ.get('FADA_TOKEN', '')
-        if not self.token: raise FadaError('no token', self.url, 'FADA_TOKEN in the environment', 'as `fada serve` printed it')
+        if not self.token:
+            raise FadaError('no token', self.url, 'FADA_TOKEN in the environment', 'as `fada serve` printed it')
         self.session = self.call('POST', '/sessions')['session']
     def open(self, method, path, body=None):
         "The reply to a request, open for reading; `FadaError` with the server's own sentence where it refuses"
         from urllib.error import HTTPError, URLError
         from urllib.request import Request, urlopen
-        head = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json', 'X-Session': getattr(self, 'session', '')}
-        try: return urlopen(Request(self.url+path, None if body is None else json.dumps(body).encode(), head, method=method))
+        head = {'Authorization': f'Bearer {self.token}', 'Content-Type': 'application/json',
+                'X-Session': getattr(self, 'session', '')}
+        try:
+            return urlopen(Request(self.url+path, None if body is None else json.dumps(body).encode(), head,
+                                   method=method))
         except HTTPError as e:
             try: said = json.loads(e.read())['error']['message']
             except (ValueError, KeyError): said = e.reason
             raise FadaError(said, self.url) from None
         except (URLError, ConnectionError) as e:
-            raise FadaError('the server does not answer', self.url, 'a running `fada serve`', str(getattr(e, 'reason', e))) from None
+            raise FadaError('the server does not answer', self.url, 'a running `fada serve`',
+                            str(getattr(e, 'reason', e))) from None
     def call(self, method, path, body=None):
         "The JSON of a reply"
-        with self.open(method, path, {} if body is None and method == 'POST' else body) as r: return json.loads(r.read())
+        with self.open(method, path, {} if body is None and method == 'POST' else body) as r:
+            return json.loads(r.read())
 
 # %% ../nbs/15a_serve.ipynb #2949158f
 @patch
@@ -420,7 +439,8 @@ def events(self:Served, image, questions):
     try: reply = order()
     except FadaError as e:
         if e.what[:15] != 'no such session': raise
-        self.session = self.call('POST', '/sessions')['session']; reply = order()   # the server was started again, its histories are gone
+        # the server was started again, its histories are gone
+        self.session = self.call('POST', '/sessions')['session']; reply = order()
     with reply as r:
         last = ''
         try:
@@ -466,7 +486,8 @@ def explain(self:Served, image, question, answer:str, method:str='relevancy'):
 
 def _answer(e):
     from fada.vlm import Answer
-    return Answer(e['question'], e['answer'], e['question_id'], confidence=e['confidence'], error=e['error'], flags=e['flags'])
+    return Answer(e['question'], e['answer'], e['question_id'], confidence=e['confidence'], error=e['error'],
+                  flags=e['flags'])
 
 # %% ../nbs/15a_serve.ipynb #1412dde6
 class ServedStream:
@@ -495,11 +516,13 @@ class ServedStream:
 def run_server(port:int, s=None):
     "The process that holds the models: token from FADA_TOKEN, loopback only; returns when it is told to stop"
     if find_spec('uvicorn') is None or find_spec('fastapi') is None:
-        raise FadaError('fastapi or uvicorn is not installed', 'fada serve', 'the packages of fada[app]', "pip install 'fada[app]'")
+        raise FadaError('fastapi or uvicorn is not installed', 'fada serve', 'the packages of fada[app]',
+                        "pip install 'fada[app]'")
     import uvicorn
     from fada.settings import use_threads
     use_threads(); w = Worker(s or load_settings())
-    uvicorn.run(make_app(w, os.environ['FADA_TOKEN']), host='127.0.0.1', port=port, log_level='warning', access_log=False,
+    uvicorn.run(make_app(w, os.environ['FADA_TOKEN']), host='127.0.0.1', port=port, log_level='warning',
+                access_log=False,
                 server_header=False, timeout_graceful_shutdown=3)
     w.close()
 
@@ -520,7 +543,8 @@ def supervise(
             code = child.wait(); crashes = [t for t in crashes if t > time.monotonic()-60]+[time.monotonic()]
             if code in (0, 1): return code
             if len(crashes) >= most:
-                say(f'error: the server crashed {most} times within a minute, the last time with status {code}'); return 1
+                say(f'error: the server crashed {most} times within a minute, the last time with status {code}')
+                return 1
             say(f'the server ended with status {code}: started again')
     except KeyboardInterrupt: child.terminate(); child.wait(20); return 130
 

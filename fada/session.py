@@ -15,10 +15,12 @@ from .images import public_name
 from .parse import made_up, read_answer
 
 # %% ../nbs/15c_session.ipynb #627a74d7
-WHY = {4: 'millimetres need a scale, and none is known of this image', 5: 'an age needs dates; a single picture has none',
+WHY = {4: 'millimetres need a scale, and none is known of this image',
+       5: 'an age needs dates; a single picture has none',
        7: 'growth needs the age by dates', 2: 'a presentation needs the position of the mother'}
 SEX_WHY = 'naming the sex of a fetus is off ([ask] fetal_sex)'
-_SEX = re.compile(r'\b(sex|gender|boys?|girls?|male|female|scrotum|penis|penile|labia|labial|vulva|clitoris|testicles?|testis|testes)\b', re.I)
+_SEX = re.compile(r'\b(sex|gender|boys?|girls?|male|female|scrotum|penis|penile|labia|labial|vulva|clitoris|'
+                  r'testicles?|testis|testes)\b', re.I)
 
 _LENGTH = re.compile(r'\d\s*(mm|cm|millimet|centimet)', re.I)
 
@@ -83,14 +85,17 @@ def judge(self:Session, n:int, who:str, kind:str,
           final:str='',    # of an edit
 )->dict:
     "Append a person's judgement of turn `n`; `FadaError` without a name or where nothing is changed"
-    if not 1 <= n <= len(self.turns): raise FadaError(f'no answer {n}', str(self.folder), f'1 to {len(self.turns)}', '')
+    if not 1 <= n <= len(self.turns):
+        raise FadaError(f'no answer {n}', str(self.folder), f'1 to {len(self.turns)}', '')
     t = self.turns[n-1]; who,final = fit_text(who.strip()),fit_text(final.strip())
     if not who: raise FadaError('a judgement without a name', 'who', 'a name or initials', 'enter who judges')
     if kind not in JUDGEMENTS: raise FadaError(f'unknown judgement {kind!r}', '', ', '.join(JUDGEMENTS), '')
     if t.error: raise FadaError('an error is no answer to judge', t.question, 'an answer', 'ask again')
-    if kind == 'edit' and final in ('', t.answer): raise FadaError('nothing was changed', t.question, 'another answer', '')
+    if kind == 'edit' and final in ('', t.answer):
+        raise FadaError('nothing was changed', t.question, 'another answer', '')
     rec = dict(when=now(), who=who, kind=kind, n=n, image=t.image, pixels_sha256=t.pixels_sha256, question=t.question,
-               question_id=t.question_id, prediction=t.answer, final=t.answer if kind == 'accept' else final, model=t.model)
+               question_id=t.question_id, prediction=t.answer, final=t.answer if kind == 'accept' else final,
+               model=t.model)
     self.judged.append([rec]); return rec
 
 @patch
@@ -110,10 +115,14 @@ def _cell(v)->str:
 def to_csv(self:Session)->Path:
     "Write the turns with their judgements as CSV"
     path = self.folder/'answers.csv'; said = {}
-    for j in self.judgements(): said.setdefault(j['n'], []).append(f"{j['who']}: {j['kind']}"+(f" → {j['final']}" if j['kind'] == 'edit' else ''))
+    for j in self.judgements():
+        said.setdefault(j['n'],
+                        []).append(f"{j['who']}: {j['kind']}"+(f" → {j['final']}" if j['kind'] == 'edit' else ''))
     with open(path, 'w', encoding='utf-8-sig', newline='') as f:
         w = csv.writer(f); w.writerow([*_COLUMNS, 'model', 'judgements'])
-        for t in self.turns: w.writerow([*(_cell(getattr(t, c)) for c in _COLUMNS), _cell(t.model.get('name', '')), _cell(said.get(t.n, []))])
+        for t in self.turns:
+            w.writerow([*(_cell(getattr(t, c)) for c in _COLUMNS), _cell(t.model.get('name', '')),
+                        _cell(said.get(t.n, []))])
     return path
 
 AGAIN = '''import json
@@ -124,6 +133,8 @@ from fada.vlm import load
 
 here = Path('.')   # the folder of this notebook: turns.jsonl and images lie beside it
 turns = [json.loads(l) for l in (here/'turns.jsonl').read_text(encoding='utf-8').splitlines() if l.strip()]'''
+
+# %% ../nbs/15c_session.ipynb #7d530eef
 ASK_AGAIN = '''models,rows = {},[]
 for t in (t for t in turns if t['model'] and not t['error'] and t['answer']):
     key = json.dumps(t['model'], sort_keys=True)

@@ -49,6 +49,8 @@ def nearest(
 # %% ../nbs/00_settings.ipynb #c95fe4cc
 PRECISIONS = ('fp32', 'bf16', 'fp16', 'int8', 'nf4')
 BALANCES = ('draw', 'loss', 'none')   # draw rare images more often, weigh rare answers more, neither
+
+# %% ../nbs/00_settings.ipynb #13c72042
 SETTINGS = {  # name: (section, key, type, default, meaning)
     'data':           ('data',     'folder',         Path, 'data/phantoms',
                        'folder of the question table and its images'),
@@ -64,8 +66,10 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'seed':           ('run',      'seed',           int,  '0',
                        'decides splits, batches, weights, phantoms'),
     'jobs':           ('run',      'jobs',           int,  '2',             'run notebooks at a time'),
-    'balance':        ('train',    'balance',        str,  'draw',          'what rare answers are given: draw, loss or none'),
-    'rare_weight':    ('train',    'rare_weight',    int,  '3',             'how many times as much a rare answer counts'),
+    'balance':        ('train',    'balance',        str,  'draw',
+                       'what rare answers are given: draw, loss or none'),
+    'rare_weight':    ('train',    'rare_weight',    int,  '3',
+                       'how many times as much a rare answer counts'),
     'max_new_tokens': ('generate', 'max_new_tokens', int,  '48',            'longest answer in tokens'),
     'fetal_sex':      ('ask',      'fetal_sex',      bool, 'no',
                        'whether the panel may answer about the sex of a fetus'),
@@ -97,7 +101,8 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
 class Settings:
     "The run defaults after precedence was applied; `source` says where each value came from"
     data: Path; categories: tuple; phantoms: int; output: Path; model: str; precision: str; device: str
-    seed: int; jobs: int; balance: str; rare_weight: int; max_new_tokens: int; fetal_sex: bool; sentence_model: Path|None
+    seed: int; jobs: int; balance: str; rare_weight: int; max_new_tokens: int; fetal_sex: bool
+    sentence_model: Path|None
     push: bool; remote: bool; remote_text: bool; remote_budget: str
     remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int
     cluster_scheduler: str; cluster_jobqueue: str; cluster_queue: str; cluster_workers: int; cluster_cores: int

@@ -75,7 +75,8 @@ def optimiser(parameters, lr, total, warmup, weight_decay, betas):
 
 # %% ../nbs/09_train.ipynb #e305f09c
 def take_step(loss, parameters, opt, schedule, clip:float)->float:
-    "One step of the optimiser, gradients clipped to the norm `clip`; returns the loss, `FadaError` where it is not finite"
+    """One step of the optimiser, gradients clipped to the norm `clip`; returns the loss, `FadaError` where it is
+    not finite"""
     import torch
     if not torch.isfinite(loss):
         raise FadaError('the loss is not finite', 'training', 'a number',

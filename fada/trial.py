@@ -58,7 +58,8 @@ def try_model(
     if 'train' in vlm.spec.capabilities:
         try: _trains(vlm); out['train'] = True
         except (FadaError, RuntimeError, ValueError) as e: out['train'] = str(e)
-    out.update(precision=vlm.precision, device=vlm.device, peak_bytes=peak_bytes(), canary=getattr(vlm, 'canary', None),
+    out.update(precision=vlm.precision, device=vlm.device, peak_bytes=peak_bytes(),
+               canary=getattr(vlm, 'canary', None),
                seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())
     if keep and not weights: record(name, tests={**ledger(name).get('tests', {}), vlm.precision or vlm.device: out})
     return out

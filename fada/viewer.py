@@ -59,7 +59,8 @@ def colour_table(name:str)->bytes:
     "256 colours of a matplotlib colour map, RGB"
     import matplotlib
     try: m = matplotlib.colormaps[name]
-    except KeyError: raise FadaError(f'unknown colour map {name!r}', '', 'one of matplotlib, as viridis', '') from None
+    except KeyError:
+        raise FadaError(f'unknown colour map {name!r}', '', 'one of matplotlib, as viridis', '') from None
     return (m(np.arange(256))[:,:3]*255).round().astype(np.uint8).tobytes()
 
 # %% ../nbs/14_viewer.ipynb #80c7cb3a
@@ -83,7 +84,8 @@ class Viewer(anywidget.AnyWidget):
     window = t.Float(255., min=1).tag(sync=True)          # width of the grey levels in sight
     level = t.Float(127.5).tag(sync=True)                 # their middle
     zoom = t.Float(1., min=1, max=32).tag(sync=True)      # 1: the whole picture
-    pan = t.List(t.Float(), [0., 0.]).tag(sync=True)      # what is in the middle, from the picture's own, shares of its size
+    # what is in the middle, from the picture's own, shares of its size
+    pan = t.List(t.Float(), [0., 0.]).tag(sync=True)
     unit = t.Unicode('').tag(sync=True)
     badge = t.Unicode('').tag(sync=True)
     note = t.Unicode('').tag(sync=True)
@@ -141,8 +143,10 @@ class AnswerTable(anywidget.AnyWidget):
     "Answers of one or two models as a table that can be judged; `told` is called with what a person did"
     _esm = ASSETS/'answers.js'
     _css = ASSETS/'viewer.css'
-    rows = t.List(t.Dict()).tag(sync=True)         # question, said (a dict a model: text, note, reason, error, done, maps, judged), reference
+    # question, said (a dict a model: text, note, reason, error, done, maps, judged), reference
+    rows = t.List(t.Dict()).tag(sync=True)
     titles = t.List(t.Unicode()).tag(sync=True)    # names of the models
-    largest = t.Int(40_000_000).tag(sync=True)     # bytes of a file that the page takes; a larger one would break its line to the kernel
+    # bytes of a file that the page takes; a larger one would break its line to the kernel
+    largest = t.Int(40_000_000).tag(sync=True)
     def __init__(self, told, **kw):
         super().__init__(**kw); self.told = told; self.on_msg(lambda _, what, buffers: told(what))

@@ -78,7 +78,8 @@ class VLM:
     limits = LIMITS         # tokens of an answer by question, where fewer than `max_new_tokens`
     store = None            # folder in which features are kept; None: in memory alone
     likeness = None         # what the training images of its adapter look like, see `fada.route`
-    calibration = None      # slope and offset that turn its confidence into the chance of being right, see `fada.choices`
+    # slope and offset that turn its confidence into the chance of being right, see `fada.choices`
+    calibration = None
     budget = None           # memory for what is asked together, bytes; None: half of what is free
     def __init__(self, spec, model, processor, base, precision, device, max_new_tokens=48, adapter=None):
         # base: identity of the weights
@@ -127,7 +128,7 @@ def most(self:VLM, question_id)->int:
 # %% ../nbs/07_vlm.ipynb #ad7d9ec5
 def engine(spec:ModelSpec):
     "The class that runs `spec`"
-    from fada import choices, families   # choices: what every engine can do besides
+    from fada import choices, families   # noqa: F401  gives VLM the methods used here
     return families.ENGINES.get(spec.architecture, VLM)
 
 def no_engine(spec:ModelSpec)->FadaError:
@@ -269,7 +270,8 @@ def bridge(core, q):
 # %% ../nbs/07_vlm.ipynb #38c32d4c
 @patch
 def feature_file(self:VLM, key:str):
-    "Where features of the image with hash `key` lie on disk: their name says pixels, processor and weights; None: nowhere"
+    """Where features of the image with hash `key` lie on disk: their name says pixels, processor and weights; None:
+    nowhere"""
     if self.store is None: return None
     i = self.identity()
     return Path(self.store)/f"{digest([key, *(i.get(k) for k in ('processor','processor_backend','tiles')), self.base, self.adapter, self.precision])}.safetensors"
@@ -283,7 +285,8 @@ def recall(self:VLM, key:str):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try: kept = load_file(path, device=str(self.core.device))
-    except SafetensorError as e: raise FadaError(f'damaged features ({e})', str(path), 'a safetensors file', 'delete it') from None
+    except SafetensorError as e:
+        raise FadaError(f'damaged features ({e})', str(path), 'a safetensors file', 'delete it') from None
     self._features[key] = [kept[str(n)] for n in range(len(kept))]
     return self._features[key]
 
@@ -379,7 +382,8 @@ def _prepare(vlm, request):
         i = question_id(q)
         text = QUESTIONS[i].text if i else str(q)
         for word in reserved:
-            if word in text: raise FadaError(f'an image token in a question: {word}', text[-60:], 'words', 'leave the token out')
+            if word in text:
+                raise FadaError(f'an image token in a question: {word}', text[-60:], 'words', 'leave the token out')
         texts.append((i, text, build_prompt(vlm.spec, text)))
     if not texts: raise FadaError('no question', '', 'at least one', '')
     return texts
@@ -427,7 +431,8 @@ def said(self:VLM, seen, at, prompts, most=None)->list:
     costs = costs_of(self.words(), self.image_tokens())
     def run(rows):
         with torch.inference_mode(), quick_linears(self.core):
-            return finish(self.begin(seen, [at[i] for i in rows], [prompts[i] for i in rows], [most[i] for i in rows]))
+            return finish(self.begin(seen, [at[i] for i in rows], [prompts[i] for i in rows],
+                                     [most[i] for i in rows]))
     for rows in self.apart(seen, at):
         tokens = [len(prompts[i])//2+most[i] for i in rows]
         for i,r in zip(rows, in_parts(self, [at[i] for i in rows], tokens, costs,
@@ -515,11 +520,13 @@ def reference_said(
     "One question through the plain path that the engine is measured against: one processor call, one `generate`"
     import torch
     i = question_id(question); prompt = build_prompt(vlm.spec, QUESTIONS[i].text if i else question)
-    if hasattr(vlm, 'inputs'): t = vlm.inputs([None if image is None else _as_rgb(image)], [vlm.render(prompt, image is not None)[0]])
+    if hasattr(vlm, 'inputs'):
+        t = vlm.inputs([None if image is None else _as_rgb(image)], [vlm.render(prompt, image is not None)[0]])
     else: t = vlm.processor(images=_as_rgb(image), text=prompt, return_tensors='pt').to(vlm.core.device)
     t.pop('labels', None)
     with torch.inference_mode():
-        out = vlm.core.generate(**t, **{**dict(max_new_tokens=vlm.max_new_tokens, do_sample=False, num_beams=1), **kw},
+        out = vlm.core.generate(**t,
+                                **{**dict(max_new_tokens=vlm.max_new_tokens, do_sample=False, num_beams=1), **kw},
                                 return_dict_in_generate=True, output_logits=True)
     ids = out.sequences[0,-len(out.logits):]
     logp = torch.cat(out.logits).float().log_softmax(-1).gather(1, ids[:,None])[:,0]

@@ -35,24 +35,28 @@ _CLASSES = {3: 'standard', 6: 'grade', 7: 'normal'}   # question: field of its s
 
 def _named(q, value)->str:
     "A class in words"
-    return {(3,True): 'standard', (3,False): 'non-standard', (7,True): 'normal', (7,False): 'abnormal'}.get((q,value), str(value))
+    return {(3,True): 'standard', (3,False): 'non-standard', (7,True): 'normal',
+            (7,False): 'abnormal'}.get((q,value), str(value))
 
 def answer_classes(table:pd.DataFrame, column:str='answer')->dict:
     "{question: class of each row} of closed questions, read from `column`"
     rows = {q: table[table.question_id == q] for q in _CLASSES}
-    return {q: [_named(q, parse_answer(q, a).get(_CLASSES[q])) for a in g[column].fillna('')] for q,g in rows.items() if len(g)}
+    return {q: [_named(q, parse_answer(q, a).get(_CLASSES[q])) for a in g[column].fillna('')]
+            for q,g in rows.items() if len(g)}
 
 def answer_weights(
     table:pd.DataFrame,
     most:float,        # the highest weight
 )->np.ndarray:         # of each row, 1 where it is common or its question open
-    "How much each answer counts in the loss: in a closed question as often as its class is rarer than the commonest one, up to `most`"
+    """How much each answer counts in the loss: in a closed question as often as its class is rarer than the
+    commonest one, up to `most`"""
     w = np.ones(len(table)); q_of = table.question_id.to_numpy()
     for q,classes in answer_classes(table).items():
         count = pd.Series(classes).value_counts()
         w[q_of == q] = [min(most, count.max()/count[c]) for c in classes]
     return w
 
+# %% ../nbs/09h_watch.ipynb #35ee4509
 def class_counts(table:pd.DataFrame, p=None, weights=None)->dict:
     """{question: {class: images}} of what is trained on, with the drawing probability `p` of each image ({image: p}) the share
     with which a class is drawn, and with `weights` of the rows how much it counts in the loss"""
@@ -61,16 +65,20 @@ def class_counts(table:pd.DataFrame, p=None, weights=None)->dict:
         images = table[table.question_id == q].image.tolist()
         draw = np.array([1/len(images) if p is None else p[i] for i in images]); draw = draw/draw.sum()
         named = np.array(classes); own = w[table.question_id.to_numpy() == q]
-        out[QUESTIONS[q].key] = {c: dict(images=int((named == c).sum()), drawn=round(float(draw[named == c].sum()), 3),
-                                         weight=round(float(own[named == c].mean()), 3)) for c in sorted(set(classes))}
+        out[QUESTIONS[q].key] = {c: dict(images=int((named == c).sum()),
+                                         drawn=round(float(draw[named == c].sum()), 3),
+                                         weight=round(float(own[named == c].mean()), 3))
+                                         for c in sorted(set(classes))}
     return out
 
 def rarest(recall:dict)->dict:
-    "{class: [found, of]} of what is rare in each question, as `class_recall` counts: abnormal, else the rarest of several classes"
+    """{class: [found, of]} of what is rare in each question, as `class_recall` counts: abnormal, else the rarest of
+    several classes"""
     out = {}
     for counts in recall.values():
         if len(counts) == 1 and 'abnormal' not in counts: continue
-        rare = 'abnormal' if 'abnormal' in counts else min(counts, key=lambda c: counts[c][1]); out[rare] = counts[rare]
+        rare = 'abnormal' if 'abnormal' in counts else min(counts, key=lambda c: counts[c][1])
+        out[rare] = counts[rare]
     return out
 
 def class_recall(scored:pd.DataFrame)->dict:
@@ -87,15 +95,19 @@ def describe_check(
 )->dict:
     "What one check saw"
     n = normality(scored); at = scored.set_index(['image','question_id'])
-    kinds = {QUESTIONS[q].key: round(float(g.score.mean()), 4) for q,g in scored.groupby('question_id') if g.score.notna().any()}
+    kinds = {QUESTIONS[q].key: round(float(g.score.mean()), 4) for q,g in scored.groupby('question_id')
+             if g.score.notna().any()}
     return dict(step=step, score=float(scored.score.mean()), scores=kinds, losses=losses, recall=class_recall(scored),
                 sensitivity=n['sensitivity'], specificity=n['specificity'], abnormal=n['abnormal'],
-                samples=[dict(image=i, question=QUESTIONS[q].key, reference=at.loc[(i,q)].answer, said=at.loc[(i,q)].prediction)
+                samples=[dict(image=i, question=QUESTIONS[q].key, reference=at.loc[(i,q)].answer,
+                              said=at.loc[(i,q)].prediction)
                          for i,q in samples])
 
 def pick_samples(table:pd.DataFrame, n:int=6)->list:
-    "(image, question id) of `n` rows that are shown at every check: other images and other questions, an abnormal one first"
-    rare = {i for i,c in zip(table[table.question_id == 7].image, answer_classes(table).get(7, [])) if c == 'abnormal'}
+    """(image, question id) of `n` rows that are shown at every check: other images and other questions, an abnormal
+    one first"""
+    rare = {i for i,c in zip(table[table.question_id == 7].image, answer_classes(table).get(7, []))
+            if c == 'abnormal'}
     images = sorted(table.image.unique(), key=lambda i: i not in rare); out = []
     for k,q in enumerate(q for q in (7,1,3,6,2,4,8,5) if (table.question_id == q).any()):
         i = images[0 if q == 7 else k % len(images)]
@@ -107,7 +119,8 @@ def check_text(check:dict, best:float=None)->str:
     "A check in one line"
     rare = ''.join(f', {c} found {k} of {of}' for c,(k,of) in rarest(check['recall']).items())
     loss = ', '.join(f'{k} {v:.2f}' for k,v in check['losses'].items())
-    return (f"step {check['step']}: validation score {check['score']:.3f}" + (' (best so far)' if best is None or check['score'] > best else '')
+    return (f"step {check['step']}: validation score {check['score']:.3f}"
+            + (' (best so far)' if best is None or check['score'] > best else '')
             + rare + (f'; loss: {loss}' if loss else ''))
 
 def samples_html(checks:list)->str:
@@ -147,11 +160,13 @@ def progress_figure(losses:list, checks:list, norms:list=()):
 FEW_ANSWERS = 40   # below, or where all are right or all wrong, confidence stays as it is
 
 def calibrate(scored:pd.DataFrame)->dict|None:
-    "Slope and offset of the confidence of validation answers, and the calibration error before and after; None where they are few"
+    """Slope and offset of the confidence of validation answers, and the calibration error before and after; None
+    where they are few"""
     from fada.choices import calibrated, fit_confidence
     from fada.stats import reliability
     off = lambda c: round(reliability(c, right)['ece'], 4)
-    t = scored[scored.score.notna() & scored.confidence.notna()]; p,right = t.confidence.to_numpy(float),t.score.to_numpy(float)
+    t = scored[scored.score.notna() & scored.confidence.notna()]
+    p,right = t.confidence.to_numpy(float),t.score.to_numpy(float)
     if len(t) < FEW_ANSWERS or right.min() == right.max(): return None
     fit = fit_confidence(p, right); after = [calibrated(c, fit) for c in p]
     return dict(fit=list(fit), answers=len(t), error_before=off(p), error_after=off(after))

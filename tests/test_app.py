@@ -2,7 +2,7 @@
 import http.client, json, os, signal, subprocess, sys, time, zipfile
 import psutil
 import pytest
-from test_browser import browser, shots                                      # noqa: fixtures
+from test_browser import browser, shots                                      # noqa: F401  fixtures
 from test_panel import SECRETS, cine, write_dicom
 from test_serve import free_port
 

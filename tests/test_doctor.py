@@ -1,9 +1,8 @@
 """An environment broken in each way that can be broken here: one line each, with its remedy, and an exit status that tells."""
 import http.server, json, os, shutil, stat, subprocess, sys, threading
-from pathlib import Path
 import pytest
 from fada import doctor
-from fada.doctor import Finding, STATES, examine, ready
+from fada.doctor import Finding, STATES, ready
 from fada.registry import ASSETS
 from fada.settings import load_settings
 

@@ -264,7 +264,6 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     for mine, theirs in ((vlm.core.vision_model, eyes.core.vision_model), (vlm.core.qformer, eyes.core.qformer),
                          (vlm.core.language_model, words.core)):   # in bf16 on disk
         assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
-    before = {n: p.detach().clone() for n, p in vlm.core.named_parameters()}
     seen = []; real = Fit.begin
     monkeypatch.setattr(Fit, 'begin', lambda self, parameters, steps: seen.append(
         [n for n, p in vlm.model.named_parameters() if any(p is q for q in parameters)]) or real(self, parameters, steps))

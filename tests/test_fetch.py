@@ -4,7 +4,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from fada import fetch
-from fada.fetch import Remote, download, get, offer, published_files, unpack
+from fada.fetch import Remote, download, get, published_files, unpack
 from fada.settings import FadaError
 
 BODY = np.random.default_rng(1).bytes(200_000)

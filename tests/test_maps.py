@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import BUILD, row, tiny
 from fada.canary import probe_picture
-from fada.heads import find_sinks, forced, kept_bytes, look, passing_bytes, raw_map
+from fada.heads import forced, kept_bytes, look, passing_bytes, raw_map
 from fada.maps import Map, load_map, relevancy_map, save_map, shown_box, to_pixels
 from fada.occlude import answer_logp, answer_tokens, occlusion, prompt_of
 from fada.settings import FadaError
@@ -30,7 +30,7 @@ def open_tiny(architecture, folder):
 # ---- geometry ------------------------------------------------------------------------------------------------------------
 def seen_pixels(vlm, image)->np.ndarray:
     "What the vision tower is given of an image, brightness by height × width; tiles put together, the whole image left out"
-    ip = vlm.processor.image_processor; kind = vlm.spec.architecture
+    ip = vlm.processor.image_processor
     t = ip([image], return_tensors='np', **(vlm.tiling() if hasattr(vlm, 'tiling') else {})); px = np.asarray(t['pixel_values'])
     if 'image_grid_thw' in t:   # patches in the order of merged squares
         _, gh, gw = (int(v) for v in np.asarray(t['image_grid_thw'])[0]); m, p = ip.merge_size, ip.patch_size

@@ -4,7 +4,6 @@ from datetime import timedelta
 import numpy as np
 import pandas as pd
 import pytest
-import rouge_score.rouge_scorer, sacrebleu.metrics   # before any example is timed
 from hypothesis import given, settings, strategies as st
 from fada.clinical import CATEGORIES, FINDINGS, GRADES, PARAMETERS, QUESTIONS, REASONS, RECOMMENDATIONS, STRUCTURES, UNITS, phrase_answer
 from fada.metrics import primary, score_answer, score_table, set_f1

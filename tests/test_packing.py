@@ -1,8 +1,6 @@
 "Packed questions against one row a question: the same loss, the same gradients, for every architecture that packs."
 import sys
-from functools import partial
 from pathlib import Path
-import numpy as np
 import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny

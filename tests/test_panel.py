@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 from services import Door, picture, reply
-from test_browser import _open, browser, lab, shots     # noqa: fixtures
+from test_browser import _open, browser, lab, shots     # noqa: F401  fixtures
 from fada.ask import AskPanel, Picture, offered_here, uploaded
 from fada.session import Session
 from fada.settings import load_settings

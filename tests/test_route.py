@@ -1,5 +1,5 @@
 "Adapters of several categories on one base: the same answers as loaded alone, and a flag for what none of them knows."
-import json, os, subprocess, sys
+import json, subprocess, sys
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -7,7 +7,7 @@ from fada.card import write_card
 from fada.data import load_table, read_image
 from fada.finetune import finetune
 from fada.route import FILE, Router, adapters_below, load_likeness
-from fada.settings import FadaError, read_json, write_json
+from fada.settings import FadaError
 from fada.vlm import UNLIKE, load
 
 def nano(adapter=None): return load('blip2-nano', adapter, device='cpu', precision='fp32', max_new_tokens=16)

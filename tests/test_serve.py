@@ -181,7 +181,7 @@ def test_killed_in_the_middle_and_back(server, picture):
     "The client is told; the server comes back by itself and answers"
     url, p, _ = server; m = Served(url, TOKEN); child = psutil.Process(p.pid).children()[0]; told = False
     try:
-        for k, e in enumerate(m.events(picture, ['Which anatomical structures are seen?'])):
+        for e in m.events(picture, ['Which anatomical structures are seen?']):
             if e['event'] in ('thinking', 'token'): child.kill()
     except FadaError as e: told = 'went away' in str(e)
     assert told or e['event'] == 'done'          # it may have been quicker than the kill

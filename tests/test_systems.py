@@ -157,7 +157,7 @@ def report_of_paid_answers(vlm, data, run, monkeypatch):
     "Evaluate as a job of `run`, then write the report where nothing may be loaded"
     from fada import vlm as room
     from fada.report import write_report
-    from fada.settings import load_settings, write_json
+    from fada.settings import write_json
     out = run/'job'; out.mkdir(parents=True); m = evaluate(vlm, data, out, images=5, controls=False)
     write_json(out/'config.json', dict(kind='evaluate', model=vlm.spec.name, weights='', adapter='', precision='fp32',
                                        categories=['all'], seed=0, data=str(data), load_seconds=0.,

@@ -69,7 +69,7 @@ def test_folder_of_another_run(tmp_path, small_data):
 def test_two_equal_runs_and_parts_of_a_step(tmp_path, small_data):
     "Same seed, same bytes; a step in four parts has the loss and gradients of the whole; rows apart those of packed ones"
     go = lambda n, **kw: finetune(nano(), small_data, ['Femur'], tmp_path/n, skip_preflight=True, **{**QUICK, **kw})
-    a, b, parts, apart, anew = go('a'), go('b'), go('c', accumulate=4), go('d', packing=False), go('e', cache=False)
+    a, _, parts, apart, anew = go('a'), go('b'), go('c', accumulate=4), go('d', packing=False), go('e', cache=False)
     assert (tmp_path/'a'/'adapter_model.safetensors').read_bytes() == (tmp_path/'b'/'adapter_model.safetensors').read_bytes()
     assert a['packed'] and not apart['packed'] and a['features']['kept'] and not anew['features']['kept']
     for other in (parts, apart, anew):
@@ -97,7 +97,6 @@ def test_an_image_that_vanishes(tmp_path, small_data, monkeypatch):
 @pytest.mark.fault
 def test_numbers_that_are_none(tmp_path, small_data, monkeypatch):
     "One bad step is left out and noted; five stop the training, say which part, and keep the checkpoint"
-    import torch
     from fada import loop
     real = loop.Material.loss
     def bad(when): return lambda self, at, only=None: real(self, at, only)*(float('nan') if only is None and next(when) else 1)

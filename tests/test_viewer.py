@@ -3,7 +3,7 @@ import io, json, re
 import numpy as np
 import pytest
 from PIL import Image
-from test_browser import _open, browser, lab, shots                          # noqa: fixtures
+from test_browser import _open, browser, lab, shots                          # noqa: F401  fixtures
 
 pytestmark = pytest.mark.browser
 MARKUP = '<img src=x onerror="document.title=1">'
