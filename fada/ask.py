@@ -136,9 +136,10 @@ class AskPanel:
         session,           # Session that keeps what is asked
         attention=False,   # draw the map of each last answer without being asked
         fetal_sex=False,   # whether the sex of a fetus may be named
+        remote=False,      # whether images may be sent to a service
     ):
         self.models,self.pictures,self.session = models,{p.label: p for p in pictures},session
-        self.attention,self.fetal_sex = attention,fetal_sex
+        self.attention,self.fetal_sex,self.remote = attention,fetal_sex,remote
         # held: {name: loaded model}; agreed: hosts that may be sent to
         self.held,self.rows,self.agreed,self.waiting = {},[],set(),None
         self.stream,self.thread,self.stopped = None,None,False
@@ -182,6 +183,7 @@ def _place(self:AskPanel):
                                         layout=w.Layout(display='flex', flex_flow='row wrap', max_width='100%', **k))
     notice = w.HTML(f'<div style="background:#fff4ce;color:#1b1f24;padding:4px '
                     f'8px">{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
+    notice.add_class('fada-notice')   # stays in sight while the page scrolls
     self.consent = w.VBox([w.HTML(), w.HBox([self.send, self.keep_back])]); self.consent.layout.display = 'none'
     for v in self.views: v.layout = w.Layout(width='490px', max_width='100%')
     self.views[1].layout.display = 'none'; self.answers.layout = w.Layout(flex='1 1 380px', min_width='0')
@@ -190,7 +192,7 @@ def _place(self:AskPanel):
                           flow(self.question, self.ask, self.eight, self.stop, self.closed),
                           self.about, self.state, self.consent, flow(*self.views, self.answers),
                           flow(self.method, self.colours, self.who, self.export, self.file), past],
-                          layout=w.Layout(max_width='100%'))
+                          layout=w.Layout(max_width='100%', overflow='visible'))
     self.widget.add_class('fada-ask')
 
 # %% ../nbs/15_ask.ipynb #7c4a1f6f
@@ -263,6 +265,8 @@ def run(self:AskPanel, questions):
     "Ask `questions` of the image in view"
     self.cancel(); self.wait(); hosts = {h for n in self.names for h in self.models[n].receivers}-self.agreed
     self.waiting = questions if hosts else None
+    if hosts and not self.remote:
+        return self.say(f'not done: the picture would go to {", ".join(sorted(hosts))}, and [remote] allowed = no')
     if hosts:
         self.consent.children[0].value = (f'The picture will be sent to '
                                           f'<b>{html.escape(", ".join(sorted(hosts)))}</b>: pixels without tags, '
@@ -474,4 +478,4 @@ def panel(
     s = load_settings(os.environ.get('FADA_PROJECT', '.'), model=model, data=data)
     server = os.environ.get('FADA_SERVER'); models = offered_there(server, s) if server else offered_here(s)
     name = f"{now()[:19].replace(':', '')}-{os.getpid()}"
-    return AskPanel(models, sample_images(s.data), Session(s.output/'ask'/name), attention, s.fetal_sex).widget
+    return AskPanel(models, sample_images(s.data), Session(s.output/'ask'/name), attention, s.fetal_sex, s.remote).widget

@@ -129,7 +129,7 @@ AGAIN = '''import json
 from pathlib import Path
 import pandas as pd
 from fada.data import read_image
-from fada.vlm import load
+from fada.vlm import image_hash, load
 
 here = Path('.')   # the folder of this notebook: turns.jsonl and images lie beside it
 turns = [json.loads(l) for l in (here/'turns.jsonl').read_text(encoding='utf-8').splitlines() if l.strip()]'''
@@ -139,8 +139,11 @@ ASK_AGAIN = '''models,rows = {},[]
 for t in (t for t in turns if t['model'] and not t['error'] and t['answer']):
     key = json.dumps(t['model'], sort_keys=True)
     if key not in models: models[key] = load(**t['model'])
-    a = models[key].ask(read_image(here/'images'/f"{t['pixels_sha256'][:16]}.png"), t['question_id'] or t['question'])
-    rows.append({'n': t['n'], 'model': t['model']['name'], 'question': t['question'], 'then': t['answer'], 'now': a.text, 'same': a.text == t['answer']})
+    image = read_image(here/'images'/f"{t['pixels_sha256'][:16]}.png")
+    a = models[key].ask(image, t['question_id'] or t['question'])
+    pixels = 'as asked' if image_hash(image) == t['pixels_sha256'] else 'blanked beside the sector'
+    rows.append({'n': t['n'], 'model': t['model']['name'], 'question': t['question'], 'pixels': pixels,
+                 'then': t['answer'], 'now': a.text, 'same': a.text == t['answer']})
 again = pd.DataFrame(rows); again'''
 
 @patch
@@ -160,6 +163,13 @@ def export(self:Session)->Path:
     if not self.turns: raise FadaError('nothing was asked yet', 'export', 'at least one answer', 'ask first')
     self.to_csv(); self.to_notebook(); to = self.folder/'session.zip'
     with zipfile.ZipFile(to, 'w', zipfile.ZIP_DEFLATED) as z:
-        for p in sorted(self.folder.rglob('*')):
-            if p.is_file() and p != to: z.write(p, p.relative_to(self.folder))
+        for name in ('answers.csv','again.ipynb','turns.jsonl','corrections.jsonl'):
+            if (self.folder/name).is_file(): z.write(self.folder/name, name)
+        for p in sorted((self.folder/'images').glob('*.png')): z.writestr(f'images/{p.name}', _leaving(p))
     return to
+
+def _leaving(path)->bytes:
+    "A kept picture as it may leave the house: a name written beside the sector is blanked, as in a report"
+    import io
+    from fada.images import public_picture, read_image
+    b = io.BytesIO(); public_picture(read_image(path)).save(b, 'PNG'); return b.getvalue()

@@ -113,7 +113,7 @@ def test_a_service_is_asked_after_consent_only(allowed, written, tmp_path, monke
         (tmp_path/'models.toml').write_text('[ours]\nlike = "openai"\ncheckpoint = "served"\nprompt = "{question}"\n'
                                             f'[ours.service]\nurl = "{d.url}/v1"\nkey = "OUR_KEY"\n')
         monkeypatch.chdir(tmp_path); monkeypatch.setenv('OUR_KEY', 'k')
-        panel = AskPanel(offered_here(load_settings()), [Picture('x', lambda: written)], Session(tmp_path/'s'))
+        panel = AskPanel(offered_here(s := load_settings()), [Picture('x', lambda: written)], Session(tmp_path/'s'), remote=s.remote)
         said = asked(panel, 6); assert d.log == []
         if allowed == 'no':
             if panel.consent.layout.display == '': panel.send.click(); panel.wait()
@@ -136,7 +136,7 @@ from fada.settings import load_settings
 from fada.phantoms import make_phantom
 here, there = offered_here(load_settings(model='blip2-nano')), offered_here(load_settings())
 frames = [Image.fromarray(make_phantom('Femur', (99, 1, k)).image).convert('RGB') for k in range(4)]
-AskPanel({**here, 'once more': here['blip2-nano'], **there}, [Picture('cine', lambda: frames, mm_per_px=.2)], Session('session')).widget'''
+AskPanel({**here, 'once more': here['blip2-nano'], **there}, [Picture('cine', lambda: frames, mm_per_px=.2)], Session('session'), remote=True).widget'''
 
 @pytest.mark.browser
 def test_a_cine_two_models_and_a_service_in_jupyterlab(browser, lab, shots, tmp_path):
