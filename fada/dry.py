@@ -32,7 +32,7 @@ class _Fused(TorchFunctionMode):
         if func is torch.tensor and str(kwargs.get('device')) == 'meta':   # whole numbers that are given are real
             made = func(*args, **{**kwargs, 'device': 'cpu'})
             return made if _whole(made.dtype) else made.to('meta')
-        if func is torch.Tensor.backward: return self.backward(args[0])
+        if func is torch.Tensor.backward: return self.backward(*args, **(kwargs or {}))
         if func is torch.Tensor.tolist and args[0].is_meta: return torch.zeros(args[0].shape, device='cpu').tolist()
         if (func is not torch.nn.functional.scaled_dot_product_attention or not args[0].is_meta
             or (kwargs.get('dropout_p') and not self.dropout)): return func(*args, **kwargs)
@@ -40,10 +40,11 @@ class _Fused(TorchFunctionMode):
         if torch.is_grad_enabled(): return _Attention.apply(q, k, v, mask)
         return q.new_empty(*q.shape[:-1], v.shape[-1])
 
-    def backward(self, loss):
+    def backward(self, loss, gradient=None, retain_graph=False, create_graph=False, inputs=None):
         "The way back, where layers that run again meet this mode too: torch's own would leave it first"
         with self: torch.autograd.Variable._execution_engine.run_backward(
-            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            (loss,), (torch.ones_like(loss) if gradient is None else gradient,), bool(retain_graph), False, (),
+            allow_unreachable=True, accumulate_grad=True)
 
 # %% ../nbs/06a_dry.ipynb #ccae2884
 _aten = torch.ops.aten
