@@ -258,8 +258,8 @@ def test_memory_where_no_plan_can_be_made(tmp_path, root, monkeypatch):
     monkeypatch.setitem(MODELS, 'two', replace(MODELS['ensemble'], name='two', parts=(('blip2-nano', 1), ('openai', 2))))
     jobs = [Job(m, root/'nbs'/'run'/'evaluate.ipynb', dict(model=m, precision='fp32'), tmp_path/m) for m in ('blip2-nano', 'openai', 'strange', 'two')]
     t = grid_table(jobs, plan_jobs(jobs)); nano, service, strange, two = (j.memory for j in jobs)
-    assert service == BESIDE < nano == two and strange == 0 and t.memory_gib[2] == 'not known' and t.memory_gib[1] == round(BESIDE/2**30, 2)
-    assert model_memory('openai', 'answer', 'fp32', 'cuda') == (0, None) and model_memory('strange', 'answer', 'bf16', 'cuda') == (None, None)
+    assert service == BESIDE < nano == two and strange == 0 and not jobs[2].known and t.memory_gib.isna().tolist() == [False, False, True, False] and t.memory_gib[1] == round(BESIDE/2**30, 2)
+    assert model_memory('openai', 'answer', 'fp32', 'cuda') == (0, None, 0) and model_memory('strange', 'answer', 'bf16', 'cuda') == (None, None, 0)
 
 @pytest.mark.parametrize('more,said', [('[[exclude]]\ncategory = "Abdomen"', 'fits no job'), ('[[include]]\ntask = "train"', 'unknown key .task.'),
     ('[[include]]\nmodel = "openai"', 'openai cannot do train'), ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano'),

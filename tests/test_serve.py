@@ -145,10 +145,10 @@ def test_eight_clients_get_their_own_maps(server, nano):
 def test_a_map_nobody_waits_for_is_not_drawn(server, picture):
     "A client that leaves while its order waits costs no turn"
     m = Served(server[0], TOKEN); turn = lambda: next(e['turn'] for e in m.events(picture, [6]) if e['event'] == 'thinking'); before = turn()
-    slow = [threading.Thread(target=m.explain, args=(picture, 'structures', 'femur', 'occlusion, blur')) for _ in range(3)]; [t.start() for t in slow]
+    slow = [threading.Thread(target=m.explain, args=(picture, 'structures', 'femur', 'occlusion, blur')) for _ in range(12)]; [t.start() for t in slow]
     time.sleep(.3); body = json.dumps(dict(image=data_url(picture), question=6, answer='good', method='occlusion, blur')).encode()
     c = http.client.HTTPConnection(server[0].split('//')[1], timeout=60); c.request('POST', '/maps', body, {'Authorization': f'Bearer {TOKEN}'})
-    time.sleep(.3); c.close(); [t.join(120) for t in slow]; assert turn() == before+4     # three maps and this question
+    time.sleep(.3); c.close(); [t.join(120) for t in slow]; assert turn() == before+13    # twelve maps and this question
 
 @pytest.mark.slow
 def test_fifty_clients_in_order_and_one_who_does_not_read(server, picture):
