@@ -159,7 +159,8 @@ def _controls(self:AskPanel):
     self.beside = w.Dropdown(options=[('none', ''), *((n, n) for n in self.models)], description='beside it')
     self.question = w.Combobox(placeholder='a question, or pick one of the eight',
                                options=[q.text for q in QUESTIONS.values()],
-                               ensure_option=False, description='question', layout=wide(480))
+                               ensure_option=False, description='question', layout=wide(480),
+                               continuous_update=False)   # sent whole, as in `Annotator`
     self.ask,self.stop = w.Button(description='Ask',
                                   button_style='primary'),w.Button(description='Stop', disabled=True)
     self.eight = w.Button(description='All eight questions', layout=wide(170))
