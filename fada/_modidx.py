@@ -1675,6 +1675,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fada.session.Session.to_notebook': ('session.html#session.to_notebook', 'fada/session.py'),
                               'fada.session.Turn': ('session.html#turn', 'fada/session.py'),
                               'fada.session._cell': ('session.html#_cell', 'fada/session.py'),
+                              'fada.session._leaving': ('session.html#_leaving', 'fada/session.py'),
                               'fada.session.about_sex': ('session.html#about_sex', 'fada/session.py'),
                               'fada.session.cannot_be_known': ('session.html#cannot_be_known', 'fada/session.py')},
             'fada.settings': { 'fada.settings.FadaError': ('settings.html#fadaerror', 'fada/settings.py'),
