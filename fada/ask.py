@@ -39,6 +39,7 @@ class Picture:
     reference: dict = field(default_factory=dict)  # {question id: answer}, where known
     mm_per_px: float|None = None                   # None: no scale is known
     dated: bool = False                            # whether the age by dates is known
+    step: int = 1                                  # of a long cine every so many frames are shown
 
 def sample_images(data, each:int=4)->list:
     "Test images of a prepared folder, or fresh phantoms: a list of `Picture`"
@@ -68,6 +69,7 @@ def uploaded(name:str, content:bytes)->Picture:
     with tempfile.TemporaryDirectory() as d:
         p = Path(d)/('upload'+Path(name).suffix.lower()); p.write_bytes(content)
         try:
+            step = 1
             if p.suffix not in DICOM: frames,scale = [read_image(p)],None
             else:
                 first,scale = read_dicom(p)
@@ -75,7 +77,7 @@ def uploaded(name:str, content:bytes)->Picture:
                 n = dicom_frames(pydicom.dcmread(p, stop_before_pixels=True)); step = -(-n//MOST_FRAMES)
                 frames = [first, *(read_dicom(p, k)[0] for k in range(step, n, step))]
         except FadaError as e: raise FadaError(e.what, Path(name).name, e.expected, e.do) from None
-    return Picture(name, lambda: frames, mm_per_px=scale)
+    return Picture(name, lambda: frames, mm_per_px=scale, step=step)
 
 # %% ../nbs/15_ask.ipynb #273ffc08
 @dataclass
@@ -219,7 +221,7 @@ def show(self:AskPanel):
 
 @patch
 def _show(self:AskPanel, picture, state):
-    self.cancel(); self.wait(); frames = picture.get(); self.picture = picture
+    self.cancel(); self.wait(); self._withdraw(); frames = picture.get(); self.picture = picture
     self.frames = frames if isinstance(frames, list) else [frames]
     for v in self.views: v.show(self.frames, picture.mm_per_px, f'ultrasound image {picture.label}')
     self.rows,self.answers.rows = [],[]; self.say(state)
@@ -242,7 +244,7 @@ def open_upload(self:AskPanel):
 @patch
 def change(self:AskPanel):
     "Answer with other models from now on; what nobody uses any more is let go"
-    self.cancel(); self.wait(); self.rows,self.answers.rows = [],[]
+    self.cancel(); self.wait(); self._withdraw(); self.rows,self.answers.rows = [],[]
     self.held = {n: m for n,m in self.held.items() if n in self.names}
     for v in self.views: v.clear()
     self.about.value = ''   # what answered before is not what was picked now
@@ -265,23 +267,29 @@ REDRAW = .1   # seconds between two drawings of answers that grow
 def run(self:AskPanel, questions):
     "Ask `questions` of the image in view"
     self.cancel(); self.wait(); hosts = {h for n in self.names for h in self.models[n].receivers}-self.agreed
-    self.waiting = questions if hosts else None
+    self._withdraw()
     if hosts and not self.remote:
         return self.say(f'not done: the picture would go to {", ".join(sorted(hosts))}, and [remote] allowed = no')
     if hosts:
         self.consent.children[0].value = (f'The picture will be sent to '
                                           f'<b>{html.escape(", ".join(sorted(hosts)))}</b>: pixels without tags, '
                                           'black outside the sector unless [remote] keep_text = yes.')
-        self.consent.layout.display = ''; return self.say('waiting for your word')
+        self.waiting = questions,hosts; self.consent.layout.display = ''
+        return self.say('waiting for your word')
     self.stopped = False; self._busy(True); self.say('thinking …'); self.answers.rows = []
     self.thread = threading.Thread(target=self._ask, args=(list(questions),), daemon=True); self.thread.start()
 
 @patch
 def consented(self:AskPanel, yes:bool):
     "Go on with what waited, or not"
-    self.consent.layout.display = 'none'; asked,self.waiting = self.waiting,None
-    if not yes or not asked: return self.say('not sent')
-    self.agreed |= {h for n in self.names for h in self.models[n].receivers}; self.run(asked)
+    waiting = self.waiting; self._withdraw()
+    if not yes or not waiting: return self.say('not sent')
+    self.agreed |= waiting[1]; self.run(waiting[0])   # the hosts that were named, no others
+
+@patch
+def _withdraw(self:AskPanel):
+    "Nothing waits for a word any more: another picture or another model is another question"
+    self.waiting = None; self.consent.layout.display = 'none'
 
 @patch
 def cancel(self:AskPanel):
@@ -324,15 +332,18 @@ def _ask(self:AskPanel, questions):
         wrong = []
         self.answers.titles = self.names
         for side,name in enumerate(self.names):
-            vlm = self.open(name); self._tell_methods(vlm); self.say('thinking …')
+            vlm = self.open(name); self._tell_methods([self.held[n] for n in self.names[:side+1]])
+            # nothing more is asked, or sent
+            if self.stopped and (side or vlm.core is None): wrong.append('cancelled'); break
+            self.say('thinking …')
             for (k,_),a in zip(asked, self._answers(vlm, image, [q for _,q in asked], [k for k,_ in asked], side)
                                if asked else []):
                 self._keep(k, side, name, a, image, frame); wrong += [a.error] if a.error else []
             self._draw(); self._name(vlm, name)
         said = 'done' if not wrong else 'stopped' if set(wrong) == {'cancelled'} else 'failed: see below'
-        if self.attention and not wrong and asked: self.where(asked[-1][0], 0)
+        if self.attention and not wrong and asked and self.method.options: self.where(asked[-1][0], 0)
     # a service that refuses, memory that is short, no map
-    except (FadaError, RuntimeError) as e: said = f'not done: {e}'
+    except (FadaError, RuntimeError, OSError) as e: said = f'not done: {e}'
     finally: self.stream = None; self._busy(False)
     self.say(said)
 
@@ -347,7 +358,8 @@ def _answers(self:AskPanel, vlm, image, questions, places, side)->list:
     if self.stopped: self.stream.cancel()
     for _ in self.stream:
         if time.monotonic()-shown > REDRAW:
-            for k,a in zip(places, self.stream.answers): self.rows[k]['said'][side]['text'] = a.text
+            for k,a in zip(places, self.stream.answers):   # what will not be shown is not shown while it grows either
+                self.rows[k]['said'][side]['text'] = '…' if self._reason(a.question_id, a.text) else a.text
             self._draw(); shown = time.monotonic()
     return self.stream.answers
 
@@ -360,10 +372,16 @@ def _draw(self:AskPanel):
 
 # %% ../nbs/15_ask.ipynb #80d7d403
 @patch
+def _reason(self:AskPanel, question_id, text)->str:
+    "Why an answer is not shown as it was said; empty: nothing stands in the way"
+    if about_sex(text) and not self.fetal_sex: return SEX_WHY
+    return cannot_be_known(question_id, text, bool(self.picture.mm_per_px), self.picture.dated)
+
+@patch
 def _keep(self:AskPanel, k, side, name, a, image, frame):
     "Fill in an answer, and put it into the session"
     row = self.rows[k]; p = self.picture
-    reason = SEX_WHY if about_sex(a.text) and not self.fetal_sex else cannot_be_known(a.question_id, a.text, bool(p.mm_per_px), p.dated)
+    reason = self._reason(a.question_id, a.text)
     # where naming it is unlawful the model's words are not kept either
     words = '' if reason == SEX_WHY else a.text
     notes = [f'the model said: {words}' if reason and words else '',
@@ -372,7 +390,8 @@ def _keep(self:AskPanel, k, side, name, a, image, frame):
     from fada.vlm import image_hash
     turn = self.session.add(Turn(p.label, image_hash(image), a.question, words, ND if reason else a.text, reason,
                                  a.question_id, a.confidence, a.error,
-                                 list(a.flags), row['reference'], frame, p.mm_per_px, self._again(name)), image)
+                                 list(a.flags), row['reference'], frame*p.step, p.mm_per_px, self._again(name)),
+                                 image)
     maps = bool(words and self.method.options)
     row['said'][side] = dict(text=turn.shown, reason=reason, note=' · '.join(filter(None, notes)), error=a.error,
                              done=bool(words), maps=maps, judged=[],
@@ -419,10 +438,11 @@ def told(self:AskPanel, what:dict):
     else: self.judge(what['row'], what['side'], what['kind'], what.get('text', ''))
 
 @patch
-def _tell_methods(self:AskPanel, vlm):
-    "Offer the methods that work with a model"
+def _tell_methods(self:AskPanel, models):
+    "Offer the methods that work with all models that draw maps"
     from fada.explain import methods
-    names = methods(vlm)
+    each = [names for m in models if (names := methods(m))]
+    names = [n for n in each[0] if all(n in e for e in each)] if each else []
     if list(self.method.options) != names:
         self.method.options = names; self.method.value = names[0] if names else None
     self.method.layout.display = '' if names else 'none'
@@ -438,12 +458,12 @@ def _where(self:AskPanel, row:int, side:int):
 @patch
 def where(self:AskPanel, row:int, side:int):
     "Lay the map of an answer over its image; beside it that of the other model, by the same method"
-    from fada.explain import explain
+    from fada.explain import explain, methods
     r = self.rows[row]
     for k,name in enumerate(self.names):
         s = r['said'][k]
-        if not s.get('answer') or not (k == side or len(self.names) > 1): continue
-        m = explain(self.open(name), s['image'], r['id'] or r['question'], s['answer'], self.method.value)
+        if not s.get('answer') or self.method.value not in methods(vlm := self.open(name)): continue
+        m = explain(vlm, s['image'], r['id'] or r['question'], s['answer'], self.method.value)
         self.views[k].frame = s['frame']; self.views[k].overlay(m)
 
 @patch
@@ -479,4 +499,5 @@ def panel(
     s = load_settings(os.environ.get('FADA_PROJECT', '.'), model=model, data=data)
     server = os.environ.get('FADA_SERVER'); models = offered_there(server, s) if server else offered_here(s)
     name = f"{now()[:19].replace(':', '')}-{os.getpid()}"
-    return AskPanel(models, sample_images(s.data), Session(s.output/'ask'/name), attention, s.fetal_sex, s.remote).widget
+    return AskPanel(models, sample_images(s.data), Session(s.output/'ask'/name), attention, s.fetal_sex,
+                    s.remote).widget

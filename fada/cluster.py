@@ -120,7 +120,9 @@ def _words(parameters:dict)->list:
     "The options of `fada train` that say what a job's parameters say; what is empty is left out"
     out = []
     for k,v in parameters.items():
-        if k == 'processes' or v in ('', None, False): continue
+        # 0: the notebook's own
+        default = v == 0 and (k in ('rank','lr','batch','abnormal_weight') or k.endswith('_steps'))
+        if k == 'processes' or v in ('', None) or v is False or default: continue
         out += [f"--{k.replace('_', '-')}", *([] if v is True else [str(v)])]
     return out
 

@@ -64,7 +64,7 @@ def explain(
         raise FadaError(f'no map by {method!r}', vlm.spec.name if hasattr(vlm, 'spec') else '', ', '.join(able)
                         or 'a model whose weights are at hand', nearest(method, able) if able else '')
     if hasattr(vlm, 'explain'): return vlm.explain(image, question, answer, method)
-    m = EXPLAIN[method](vlm, image, question, answer); m.badge = badge(vlm, method.removesuffix(', sinks hidden'))
+    m = EXPLAIN[method](vlm, image, question, answer); m.badge = badge(vlm, method)
     return m
 
 # %% ../nbs/12g_explain.ipynb #7fc5a19d

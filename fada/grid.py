@@ -130,7 +130,9 @@ def _job(g, folder, row, task, code):
     p = dict(data=g.data, output=str(folder/name), model=row['model'], categories=row['category'], weights=g.weights,
              precision=row['precision'], seed=row['seed'], **g.parameters.get(what, {}))
     own = [Path(g.weights)/f for f in ('model.safetensors', 'config.json')] if g.weights else []
-    inputs = [code, Path(g.data)/'questions.parquet', *own, *_models_files()]
+    s = load_settings(data=g.data)   # what the notebooks take from it decides a result too
+    decides = f'{s.balance} {s.rare_weight}' if what == 'train' else f'{s.sentence_model or ""}'
+    inputs = [code, decides, Path(g.data)/'questions.parquet', *own, *_models_files()]
     after,outputs,slots = (),['metrics.json'],1
     if task == 'train':
         require(model_spec(row['model']), 'train'); outputs = ['adapter/adapter_model.safetensors']

@@ -483,15 +483,17 @@ def go(self:Fit, desc:str='LoRA'):
     self.start = time.perf_counter(); phases = self.phases(); self.vlm.core.train()
     if not self.checks: self.check(0)
     if self.tower: self.tower.aside()
-    for k,(title,parameters,steps) in enumerate(phases):
-        if k < self.phase: continue
-        self.begin(parameters, steps); last = k == len(phases)-1; every = max(1, steps//self.recipe.checks)
-        left = range(self.step, 0 if self.stopped else steps)
-        for s in progress(left, f'{desc}, {title}' if len(phases) > 1 else desc, unit='step'):
-            self.take(); self.step = s+1
-            if last and self.step % every == 0: self.stopped = self.check(self.step)
-            if self.stopped or self.step == steps or self.step % self.recipe.keep_every == 0: self.save()
-            if self.stopped: break
-        if not last: self.phase,self.step = k+1,0
-    if self.tower: self.tower.back()
+    try:
+        for k,(title,parameters,steps) in enumerate(phases):
+            if k < self.phase: continue
+            self.begin(parameters, steps); last = k == len(phases)-1; every = max(1, steps//self.recipe.checks)
+            left = range(self.step, 0 if self.stopped else steps)
+            for s in progress(left, f'{desc}, {title}' if len(phases) > 1 else desc, unit='step'):
+                self.take(); self.step = s+1
+                if last and self.step % every == 0: self.stopped = self.check(self.step)
+                if self.stopped or self.step == steps or self.step % self.recipe.keep_every == 0: self.save()
+                if self.stopped: break
+            if not last: self.phase,self.step = k+1,0
+    finally:   # stopped or broken off, the model has its weights
+        if self.tower: self.tower.back()
     self.seconds += time.perf_counter()-self.start; self.vlm.core.eval()

@@ -19,15 +19,15 @@ def folder_bytes(folder)->int:
 def _told(d:Path)->tuple:
     """What a job's files say of it: (configuration, metrics, state); what is not in its configuration comes from the
     parameters that its notebook was given. A file that is no JSON makes the job damaged, not the list"""
-    try: c,m,done,twins,job = (read_json(d/f'{n}.json') if (d/f'{n}.json').is_file() else {}
-                               for n in ('config', 'metrics', 'done', 'twins', 'job'))
+    try: c,m,done,twins,job,part = (read_json(d/f'{n}.json') if (d/f'{n}.json').is_file() else {}
+                               for n in ('config', 'metrics', 'done', 'twins', 'job', 'shard'))
     except FadaError: return {}, {}, 'damaged'
     given = job.get('parameters', {}); named = given.get('categories') or ()
     about = dict(kind=Path(job.get('notebook') or '?').stem, model=given.get('model'), seed=given.get('seed'),
                  precision=given.get('precision') or twins.get('identity', {}).get('precision'),
                  categories=named.split(',') if isinstance(named, str) else named)
     if twins: about['kind'] = 'twins'
-    return {**about, **c}, m, 'finished' if done or m or c.get('seconds') or twins else 'unfinished'
+    return {**about, **c}, m, 'finished' if done or m or c.get('seconds') or twins or part else 'unfinished'
 
 def _about(d:Path, root:Path)->dict:
     "One job as a row"

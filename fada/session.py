@@ -6,7 +6,7 @@
 __all__ = ['WHY', 'SEX_WHY', 'JUDGEMENTS', 'AGAIN', 'ASK_AGAIN', 'about_sex', 'cannot_be_known', 'Turn', 'Session']
 
 # %% ../nbs/15c_session.ipynb #ec6eb0c8
-import csv, re
+import csv, json, re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from .settings import FadaError, NOTICE, fit_text, now
@@ -20,8 +20,12 @@ WHY = {4: 'millimetres need a scale, and none is known of this image',
        7: 'growth needs the age by dates', 2: 'a presentation needs the position of the mother'}
 SEX_WHY = 'naming the sex of a fetus is off ([ask] fetal_sex)'
 _SEX = re.compile(r'\b(sex|gender|boys?|girls?|male|female|scrotum|penis|penile|labia|labial|vulva|clitoris|'
+                  r'genital\w*|masculine|feminine|phallus|son|daughter|'
                   r'testicles?|testis|testes)\b', re.I)
 
+# an age in words of one's own: other weeks, as in `repeat in 4 weeks`, are none
+_AGE = re.compile(r'\d+\s*(\+\s*\d)?\s*(w|wks?|weeks?)\s*(and \d days? )?(of gestation|gestation|pregnan|old)|'
+                  r'gestational age\D*\d', re.I)
 _LENGTH = re.compile(r'\d\s*(mm|cm|millimet|centimet)', re.I)
 
 def about_sex(text:str)->bool:
@@ -36,9 +40,10 @@ def cannot_be_known(
 )->str:                     # '' where nothing stands in the way
     "Why an answer gives what nobody can know from the picture"
     if question_id is None and not scale and _LENGTH.search(answer): return WHY[4]
-    q = question_id or 5
-    if q in WHY and made_up(q, {'weeks': None}, read_answer(q, answer), scale, dated): return WHY[q]
-    return ''
+    if question_id is None: return WHY[5] if _AGE.search(answer) and not dated else ''
+    known = question_id not in WHY or not made_up(question_id, {'weeks': None}, read_answer(question_id, answer),
+                                                  scale, dated)
+    return '' if known else WHY[question_id]
 
 # %% ../nbs/15c_session.ipynb #15e48844
 @dataclass
@@ -94,7 +99,8 @@ def judge(self:Session, n:int, who:str, kind:str,
     if kind == 'edit' and final in ('', t.answer):
         raise FadaError('nothing was changed', t.question, 'another answer', '')
     rec = dict(when=now(), who=who, kind=kind, n=n, image=t.image, pixels_sha256=t.pixels_sha256, question=t.question,
-               question_id=t.question_id, prediction=t.answer, final=t.answer if kind == 'accept' else final,
+               question_id=t.question_id, prediction=t.answer, shown=t.shown,
+               final=t.shown if kind == 'accept' else final,
                model=t.model)
     self.judged.append([rec]); return rec
 
@@ -163,10 +169,17 @@ def export(self:Session)->Path:
     if not self.turns: raise FadaError('nothing was asked yet', 'export', 'at least one answer', 'ask first')
     self.to_csv(); self.to_notebook(); to = self.folder/'session.zip'
     with zipfile.ZipFile(to, 'w', zipfile.ZIP_DEFLATED) as z:
-        for name in ('answers.csv','again.ipynb','turns.jsonl','corrections.jsonl'):
-            if (self.folder/name).is_file(): z.write(self.folder/name, name)
+        for name in ('answers.csv','again.ipynb'): z.write(self.folder/name, name)
+        for log in (self.log, self.judged):
+            z.writestr(log.path.name, ''.join(json.dumps(_pathless(r))+'\n' for r in log.read()[0]))
         for p in sorted((self.folder/'images').glob('*.png')): z.writestr(f'images/{p.name}', _leaving(p))
     return to
+
+def _pathless(record:dict)->dict:
+    "A record without the folders of this machine: of a path the last two names stay"
+    short = lambda v: '/'.join(Path(v).parts[-2:]) if v else v
+    m = record.get('model') or {}
+    return dict(record, model={k: short(v) if k in ('adapter','weights') else v for k,v in m.items()})
 
 def _leaving(path)->bytes:
     "A kept picture as it may leave the house: a name written beside the sector is blanked, as in a report"

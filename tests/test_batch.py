@@ -302,3 +302,14 @@ def test_a_script_for_nodes_says_what_the_notebook_would_be_told(root):
     base = ('vision_steps', 'answer_steps')   # of the embedded base, which one process trains
     told = set(_words({k: True for k in notebook_parameters(root/'nbs'/'run'/'train.ipynb') if k not in base}))
     assert told <= options, told-options
+
+def test_settings_that_decide_a_result_change_the_job(tmp_path, root, monkeypatch):
+    "Another balance trains anew, another sentence model scores anew; a seed of 0 is a seed"
+    from fada.cluster import _words
+    from fada.grid import grid_jobs, read_grid
+    (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'; monkeypatch.chdir(tmp_path)
+    g.write_text('models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\ntasks = ["train", "evaluate"]')
+    def digests(ini): (tmp_path/'settings.ini').write_text(ini); return [j.digest() for j in grid_jobs(read_grid(g), tmp_path/'o')]
+    plain, loss = digests('[train]\nbalance = draw\n'), digests('[train]\nbalance = loss\n'); assert plain[0] != loss[0] and plain[1] == loss[1]
+    assert digests(f'[scores]\nsentence_model = {tmp_path}\n')[1] != plain[1]
+    assert _words(dict(seed=0, patience=0, rank=0, steps=3, augment=False)) == ['--seed', '0', '--patience', '0', '--steps', '3']

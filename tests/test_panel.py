@@ -1,6 +1,6 @@
 """The ask panel on hard ground: what leaves the machine, what an export holds, and, in a real JupyterLab, a cine and a
 service whose answers are markup."""
-import io, json, re, sys, zipfile
+import io, json, re, sys, time, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
@@ -48,6 +48,61 @@ def settings(tmp_path_factory):
 def nano(settings): return offered_here(settings)
 
 def asked(panel, *questions): panel.run(list(questions)); panel.wait(); return panel.state.value
+
+class Speaks:
+    "A model that says a text piece by piece, or as a whole as services do"
+    def __init__(self, text, core='here', asked=None): self.text, self.core, self.asked, self.spec, self.base = text, core, [] if asked is None else asked, None, ''
+    def answers(self, questions, text):
+        from fada.clinical import QUESTIONS
+        from fada.vlm import Answer
+        return [Answer(QUESTIONS[q].text if q in QUESTIONS else q, text, q if q in QUESTIONS else None) for q in questions]
+    def ask(self, image, questions): self.asked.append(questions); return self.answers(questions, self.text)
+    def stream(self, image, questions):
+        class Stream:
+            answers = self.answers(questions, ''); cancel = lambda self: setattr(self, 'gone', True)
+            def __iter__(s):
+                for k in range(len(self.text)):
+                    time.sleep(.01); s.answers = self.answers(questions, self.text[:k+1])
+                    if getattr(s, 'gone', False):
+                        for a in s.answers: a.error = 'cancelled'
+                        return
+                    yield 0, self.text[k]
+        return Stream()
+
+def of(tmp_path, frame, **models):
+    "A panel without maps over made models"
+    from fada.ask import Offered
+    panel = AskPanel({n: Offered(lambda m=m: m, receivers=[f'host-{n}'] if m.core is None else []) for n, m in models.items()},
+                     [Picture('x', lambda: frame), Picture('y', lambda: frame)], Session(tmp_path/'s'), remote=True)
+    panel._tell_methods = lambda models: None; return panel
+
+def test_consent_is_for_the_host_that_was_named(tmp_path):
+    "Another model or another picture meanwhile: the word is withdrawn, nothing is sent to anybody"
+    frame = Image.fromarray(cine(1)[0]).convert('RGB'); panel = of(tmp_path, frame, a=Speaks('good', None), b=Speaks('good', None))
+    for elsewhere in (lambda: setattr(panel.which, 'value', 'b'), lambda: setattr(panel.pick, 'value', 'y')):
+        panel.run([6]); assert panel.consent.layout.display == ''; elsewhere(); assert panel.consent.layout.display == 'none'
+        panel.consented(True); panel.wait(); assert 'not sent' in panel.state.value and not panel.agreed and not panel.session.turns
+
+def test_what_is_barred_is_not_shown_while_it_grows(tmp_path):
+    "Neither the sex nor millimetres without a scale stand on the page for a moment; what was accepted is what was shown"
+    frame = Image.fromarray(cine(1)[0]).convert('RGB'); panel = of(tmp_path, frame, one=Speaks('31 mm, and a boy, as I see it'))
+    seen = []; panel.answers.observe(lambda c: seen.extend(x['text'] for r in c['new'] for x in r['said']), 'rows')
+    panel.run(['What lies here?']); panel.wait(); assert len(seen) > 2 and not [t for t in seen if 'boy' in t or 'mm' in t], seen
+    panel = of(tmp_path/'t', frame, one=Speaks('31 mm long')); panel.who.value = 'Ada'; panel.run(['How long?']); panel.wait()
+    panel.told(dict(kind='accept', row=0, side=0)); j, = panel.session.judgements()
+    assert (j['prediction'], j['shown'], j['final']) == ('31 mm long', 'not determinable', 'not determinable')
+
+def test_stop_keeps_the_picture_here(tmp_path):
+    "A local model beside a service, stopped during the first: the service is not asked"
+    frame = Image.fromarray(cine(1)[0]).convert('RGB'); far = Speaks('good', None); panel = of(tmp_path, frame, near=Speaks('good'*40), far=far)
+    panel.beside.value = 'far'; panel.agreed = {'host-far'}; panel.run([6]); time.sleep(.2); panel.cancel(); panel.wait()
+    assert far.asked == [] and 'stopped' in panel.state.value
+
+def test_words_about_sex_and_weeks():
+    from fada.session import about_sex, cannot_be_known
+    assert all(map(about_sex, ('external genitalia appear masculine', 'phallus seen', 'It is a son.', 'Are the genitalia visible?')))
+    assert not any(map(about_sex, ('the sonogram is good', 'reason: low gain', 'personal')))
+    assert cannot_be_known(None, 'repeat the scan in 4 weeks') == '' and cannot_be_known(None, '22 weeks of gestation') and cannot_be_known(None, '22 weeks old')
 
 def test_an_export_holds_nobody(nano, settings, tmp_path):
     "Patient, private tags and file name of a DICOM are in no file of the export; frame and scale are; frames are told apart"
