@@ -140,8 +140,8 @@ def settings_reference()->str:
     "Every key of `settings.ini`"
     rows = [(f'[{section}]', key, default, meaning) for section,key,_,default,meaning in SETTINGS.values()]
     return ('# Settings\n> Every key of `settings.ini`, from `fada.settings.SETTINGS`.\n\nWhat comes earlier wins: '
-            "a command-line option or papermill parameter, the project's `settings.ini`, "
-            '`~/.config/fada/settings.ini`, the built-in default.\n'
+            "a command-line option or papermill parameter, the project's `settings.ini` (where there is none, "
+            '`~/.config/fada/settings.ini` as a whole in its place), the built-in default.\n'
             +_table(('section', 'key', 'default', 'meaning'), rows))
 
 def metrics_reference()->str:
