@@ -61,6 +61,14 @@ def measured(architecture, folder, task, **kw):
     return measure_model(tiny.row(architecture).name, task, 'fp32', 'cpu', random=True, config=at, keep=False,
                          side=SIDES.get(architecture), new_tokens=12, **kw)
 
+def measured_alone(*args, **kw):
+    "The same in a process of its own: in one that ran many tests, torch's profiler sometimes tells of kilobytes for megabytes"
+    code = ('import json, sys; sys.path.insert(0, sys.argv[1]); import test_plan; from pathlib import Path; a, kw = json.loads(sys.argv[2]); '
+            'print(json.dumps(test_plan.measured(a[0], Path(a[1])/"alone", *a[2:], **kw)))')
+    out = subprocess.run([sys.executable, '-c', code, str(Path(__file__).parent), json.dumps([[str(a) for a in args], kw])],
+                         check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
 CHECKPOINTING, APART = dict(checkpointing=True), dict(packing=False, cache=False)   # training asks for the first, packs and keeps features by itself
 
 @pytest.mark.parametrize('task,how', [('answer', {}), ('train', {}), pytest.param('train', CHECKPOINTING, marks=pytest.mark.slow),
@@ -68,8 +76,10 @@ CHECKPOINTING, APART = dict(checkpointing=True), dict(packing=False, cache=False
 @pytest.mark.parametrize('architecture', some('blip2-opt', 'llava', 'smolvlm', 'florence2'))
 def test_activations_against_the_allocator(architecture, task, how, tmp_path):
     "Tiny models of every architecture: predicted activations within 15 % of what torch allocated"
+    off = lambda r: abs(r['predicted_activation_bytes']/r['activation_bytes']-1)
     r = measured(architecture, tmp_path, task, batch=2, questions=3, **how)
-    assert abs(r['predicted_activation_bytes']/r['activation_bytes']-1) < .15, r
+    if off(r) >= .15: r = measured_alone(architecture, tmp_path, task, batch=2, questions=3, **how)
+    assert off(r) < .15, r
 
 MID = dict(hidden_size=256, num_hidden_layers=7, intermediate_size=768, num_attention_heads=8)
 
