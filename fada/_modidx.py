@@ -96,6 +96,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'fada.ask.Routed.__getattr__': ('ask.html#routed.__getattr__', 'fada/ask.py'),
                           'fada.ask.Routed.__init__': ('ask.html#routed.__init__', 'fada/ask.py'),
                           'fada.ask.Routed.adapter': ('ask.html#routed.adapter', 'fada/ask.py'),
+                          'fada.ask.Routed.again': ('ask.html#routed.again', 'fada/ask.py'),
                           'fada.ask.Routed.stream': ('ask.html#routed.stream', 'fada/ask.py'),
                           'fada.ask._image': ('ask.html#_image', 'fada/ask.py'),
                           'fada.ask._names': ('ask.html#_names', 'fada/ask.py'),

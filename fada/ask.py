@@ -84,7 +84,7 @@ def uploaded(name:str, content:bytes)->Picture:
 class Offered:
     "A model that can be picked"
     open: object                                   # function that returns it
-    again: dict = field(default_factory=dict)      # what `fada.vlm.load` takes
+    again: object = field(default_factory=dict)    # what `fada.vlm.load` takes, or a function of the model that says it
     receivers: list = field(default_factory=list)  # hosts that an image is sent to
 
 def offered_here(s)->dict:
@@ -99,16 +99,18 @@ def offered_here(s)->dict:
         return Offered(lambda: load(*again.values()), again, receivers(model_spec(s.model)))
     out = {s.model: offer(), **{f'{s.model} + {c}': offer(a) for c,a in adapters.items()}}
     if len(adapters) > 1:
-        out['adapter by image'] = Offered(lambda: Routed(load(s.model, None, weights, s.precision, s.device),
-                                                         adapters.values()))
+        base = out[s.model]; out['adapter by image'] = Offered(lambda: Routed(base.open(), adapters, base.again), Routed.again)
     return out
 
 # %% ../nbs/15_ask.ipynb #aba88de1
 class Routed:
     "A base with adapters: each image goes to the one whose training images are nearest"
-    def __init__(self, vlm, folders):
+    def __init__(self, vlm,
+        adapters:dict,   # {category: folder}
+        base:dict,       # what `load` takes for the base
+    ):
         from fada.route import Router
-        self.router = Router(vlm, list(folders))
+        self.router = Router(vlm, list(dict.fromkeys(adapters.values()))); self.folders,self.given = adapters,base
         self.core,self.spec,self.base,self.why = vlm.core,vlm.spec,vlm.base,''
     @property
     def adapter(self): return self.router.vlm.adapter
@@ -116,6 +118,9 @@ class Routed:
         "As of the adapter that the image proposes; `why` says which"
         r = self.router.route(image); self.router.use(r.adapter); self.why = r.why
         return self.router.vlm.stream(image, questions)
+    def again(self)->dict:
+        "What `load` takes to ask the adapter that answered"
+        folder = self.folders.get(self.router.on.split('+')[0]); return dict(self.given, adapter=folder and str(folder))
     def __getattr__(self, name): return getattr(self.router.vlm, name)
 
 def offered_there(url:str, s)->dict:
@@ -291,6 +296,7 @@ def _withdraw(self:AskPanel):
     "Nothing waits for a word any more: another picture or another model is another question"
     self.waiting = None; self.consent.layout.display = 'none'
 
+# %% ../nbs/15_ask.ipynb #b48f2696
 @patch
 def cancel(self:AskPanel):
     "Stop before the next token, or before the first"
@@ -413,8 +419,7 @@ def _closed(self:AskPanel, name, image, a)->str:
 @patch
 def _again(self:AskPanel, name)->dict:
     "What `load` takes to ask again"
-    vlm = self.held[name]; again = self.models[name].again
-    return again or (dict(vlm.again()) if hasattr(vlm, 'again') else {})
+    again = self.models[name].again; return again(self.held[name]) if callable(again) else again
 
 @patch
 def _name(self:AskPanel, vlm, name):

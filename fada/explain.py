@@ -12,10 +12,11 @@ import numpy as np
 from .settings import FadaError, nearest, now, read_json, write_json
 from .checkpoints import state_folder
 from .maps import MAP_METHODS, Map
+from .registry import ASSETS
 from .checked import BADGE, KEPT, TESTED, verdicts
 
 # %% ../nbs/12g_explain.ipynb #462c97bb
-VERDICTS = Path(__file__).parent/'assets'/'maps' if '__file__' in globals() else Path('../fada/assets/maps')
+VERDICTS = ASSETS/'maps'   # of the embedded model
 
 def _key(vlm)->str: return f'{vlm.base[:16]}{"-"+vlm.adapter[:16] if vlm.adapter else ""}.json'
 

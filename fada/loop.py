@@ -108,8 +108,9 @@ class Material:
         if self.packs and not self.chat: self.tokens = [self.tokens_of(r) for r in self.rows]
         by = {k: w.tolist() for k,w in weights_of(table, recipe).groupby(table.image)}
         self.weights = [by[n] for n in self.names]
-        self.size = [sum(answer_tokens(vlm, a, p)*w for (p,a),w in zip(r, ws))   # tokens that carry loss, as much as they count
-                     for r,ws in zip(self.rows, self.weights)]
+        self.said = [[answer_tokens(vlm, a, p) for p,a in r] for r in self.rows]
+        self.size = [sum(n*w for n,w in zip(ns, ws))   # tokens that carry loss, as much as they count
+                     for ns,ws in zip(self.said, self.weights)]
         if keeps: self.keep(cache)
 
     def keep(self, path):

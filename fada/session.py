@@ -162,6 +162,7 @@ def to_notebook(self:Session)->Path:
                       metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))
     nbformat.write(nb, path := self.folder/'again.ipynb'); return path
 
+# %% ../nbs/15c_session.ipynb #cb752c97
 @patch
 def export(self:Session)->Path:
     "Write all of it into the folder of the session, and that as one zip file; returns its path"

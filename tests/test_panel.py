@@ -238,3 +238,11 @@ def theme(lab, name): _send(f'{lab}/lab/api/settings/@jupyterlab/apputils-extens
 def _send(url, body):
     from urllib.request import Request, urlopen
     urlopen(Request(url+'?token=t0ken', json.dumps(body).encode(), method='PUT'), timeout=20)
+
+def test_the_adapter_that_an_image_proposed_is_asked_again(tmp_path):
+    "A session with adapters by image says of each answer which adapter gave it"
+    from fada.ask import Routed
+    class Router: on = 'Femur'
+    r = Routed.__new__(Routed); r.router, r.folders, r.given = Router(), {'Femur': tmp_path/'f'}, dict(name='blip2-nano', adapter=None)
+    assert r.again() == dict(name='blip2-nano', adapter=str(tmp_path/'f'))
+    Router.on = 'base'; assert r.again()['adapter'] is None

@@ -149,7 +149,7 @@ class View {
     });
     on('frames', this.newFrames); on('frame window level', this.newFrame); on('heat heat_shape tokens', this.newHeat);
     on('token lut', this.newTile);
-    on('width zoom pan opacity mm_per_px alt token lut badge note unit box shown', this.refresh);
+    on('width zoom pan opacity mm_per_px alt token lut badge note unit box shown mapped', this.refresh);
     const s = this.canvas;
     s.addEventListener('pointerdown', e => this.press(e)); s.addEventListener('pointermove', e => this.drag(e));
     for (const name of ['pointerup', 'pointercancel']) s.addEventListener(name, () => this.release());
@@ -164,11 +164,15 @@ class View {
       e.stopPropagation(); if (!e.ctrlKey && !e.metaKey && !e.altKey && this.key(e)) e.preventDefault();
     });
     for (const name of ['keyup', 'keypress']) this.root.addEventListener(name, e => e.stopPropagation());
+    // who does something elsewhere, such as asking, means the frame in sight: the kernel must know it first
+    this.elsewhere = e => { if (this.playing !== null && !this.root.contains(e.target)) this.play(false); };
+    for (const name of ['pointerdown', 'keydown']) document.addEventListener(name, this.elsewhere, true);
     this.resized = new ResizeObserver(() => this.paint()); this.resized.observe(this.canvas);
   }
 
   destroy() {
     this.play(false); this.resized.disconnect(); this.gone = true;
+    for (const name of ['pointerdown', 'keydown']) document.removeEventListener(name, this.elsewhere, true);
     for (const [name, f] of this.listeners) this.model.off(`change:${name}`, f);
   }
 
@@ -198,6 +202,8 @@ class View {
     } catch { this.base = null; this.failed = true; }
     this.refresh();
   }
+
+  mapped() { return this.tile && this.get('mapped') === this.frame(); }   // a map is of one frame of a cine
 
   frame() { return clamp(this.get('frame'), 0, Math.max(0, this.get('frames').length - 1)); }
 
@@ -370,8 +376,8 @@ class View {
     for (const [input, v] of [[this.frameSlider, k], [this.widthSlider, this.get('window')],
       [this.levelSlider, this.get('level')], [this.opacitySlider, this.get('opacity')]])
       if (+input.value !== v) input.value = v;
-    this.overlay.hidden = !this.tile; this.tokens.hidden = !this.tokens.childElementCount;
-    if (this.tile) this.legend();
+    this.overlay.hidden = !this.mapped(); this.tokens.hidden = !this.tokens.childElementCount;
+    if (this.mapped()) this.legend();
     [...this.tokens.children].forEach((b, i) => {
       b.setAttribute('aria-checked', i === t + 1); b.tabIndex = i === t + 1 ? 0 : -1;
     });
@@ -411,7 +417,7 @@ class View {
     if (!this.base) return;
     const g = this.geometry(), [x, y] = g.at, w = g.w * g.scale, h = g.h * g.scale;
     ctx.imageSmoothingEnabled = true; ctx.drawImage(this.base, x, y, w, h);
-    if (this.tile && this.get('opacity') > 0) {   // a map may reach beyond the picture: where the model was shown padding
+    if (this.mapped() && this.get('opacity') > 0) {   // a map may reach beyond the picture: where the model was shown padding
       const [left, top, right, bottom] = this.get('box'); ctx.save(); ctx.beginPath(); ctx.rect(x, y, w, h);
       ctx.clip();
       ctx.globalAlpha = clamp(this.get('opacity'), 0, 1);
