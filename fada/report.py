@@ -367,10 +367,8 @@ def section_attention(s):
     from fada.explain import badge
     return dict(title='Where the answer came from',
                 figures=_figs(s, attention=plot_attention(s.vlm, s.test, s.data)),
-                text='Gradient-weighted relevancy for the answer on orientation, one image a category; this method '
-                     'is '
-                     f'{badge(s.vlm, "relevancy")}. Attention is not evidence: a map that looks right proves '
-                     f'nothing.')
+                text=f'Gradient-weighted relevancy for the answer on orientation, one image a category '
+                     f'({badge(s.vlm, "relevancy")}). Attention is not evidence: a map that looks right proves nothing.')
 
 def section_frame(s):
     "A real frame, unlike every training image"
