@@ -102,8 +102,8 @@ def _nested(d:dict)->list:
         items = v.get('questions', v.get('answers')) if isinstance(v, dict) else v
         if isinstance(items, dict): items = [dict(question=q, response=r) for q,r in items.items()]
         if not isinstance(items, list): out.append((image, None)); continue
-        out += [(f'{image}, {n}', dict(about, image=image, **r) if isinstance(r, dict) else None) for n,
-                r in enumerate(items, 1)]
+        out += [(f'{image}, {n}', dict(about, image=image, **r) if isinstance(r, dict) else None)
+                for n,r in enumerate(items, 1)]
     return out
 
 # %% ../nbs/10b_answers.ipynb #4c9c4283
@@ -242,5 +242,5 @@ def without_table(answers:pd.DataFrame)->pd.DataFrame:
     refs = answers.reference.where(~answers.reference.map(_empty), '')
     return answers.assign(answer=refs.astype(str), asked=answers.question,
                           category=answers.category.fillna('unknown'),
-                          patient=[f'image:{i}' if _empty(p) else str(p) for i,
-                                   p in zip(answers.image, answers.patient)])
+                          patient=[f'image:{i}' if _empty(p) else str(p)
+                                   for i,p in zip(answers.image, answers.patient)])

@@ -168,14 +168,14 @@ def _controls(self:AskPanel):
                                options=[q.text for q in QUESTIONS.values()],
                                ensure_option=False, description='question', layout=wide(480),
                                continuous_update=False)   # sent whole, as in `Annotator`
-    self.ask,self.stop = w.Button(description='Ask',
-                                  button_style='primary'),w.Button(description='Stop', disabled=True)
+    self.ask = w.Button(description='Ask', button_style='primary')
+    self.stop = w.Button(description='Stop', disabled=True)
     self.eight = w.Button(description='All eight questions', layout=wide(170))
     self.closed = w.Checkbox(description='from a closed set', indent=False, layout=wide(150),
                              tooltip='plane, quality, normality: the probability of each allowed answer')
     self.state,self.about,self.history = w.HTML(),w.HTML(),w.HTML()
-    self.send,self.keep_back = w.Button(description='Send it',
-                                        button_style='warning'),w.Button(description='Do not send')
+    self.send = w.Button(description='Send it', button_style='warning')
+    self.keep_back = w.Button(description='Do not send')
     self.views = [Viewer(width=480), Viewer(width=480)]; self.answers = AnswerTable(self.told)
     self.method = w.Dropdown(description='map by', options=[])
     self.colours = w.Dropdown(description='colours', options=['viridis', 'magma', 'cividis', 'gray'])
@@ -189,8 +189,8 @@ def _place(self:AskPanel):
     import ipywidgets as w
     flow = lambda *children, **k: w.Box(children,
                                         layout=w.Layout(display='flex', flex_flow='row wrap', max_width='100%', **k))
-    notice = w.HTML(f'<div style="background:#fff4ce;color:#1b1f24;padding:4px '
-                    f'8px">{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
+    notice = w.HTML(f'<div style="background:#fff4ce;color:#1b1f24;padding:4px 8px">'
+                    f'{html.escape(NOTICE+" "+SYNTHETIC)}</div>')
     notice.add_class('fada-notice')   # stays in sight while the page scrolls
     self.consent = w.VBox([w.HTML(), w.HBox([self.send, self.keep_back])]); self.consent.layout.display = 'none'
     for v in self.views: v.layout = w.Layout(width='490px', max_width='100%')

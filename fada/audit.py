@@ -184,8 +184,8 @@ def check_controls(r):
             quiet = False; full = m['score']['mean']
             left = lambda v: f' ({min(v/full, 1):.0%} of it survives)' if full > .05 else ''
             yield Finding('survives-without-image', 'red' if max(weak.values()) >= .97*full else 'amber', q, None,
-                          f"score {full:.2f}; not better than: "+', '.join(f'{k} {v:.2f}{left(v)}' for k,
-                                                                           v in sorted(weak.items())))
+                          f"score {full:.2f}; not better than: "+', '.join(f'{k} {v:.2f}{left(v)}'
+                                                                           for k,v in sorted(weak.items())))
         folder = m['differences'].get(KNOWS_FOLDER)
         if folder and not told and folder['high'] is not None and folder['high'] < 0:
             quiet = False

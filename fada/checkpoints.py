@@ -481,8 +481,8 @@ def download(
     say(f"{spec.name}: {total/1e9:,.2f} GB in {len(remote['files'])} files from "
         f"{spec.checkpoint}@{remote['commit'][:12]}")
     folder = Path(constants.HF_HUB_CACHE)/'fada'/spec.checkpoint.replace('/', '--')/remote['commit']
-    folder.mkdir(parents=True, exist_ok=True); missing = {k: f for k,
-                                                          f in remote['files'].items()
+    folder.mkdir(parents=True, exist_ok=True); missing = {k: f
+                                                          for k,f in remote['files'].items()
                                                           if not (folder/k).is_file()}
     left,free = sum(f['size'] for f in missing.values()),shutil.disk_usage(folder).free
     if left > free:

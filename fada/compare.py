@@ -93,8 +93,8 @@ def quality_table(jobs)->pd.DataFrame:
         rows.append({'system': name, 'images': plain.image.nunique(),
                      'mean of questions': interval_text(primary(plain)),
                      'mean of rows': interval_text(mean_interval(plain.score, plain.patient)),
-                     **{f'{q} {QUESTIONS[q].key}': interval_text(main_score(g)) for q,
-                        g in plain.groupby('question_id')}})
+                     **{f'{q} {QUESTIONS[q].key}': interval_text(main_score(g))
+                        for q,g in plain.groupby('question_id')}})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_compare.ipynb #99d96b5e
@@ -223,8 +223,8 @@ def plot_heat(scored, title=''):
     import matplotlib.pyplot as plt
     plain = scored[(scored.condition == 'plain') & scored.score.notna()]
     if not len(plain): return None
-    t = pd.DataFrame({q: {c: main_score(part, draws=1)['mean'] for c,part in g.groupby('category')} for q,
-                      g in plain.groupby('question_id')})
+    t = pd.DataFrame({q: {c: main_score(part, draws=1)['mean'] for c,part in g.groupby('category')}
+                      for q,g in plain.groupby('question_id')})
     fig,ax = plt.subplots(figsize=(8,.5*len(t)+1.3))
     ax.imshow(t, vmin=0, vmax=1, cmap='viridis', aspect='auto')
     for (i,j),v in np.ndenumerate(t.to_numpy()):

@@ -206,8 +206,8 @@ def describe(
                    by_category_macro=mean_interval(good.score, good.patient, strata=good.category),
                    questions=summary(scored), details=question_scores(plain, topic=topic),
                    sentence_model=topic and topic.name, normality=normality(plain),
-                   by_category={c: summary(g) for c,
-                                g in progress(list(scored.groupby('category')), 'scoring', unit='category')},
+                   by_category={c: summary(g)
+                                for c,g in progress(list(scored.groupby('category')), 'scoring', unit='category')},
                    seconds_per_question=None if seconds is None or seconds != seconds else float(seconds),
                    made=now(), versions=environment(), **more)
     findings = audit(Results(found.name, found.rows, found.aside, found.missing, found.table, found.config,

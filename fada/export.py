@@ -71,8 +71,8 @@ def _sheet_rows(table):
     names = {'patient': 'Patient', 'annotator': 'Annotator', 'site': 'Site', 'machine': 'Machine',
         'operator': 'Operator', 'visit': 'Visit',
              'twin': 'Twin', 'ga_days': 'GA days', 'ga_source': 'GA source', 'mm_per_px': 'mm per pixel'}
-    head = ['Folder Name', 'Image Name', 'Status', *(names[k] for k in known), 'Split', *(f'Q{q}: {t}' for q,
-        t in TITLES.items())]
+    head = ['Folder Name', 'Image Name', 'Status', *(names[k] for k in known), 'Split', *(f'Q{q}: {t}'
+        for q,t in TITLES.items())]
     rows = []
     for n,g in table.groupby('new', sort=False):
         r = g.iloc[0].to_dict(); k = _known(r); answers = dict(zip(g.question_id, g.answer))

@@ -40,8 +40,8 @@ def rank_table(
                         'rank': best.to_list()})
     if drawn[0] is not None:
         ranks = pd.DataFrame(drawn).rank(ascending=False)
-        out['rank, 95 %'] = [f'{np.floor(low):.0f} to {np.ceil(high):.0f}' for low,
-                             high in ranks.quantile([.025,.975], axis=1).T.to_numpy()]
+        out['rank, 95 %'] = [f'{np.floor(low):.0f} to {np.ceil(high):.0f}'
+                             for low,high in ranks.quantile([.025,.975], axis=1).T.to_numpy()]
         first = ranks == ranks.min()
         out['chance of being best'] = first.div(first.sum()).mean(axis=1).round(2).to_list()
     return out.sort_values('rank', ignore_index=True)
@@ -82,8 +82,8 @@ def pair_rows(pairs)->pd.DataFrame:
         rows.append({'comparison': title, 'difference': what, 'rows': c['rows'],
                      'mean of questions': interval_text(e, 3), 'p': p_text(e['p']),
                      'would be found': '–' if e['detectable'] is None else f"{e['detectable']:.3f}",
-                     **{f'{q} {QUESTIONS[q].key}': f"{interval_text(v)} p {p_text(v['p_holm'])}" for q,
-                        v in c['questions'].items()}})
+                     **{f'{q} {QUESTIONS[q].key}': f"{interval_text(v)} p {p_text(v['p_holm'])}"
+                        for q,v in c['questions'].items()}})
     return pd.DataFrame(rows)
 
 # %% ../nbs/11b_pairs.ipynb #40a8e027

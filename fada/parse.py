@@ -117,8 +117,8 @@ _LOOSE = (('femur', r'\bfem(?:ur|oral)\b|thigh|\bfl (?:plane|view)'), ('abdomen'
           ('Cervical', r'cervical spine|neck'),
           ('Cervix', r'\bcervix|transvaginal'), ('Public_Symphysis_fetal_head', r'symphysis|transperineal'),
           ('Aorta', r'\baort'))
-_PLANES = [(next(c.plane for c in CATEGORIES.values() if name in (c.name, c.group)), re.compile(p)) for name,
-           p in _LOOSE]
+_PLANES = [(next(c.plane for c in CATEGORIES.values() if name in (c.name, c.group)), re.compile(p))
+           for name,p in _LOOSE]
 
 def _plane(t):
     out = parse_answer(3, t)

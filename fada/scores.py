@@ -170,8 +170,8 @@ def wording_scores(
     given, topic (-1 to 1) of texts beside their references"""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
-    pairs = Counter((str(a).strip(), '' if p is None or p != p else str(p).strip()) for a,
-                    p in zip(answers, predictions))
+    pairs = Counter((str(a).strip(), '' if p is None or p != p else str(p).strip())
+                    for a,p in zip(answers, predictions))
     if not pairs: return dict(exact=None, token_f1=None, rouge_l=None, bleu=None, n=0)
     alike = dict(topic=float(np.dot(topic(*zip(*pairs)), list(pairs.values()))/sum(pairs.values()))) if topic else {}
     rouge = RougeScorer(['rougeL']); n = sum(pairs.values())

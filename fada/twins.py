@@ -39,8 +39,8 @@ def twin_set(
 def fully_right(question_id:int, truth:dict, found:dict)->bool:
     "Whether an answer is right in all that the question asks, sizes within 2 mm or 5 %"
     if score_answer(question_id, truth, found) < 1: return False
-    return all(p in found.get('mm', {}) and abs(found['mm'][p]-mm) <= max(2., .05*mm) for p,
-               mm in (truth.get('mm') or {}).items())
+    return all(p in found.get('mm', {}) and abs(found['mm'][p]-mm) <= max(2., .05*mm)
+               for p,mm in (truth.get('mm') or {}).items())
 
 # %% ../nbs/10d_twins.ipynb #2d1a9355
 def ask_twins(
@@ -86,8 +86,8 @@ def twin_summary(rows:pd.DataFrame)->dict:
     return dict(pairs=int(rows.pair.nunique()), failed=int(rows.error.ne('').sum()),
                 change=part(good[good.expected == 'change']),
                 keep=part(good[good.expected == 'keep']),
-                questions={int(q): {e: part(h) for e,h in g.groupby('expected')} for q,
-                           g in good.groupby('question_id')},
+                questions={int(q): {e: part(h) for e,h in g.groupby('expected')}
+                           for q,g in good.groupby('question_id')},
                 differ={d: {e: part(h) for e,h in g.groupby('expected')} for d,g in good.groupby('differ')})
 
 # %% ../nbs/10d_twins.ipynb #25d76d61
@@ -98,8 +98,8 @@ def ask_phrasings(
     "Each question in each of its wordings"
     parts = []; images = list(rows.groupby('image', sort=False))
     for k in range(3):
-        requests = [Request(read_image(Path(data)/i), [phrase_question(q, k) for q in g.question_id], i) for i,
-                    g in images]
+        requests = [Request(read_image(Path(data)/i), [phrase_question(q, k) for q in g.question_id], i)
+                    for i,g in images]
         said = list(vlm.answer(requests)); at = pd.concat([g for _,g in images])
         parts.append(at.assign(phrasing=k, prediction=[a.text for a in said], error=[a.error for a in said],
                                condition='plain'))
