@@ -415,7 +415,7 @@ def image_tokens(self:VLM)->int:
 @patch
 def from_inputs(self:VLM, inputs):
     "What `see` gives, made from kept vision features (n × patches × width)"
-    return project(self, inputs)
+    return project(self, inputs.to(self.core.device))
 
 # %% ../nbs/07_vlm.ipynb #a6d10b01
 @patch

@@ -42,3 +42,19 @@ def test_nothing_leaks_between_questions():
     assert sees[:, :3, :3].float().sum() == 2*6   # causal in the image
     assert sees.any(-1).all()                     # no row without anything to see, which would be no number
     assert block_mask(p, 3, window=2)[0, 5].tolist() == [False]*4+[True, True]+[False]*3
+
+@pytest.mark.parametrize('packing', [True, False])
+@pytest.mark.parametrize('architecture', ['blip2-opt', 'blip2-t5', 'instructblip-llama', 'instructblip-t5', 'blip2-gemma3'])
+def test_a_finer_q_former(architecture, packing, folder, small_data):
+    "As on a card with a quantised language model: it computes in bf16 and the Q-Former in fp32; the loss is that of fp32, nearly, and has gradients"
+    import torch
+    from fada.checkpoints import keep_fp32
+    name, _, weights = tiny(architecture, folder); table = load_table(small_data, ['Femur'], 'train'); losses = []
+    for mixed in (False, True):
+        vlm = load(name, weights=weights, device='cpu', precision='fp32', max_new_tokens=4)
+        if mixed: vlm.core.bfloat16(); keep_fp32(vlm.core, vlm.spec.fp32_parts)
+        torch.manual_seed(0); add_lora(vlm, 2); m = Material(vlm, small_data, table, LoraRecipe(packing=packing, cache=False))
+        loss = m.loss([0, 3]); loss.backward(); losses.append(float(loss.detach()))
+        assert any(p.grad is not None and p.grad.any() for p in vlm.model.parameters() if p.requires_grad)
+    assert {p.dtype for p in vlm.core.qformer.parameters()} == {torch.float32} != {p.dtype for p in vlm.core.language_model.parameters()}
+    assert abs(losses[0]-losses[1]) < .03*losses[0], losses
