@@ -12,6 +12,7 @@ import numpy as np
 from .settings import FadaError, digest
 from .registry import PRECISIONS
 from .checkpoints import fitting, free_bytes, ledger, state_folder
+from .decode import one_by_one
 from .vlm import build_prompt
 
 # %% ../nbs/07b_canary.ipynb #522e993d
@@ -32,8 +33,9 @@ def probe(vlm)->tuple:
     kept,vlm.max_new_tokens = vlm.max_new_tokens,TOKENS
     try:
         seen = vlm.see([None if vlm.spec.family == 'text' else probe_picture()])
-        out = [vlm.reply(seen, [0], [build_prompt(vlm.spec, q)])[0][0] for q in QUESTIONS
-               if not caught.append(None)]
+        with one_by_one():
+            out = [vlm.reply(seen, [0], [build_prompt(vlm.spec, q)])[0][0] for q in QUESTIONS
+                   if not caught.append(None)]
     finally: hook.remove(); vlm.max_new_tokens = kept
     first = [caught[i+1] for i,c in enumerate(caught) if c is None]
     return out, np.concatenate([f.numpy() for f in first])

@@ -60,6 +60,25 @@ def test_one_copy_of_a_prefix(architecture, folder):
     for g, w in zip(got, want): assert same(g, w), (g, w)
 
 @pytest.mark.parametrize('share_from', [1, 999])
+@pytest.mark.parametrize('architecture', [a for a in BUILD if a not in ('blip2-t5', 'instructblip-t5', 'florence2')])
+def test_a_step_of_fixed_size(architecture, share_from, folder, monkeypatch):
+    "The step that a card records, all slots under a mask, says what growing slots say, also where rows leave unevenly"
+    from fada import decode
+    vlm = open_tiny(architecture, folder, tokens=10); images = pictures(architecture); most = [3, 10, 1, 2, 10, 7, 10, 10]
+    at = [0]*8 if images[0] is None else [0, 0, 0, 2, 1, 1, 2, 0]; asked = [build_prompt(vlm.spec, q) for q in QUESTIONS*2]
+    monkeypatch.setattr(decode, 'SHARE_FROM', share_from); seen = vlm.see(images); want = vlm.said(seen, at, asked, most); played = []
+    monkeypatch.setattr(decode, 'worth_recording', lambda rows: not played.append(rows)); got = vlm.said(seen, at, asked, most)
+    assert played and [len(g[0]) for g in got] == [len(w[0]) for w in want]
+    for g, w in zip(got, want): assert same(g, w), (g, w)
+
+def test_who_listens_hears_every_step(folder, monkeypatch):
+    "The check of a quantised model hooks the head: no step of it is recorded"
+    from fada import decode
+    asked = []; monkeypatch.setattr(decode, 'worth_recording', lambda rows: asked.append(decode._by_hand.get()))
+    name, _, weights = tiny('blip2-opt', folder); vlm = load(name, weights=weights, device='cpu', max_new_tokens=8, precision='int8')
+    assert asked and all(asked) and vlm.canary; asked.clear(); vlm.ask(pictures('blip2-opt')[0], PLAIN); assert asked and not any(asked)
+
+@pytest.mark.parametrize('share_from', [1, 999])
 def test_an_opt_layer_by_layer(folder, monkeypatch, share_from):
     "An OPT's layers called one by one say what its own forward says, to the last digits; every other decoder goes through its own"
     from fada import decode
