@@ -603,7 +603,9 @@ def _filled(p, width, device):
         kw = {k: v for k,v in p.__dict__.items()
               if k in ('compress_statistics','quant_type','quant_storage','blocksize')}
         if type(p).__name__ == 'Int8Params': kw = dict(has_fp16_weights=False)
-        return type(p)(torch.randn(p.shape, dtype=width)*.02, requires_grad=False, **kw).to(device)
+        numbers = torch.randn(p.shape, dtype=width, device=device)*.02   # a card is quick at it
+        if type(p).__name__ == 'Int8Params': numbers = numbers.cpu()     # from where alone it quantises
+        return type(p)(numbers, requires_grad=False, **kw).to(device)
     return torch.nn.Parameter((torch.randn(p.shape, dtype=p.dtype, device=device)*.02), requires_grad=p.requires_grad)
 
 def random_model(spec:ModelSpec, config, precision:str='bf16', device:str='cpu', seed:int=0):
