@@ -170,9 +170,10 @@ def main():
     p.add_argument('--out', help='folder of the result; default: bench/results')
     a = p.parse_args()
     import torch
+    from fada.checkpoints import _quiet
     from fada.plan import _machine
     parts = ('speed', 'training', 'maps', 'memory') if not a.only else a.only.split(',')
-    device = a.device or ('cuda:0' if torch.cuda.is_available() else 'cpu'); tiny = a.tiny or device == 'cpu'; out = {}
+    _quiet(); device = a.device or ('cuda:0' if torch.cuda.is_available() else 'cpu'); tiny = a.tiny or device == 'cpu'; out = {}
     def only(found):   # names, or tuples of a name and a precision
         of = lambda x: (x, None) if isinstance(x, str) else (x[0], x[-1])
         return [x for x in found if (not a.models or of(x)[0] in a.models.split(',')) and a.precision in (None, *of(x)[1:])]

@@ -433,6 +433,23 @@ def going_on(self:Rows):
     "Attention that looks at the one prefix and each row's own part"
     return attending(self.words.config, self)
 
+# %% ../nbs/07f_decode.ipynb #7a1de001
+RECORD_FROM = 6   # tokens to come from which recording a step pays
+_unrecordable = WeakKeyDictionary()   # {decoder: why its step cannot be recorded}
+_by_hand = contextvars.ContextVar('fada_by_hand', default=False)
+
+@contextmanager
+def one_by_one():
+    "Inside, no step is recorded: for who listens at a module, which a recording passes by"
+    token = _by_hand.set(True)
+    try: yield
+    finally: _by_hand.reset(token)
+
+def worth_recording(rows:Rows)->bool:
+    "Whether the next tokens of rows on a card come from a recorded step"
+    if rows.words.device.type != 'cuda' or _by_hand.get() or rows.words.decoder in _unrecordable: return False
+    return max(rows.most[r] for r in rows.rows if r is not None)-rows.said >= RECORD_FROM
+
 # %% ../nbs/07f_decode.ipynb #3cfd763b
 @patch
 def read_tails(self:Rows):
@@ -460,23 +477,6 @@ def keep(self:Rows, on):
         new = {int(n): i for i,n in enumerate(asked)}
         self.prefix = self.prefix.take(asked); self.at = self.at.new_tensor([new[n] for n in self.at.tolist()])
     self.group()
-
-# %% ../nbs/07f_decode.ipynb #7a1de001
-RECORD_FROM = 6   # tokens to come from which recording a step pays
-_unrecordable = WeakKeyDictionary()   # {decoder: why its step cannot be recorded}
-_by_hand = contextvars.ContextVar('fada_by_hand', default=False)
-
-@contextmanager
-def one_by_one():
-    "Inside, no step is recorded: for who listens at a module, which a recording passes by"
-    token = _by_hand.set(True)
-    try: yield
-    finally: _by_hand.reset(token)
-
-def worth_recording(rows:Rows)->bool:
-    "Whether the next tokens of rows on a card come from a recorded step"
-    if rows.words.device.type != 'cuda' or _by_hand.get() or rows.words.decoder in _unrecordable: return False
-    return max(rows.most[r] for r in rows.rows if r is not None)-rows.said >= RECORD_FROM
 
 # %% ../nbs/07f_decode.ipynb #7a1de002
 class Tape:
