@@ -208,7 +208,7 @@ def _asked(vlm, question, answer):
 # %% ../nbs/12_attention.ipynb #bbd2a592
 def _weighted(weights, grad=None):
     "Mean over heads of the positive part of gradient × attention: rows × columns"
-    return ((weights.grad if grad is None else grad)*weights).clamp(min=0).mean(1)[0].detach()
+    return ((weights.grad if grad is None else grad)*weights).clamp(min=0).mean(1)[0].detach().float()
 
 # %% ../nbs/12_attention.ipynb #48338151
 def relevancy(

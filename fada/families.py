@@ -39,7 +39,7 @@ def t5_loss(
     "Mean cross-entropy over answer tokens of an encoder–decoder that reads image and prompt"
     import torch
     t = tok(list(prompts), return_tensors='pt', padding=True).to(core.device)
-    words = core.get_input_embeddings()(t['input_ids']); x = torch.cat([x.to(words.dtype), words], 1)
+    x = torch.cat([x, core.get_input_embeddings()(t['input_ids']).to(x.dtype)], 1)
     seen = torch.ones(len(x), x.shape[1]-t['input_ids'].shape[1], dtype=torch.long, device=x.device)
     return core.language_model(inputs_embeds=x, attention_mask=torch.cat([seen, t['attention_mask']], 1),
                                labels=answer_labels(tok, answers).to(x.device)).loss

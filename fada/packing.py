@@ -73,8 +73,8 @@ def packed_loss(
     "Loss of the answers to all questions of some images, each image read once"
     import torch
     import torch.nn.functional as F
-    p,n = pack(rows, words.pad),prefix.shape[1]; ids = p.ids.to(words.device); said = words.embed(ids)
-    x = torch.cat([prefix.to(said.dtype), said], 1)   # what the image gives may be of a finer type
+    p,n = pack(rows, words.pad),prefix.shape[1]; ids = p.ids.to(words.device)
+    x = torch.cat([prefix, words.embed(ids).to(prefix.dtype)], 1)
     place = torch.cat([torch.arange(n).expand(len(ids), -1), n+p.offset], 1).to(words.device)
     hidden = words.decoder(inputs_embeds=x, attention_mask=masks(words, p, n, x.dtype, together), position_ids=place,
                            use_cache=False).last_hidden_state[:,n:]

@@ -57,8 +57,7 @@ def answer_loss(
     "Loss of a batch of answers given their images' prompt features"
     import torch
     import torch.nn.functional as F
-    words = core.get_input_embeddings()(ids)   # their type is the language model's; what the image gives may be finer
-    x = torch.cat([features.to(words.dtype), words], 1)
+    x = torch.cat([features, core.get_input_embeddings()(ids).to(features.dtype)], 1)
     m = torch.cat([torch.ones(features.shape[:2], dtype=torch.long, device=x.device), mask], 1)
     hidden = core.language_model.base_model(inputs_embeds=x,
                                             attention_mask=m).last_hidden_state[:,features.shape[1]:]

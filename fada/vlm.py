@@ -264,8 +264,9 @@ def project(vlm, patches):
 
 def bridge(core, q):
     "What the Q-Former read, for the language model (a quantised projection casts by itself)"
-    weight = core.language_projection.weight
-    return core.language_projection(q.to(weight.dtype) if weight.is_floating_point() else q)
+    weight = core.language_projection.weight   # of the Q-Former's type, which may be finer than the language model's
+    read = core.language_projection(q.to(weight.dtype) if weight.is_floating_point() else q)
+    return read.to(core.get_input_embeddings().weight.dtype)
 
 # %% ../nbs/07_vlm.ipynb #38c32d4c
 @patch

@@ -58,3 +58,16 @@ def test_a_finer_q_former(architecture, packing, folder, small_data):
         assert any(p.grad is not None and p.grad.any() for p in vlm.model.parameters() if p.requires_grad)
     assert {p.dtype for p in vlm.core.qformer.parameters()} == {torch.float32} != {p.dtype for p in vlm.core.language_model.parameters()}
     assert abs(losses[0]-losses[1]) < .03*losses[0], losses
+
+@pytest.mark.parametrize('architecture', ['blip2-opt', 'blip2-t5', 'instructblip-llama'])
+def test_maps_of_a_finer_q_former(architecture, folder):
+    "The same model answers and is explained: every method gives a map"
+    import numpy as np
+    from fada.canary import probe_picture
+    from fada.checkpoints import keep_fp32
+    from fada.explain import explain, methods
+    name, _, weights = tiny(architecture, folder); vlm = load(name, weights=weights, device='cpu', precision='fp32', max_new_tokens=4)
+    vlm.core.bfloat16(); keep_fp32(vlm.core, vlm.spec.fp32_parts); able = methods(vlm); assert {'relevancy', 'raw attention', 'integrated gradients'} <= set(able)
+    for m in able:
+        if m.startswith('occlusion') and m != 'occlusion, blur': continue   # the same passes with another fill
+        assert np.isfinite(explain(vlm, probe_picture(64), 'What is it?', 'femur', m).heat).all(), m
