@@ -276,3 +276,13 @@ def test_kept_plans_of_each_architecture_are_current():
     slow = ('qwen2.5-vl', 'instructblip-t5', 'instructblip-llama', 'gemma3-text')
     names = [tiny.row(a).name for a in tiny.BUILD if a not in slow]
     for old, new in fresh(names): _same(old, new)
+
+def test_a_peak_is_ones_own():
+    "What the program held that started this one does not count"
+    import subprocess
+    import sys
+    code = ("import subprocess, sys\nheld = b'1'*(400<<20)\n"
+            "print(subprocess.run([sys.executable, '-c', 'from fada.memory import peak_bytes; print(peak_bytes()); x = b\"1\"*(150<<20); print(peak_bytes())'],"
+            " capture_output=True, text=True, check=True).stdout)")
+    first, then = map(int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split())
+    assert first < 200 << 20 and 150 << 20 <= then-first+(5 << 20) < 200 << 20
