@@ -6,6 +6,8 @@ nobody trained on: gain over the untouched base, and the adapter against the sam
 category, with no picture in it, and against the training split's commonest answers; 95 % intervals over patients. The baseline is the
 untouched base.
 
+Writes bench/results/adapts.json unless a part of it was asked for; the figures do not depend on the machine's speed.
+
     FADA_THREADS=1 OMP_NUM_THREADS=1 python bench/adapts.py --quick --json
 """
 import argparse, json, os, sys, tempfile, time
@@ -17,7 +19,7 @@ from fada.data import prepare
 from fada.evaluate import evaluate
 from fada.finetune import finetune
 from fada.metrics import difference
-from fada.settings import environment, pixels_sha256
+from fada.settings import environment, pixels_sha256, write_json
 from fada.vlm import load
 
 LEFT_OUT = ('Trans-thalamic', 'Cervix')
@@ -69,6 +71,8 @@ def main():
     e = environment()
     out = dict(ratios={f"{f['category']}, {f['shift']}": f['adapter']/max(f['base'], 1e-9) for f in found}, baseline='the untouched base', shifts=found,
                machine=f"{e['machine']} CPU, {e['cores']} cores", versions=e)
+    folder = Path(__file__).parent/'results'
+    if not (a.quick or a.only): folder.mkdir(exist_ok=True); write_json(folder/'adapts.json', out)
     if a.json: print(json.dumps(out, indent=1))
 
 if __name__ == '__main__': sys.exit(main())
