@@ -193,6 +193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'fada.batch._last_bar': ('batch.html#_last_bar', 'fada/batch.py'),
                             'fada.batch._main': ('batch.html#_main', 'fada/batch.py'),
                             'fada.batch._memory': ('batch.html#_memory', 'fada/batch.py'),
+                            'fada.batch._memory_kills': ('batch.html#_memory_kills', 'fada/batch.py'),
                             'fada.batch._moved': ('batch.html#_moved', 'fada/batch.py'),
                             'fada.batch._never_started': ('batch.html#_never_started', 'fada/batch.py'),
                             'fada.batch._open_part': ('batch.html#_open_part', 'fada/batch.py'),

@@ -10,6 +10,8 @@ from fada.settings import FadaError
 STUB = '''from pathlib import Path
 import json, os, time
 if kill and batch > 8: os.kill(os.getpid(), 9)
+once = Path(output)/"once"
+if fall and not once.exists(): Path(output).mkdir(parents=True, exist_ok=True); once.touch(); os.kill(os.getpid(), 9)
 if eat: held = bytearray(eat << 20); time.sleep(5)
 out = Path(output); out.mkdir(parents=True, exist_ok=True); log = out/"answers.jsonl"
 whole = [l for l in log.read_text().splitlines(True) if l.endswith("\\n")] if log.exists() else []
@@ -24,7 +26,7 @@ def stub(folder, name='stub'):
     "A run notebook that writes `n` answers, as slowly, as hungry or as faulty as it is told"
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
-    head = 'output = ""\nname = ""\nn = 3\npause = 0.0\nfail = False\nkill = False\neat = 0\nbatch = 16'
+    head = 'output = ""\nname = ""\nn = 3\npause = 0.0\nfail = False\nkill = False\nfall = False\neat = 0\nbatch = 16'
     nb = new_notebook(cells=[new_code_cell(head, metadata=dict(tags=['parameters'])), new_code_cell(STUB)],
                       metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))
     nbformat.write(nb, folder/f'{name}.ipynb'); return folder/f'{name}.ipynb'
@@ -97,11 +99,19 @@ def test_what_hangs_and_what_changes_meanwhile(tmp_path, monkeypatch):
 
 @pytest.mark.fault
 def test_a_killed_kernel_gets_half_the_batch(tmp_path):
-    "Exit 138 is what a machine out of memory looks like: once more at half, and the record says so"
+    "Exit 138 is what a machine out of memory looks like: a kernel that dies again as it was gets half, and the record says so"
     r = run_jobs([job(tmp_path, 'a', kill=True)])[0]
     assert r.state == 'done' and r.retried and json.loads((tmp_path/'out'/'a'/'answers.jsonl').read_text().splitlines()[0])[2] == 8
     assert json.loads((tmp_path/'out'/'a'/'done.json').read_text())['retried']
     r = run_jobs([job(tmp_path, 'b', kill=True, batch=64)])[0]; assert r.state == 'failed' and '(exit 138' in r.reason and r.retried
+
+@pytest.mark.fault
+def test_a_kernel_killed_by_somebody_goes_on_as_it_was(tmp_path, monkeypatch):
+    "Where the system killed nothing for want of memory the batch stays whole, and so do the bytes; where it did, half at once"
+    r = run_jobs([job(tmp_path, 'a', fall=True)])[0]; rows = lambda k: [json.loads(l) for l in (tmp_path/'out'/k/'answers.jsonl').read_text().splitlines()]
+    assert r.state == 'done' and not r.retried and rows('a') == [['a', k, 16] for k in range(3)]
+    counted = iter(range(9)); monkeypatch.setattr(batch, '_memory_kills', lambda: next(counted))
+    r = run_jobs([job(tmp_path, 'b', kill=True)])[0]; assert r.state == 'done' and r.retried and rows('b')[0][2] == 8 and next(counted) == 3
 
 def test_processes_take_slots(tmp_path):
     "A job of two processes runs alone on two slots; one of three never will"
