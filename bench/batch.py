@@ -103,7 +103,7 @@ from pathlib import Path
 from fada.batch import Job, run_jobs
 d, out, address = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 job = lambda k: Job(f"j{k}", d/"stub.ipynb", dict(output=str(out/f"j{k}"), name=f"j{k}"), out/f"j{k}", outputs=[out/f"j{k}"/"weights"],
-                    after=(f"j{k-2}",) if k > 1 else (), stop=out/"stop", seconds=20 if k == 1 and (out.parent/"hanging").exists() else 0)
+                    after=(f"j{k-2}",) if k > 1 else (), stop=out/"stop", seconds=10 if k == 1 and (out.parent/"hanging").exists() else 0)
 jobs = [job(k) for k in range(4)]; out.mkdir(exist_ok=True); (out/"stop").unlink(missing_ok=True)
 if address:
     from fada.cluster import joined

@@ -352,10 +352,10 @@ def run_grid(
     slots = g.limits.get('slots', s.jobs); threads = max(1, (os.cpu_count() or 1)//slots)
     run = lambda slots, memory, executor=None, look=None, threads=0: heartbeat(
         lambda: run_jobs(jobs, slots, say, memory, executor, note, look, threads), jobs, say)
-    where = cluster_of(s, scheduler, say) if not all(j.done() for j in jobs) else None
+    where = cluster_of(s, scheduler, say, out.resolve()) if not all(j.done() for j in jobs) else None
     if not where: results = run(slots, memory, threads=threads)
     else:
-        with where as c: results = run(c.slots, c.memory, c.executor, c.look)
+        with where as c: results = run(c.slots, c.memory, c.executor, c.look, c.threads)
     return _note(out, g, {r.job.name: r for r in results}, jobs, start, figure=True)
 
 # %% ../nbs/13c_grid.ipynb #2d8b370a
