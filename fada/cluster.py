@@ -41,10 +41,13 @@ def _dask():
 
 def _client(address, timeout):
     "A client of the scheduler; `FadaError` where it does not answer"
-    try: return _dask().Client(address, timeout=timeout, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as e:
-        raise FadaError('the scheduler does not answer', address, 'a running `dask scheduler`',
-                        str(e).splitlines()[0]) from None
+    ends = _dask().comm.get_address_host_port   # read beforehand: a failed `Client` keeps the next from starting
+    try:
+        ends(address if '://' in address else f'tcp://{address}', strict=True)
+        return _dask().Client(address, timeout=timeout, set_as_default=False)
+    except Exception as e:   # by the kind of mistake in an address Dask raises nearly anything
+        raise FadaError('the scheduler does not answer', address, 'a running `dask scheduler`, as tcp://host:8786',
+                        (str(e) or type(e).__name__).splitlines()[0]) from None
 
 @dataclass
 class Joined:
@@ -60,7 +63,7 @@ def _read(path)->str:
     return Path(path).read_text() if Path(path).is_file() else ''
 
 def _one_folder(client, address, folder):
-    "Prove that all workers see the batch's folder, by a word that is written there; `FadaError` names one that doesn't"
+    "Prove that all workers see the batch's folder, by a word written there; `FadaError` names one that doesn't"
     word = secrets.token_hex(8); note = Path(folder)/f'.seen-{word}'; note.write_text(word)
     try: blind = [w for w,said in _everywhere(client, address, _read, str(note)).items() if said != word]
     finally: note.unlink()
@@ -70,7 +73,7 @@ def _one_folder(client, address, folder):
 
 # %% ../nbs/13b_cluster.ipynb #c1b50003
 class _Look:
-    "Says which workers of a cluster come and go; `FadaError` when the scheduler is gone, or has had no worker for long"
+    "Says which workers come and go; `FadaError` when the scheduler is gone, or has had no worker for long"
     def __init__(self, client, address, workers:set, say, patience):
         self.client,self.address,self.workers,self.say,self.patience = client,address,workers,say,patience
         self.seen = time.monotonic()
@@ -85,7 +88,8 @@ class _Look:
     def __call__(self):
         there = self._there(); lost,new = self.workers-there,there-self.workers; self.workers = there
         if new:
-            _same_everywhere(_everywhere(self.client, self.address, _stamp), _stamp()); self.say(f'{len(new)} more workers')
+            _same_everywhere(_everywhere(self.client, self.address, _stamp), _stamp())
+            self.say(f'{len(new)} more workers')
         if lost: self.say(f"{', '.join(sorted(lost))} gone, {len(there)} workers left: their jobs run elsewhere")
         if there: self.seen = time.monotonic()
         elif time.monotonic() > self.seen+self.patience:
@@ -96,11 +100,15 @@ class _Look:
 def _dashboard(client, info)->str: return client.dashboard_link if 'dashboard' in info.get('services', {}) else 'none'
 
 def _everywhere(client, address, what, *args)->dict:
-    "{worker: what a function returns there}; `FadaError` where a worker cannot run it"
-    try: return client.run(what, *args)
-    except ImportError as e:
-        raise FadaError('a worker does not find FADA', address, 'the same installation on all machines',
-                        str(e).splitlines()[0]) from None
+    "{worker: what a function returns there}, without those just gone; `FadaError` where a worker cannot run it"
+    said = client.run(what, *args, on_error='return'); bad = {}
+    for w,e in said.items():
+        if isinstance(e, Exception) and not isinstance(e, OSError): bad[w] = e
+    if bad:
+        w,e = next(iter(bad.items()))
+        raise FadaError(f'{len(bad)} of {len(said)} workers cannot run FADA', w, 'the same installation on all machines',
+                        (str(e) or type(e).__name__).splitlines()[0])
+    return {w: v for w,v in said.items() if not isinstance(v, OSError)}
 
 @contextmanager
 def joined(
@@ -169,8 +177,8 @@ class _Worker:
     "A worker that ssh started, and what it says"
     def __init__(self, ssh, host, command):
         self.host,self.out = host,tempfile.TemporaryFile()
-        self.p = subprocess.Popen(_ssh(ssh, host, command), stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out,
-                                  start_new_session=True)   # Ctrl-C is the batch's: it ends its jobs first
+        self.p = subprocess.Popen(   # Ctrl-C is the batch's, which ends its jobs first
+            _ssh(ssh, host, command), stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out, start_new_session=True)
 
     def last(self)->str:
         "The last line it said"
@@ -200,7 +208,8 @@ def ssh_workers(
     folder=None,           # that all workers have to see
 ):                         # context of `Joined`
     "Start a worker on each machine of [cluster] hosts and join them; they go when the batch ends"
-    names = [h.strip() for h in s.cluster_hosts.split(',') if h.strip()]; way = {n: reached(n, s.cluster_ssh) for n in names}
+    names = [h.strip() for h in s.cluster_hosts.split(',') if h.strip()]
+    way = {n: reached(n, s.cluster_ssh) for n in dict.fromkeys(names)}
     here = {h.here for h in way.values()}; listen = here.pop() if len(here) == 1 else '0.0.0.0'
     with _dask().LocalCluster(n_workers=0, host=listen, dashboard_address='127.0.0.1:0') as c:
         port,workers = c.scheduler_address.rpartition(':')[2],[]
@@ -208,7 +217,8 @@ def ssh_workers(
             for k,n in enumerate(names):
                 workers.append(_Worker(s.cluster_ssh, n, worker_command(way[n], s, port, names[:k].count(n))))
             say(f'{len(names)} workers started by ssh'); _all_there(c.scheduler, workers)
-            with joined(c.scheduler_address, say, folder=folder) as there: yield replace(there, threads=s.cluster_cores)
+            with joined(c.scheduler_address, say, folder=folder) as there:
+                yield replace(there, threads=s.cluster_cores)
         finally:
             c.close(); end = time.monotonic()+10
             for w in workers: w.leave(end-time.monotonic())
