@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEAD_KERNEL', 'PATIENCE', 'DECIDING', 'end_group', 'watch_parent', 'execute_notebook', 'notebook_parameters',
-           'check_parameters', 'Job', 'Result', 'run_job', 'run_jobs', 'stop_running', 'run_notebooks', 'heartbeat']
+           'check_parameters', 'Job', 'Result', 'run_job', 'run_jobs', 'stop_running', 'end_jobs', 'run_notebooks',
+           'heartbeat']
 
 # %% ../nbs/13_batch.ipynb #6c89d32d
 import ast, json, logging, os, shutil, signal, subprocess, sys, threading, time
@@ -398,6 +399,10 @@ def _threads()->int: return max(1, (os.cpu_count() or 1)//2)
 def stop_running():
     "End every notebook that runs now, with its kernel"
     for p in list(_running): _end(p)
+
+def end_jobs():
+    "End every notebook that runs now, and start none any more in this process, until `run_jobs` is called again"
+    _stop.set(); stop_running()
 
 # %% ../nbs/13_batch.ipynb #5d4062cf
 def run_notebooks(start='.')->Path:

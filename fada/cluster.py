@@ -96,6 +96,16 @@ class _Look:
             raise FadaError('no worker is left', self.address, 'at least one `dask worker`',
                             'start one, then the same command again: what is done is kept')
 
+# %% ../nbs/13b_cluster.ipynb #c1b50005
+def _end_jobs_with_worker(client):
+    "Have each worker, now and later, end its notebooks when it closes"
+    class EndJobs(_dask().WorkerPlugin):
+        name,idempotent = 'fada-end-jobs',True   # another batch may share the workers
+        def teardown(self, worker):
+            from fada.batch import end_jobs
+            end_jobs()
+    client.register_plugin(EndJobs())
+
 # %% ../nbs/13b_cluster.ipynb #a28ee1d4
 def _dashboard(client, info)->str: return client.dashboard_link if 'dashboard' in info.get('services', {}) else 'none'
 
@@ -124,6 +134,7 @@ def joined(
         if not workers: raise FadaError('the scheduler has no worker', address, 'at least one `dask worker`', '')
         _same_everywhere(_everywhere(client, address, _stamp), _stamp())
         if folder: _one_folder(client, address, folder)
+        _end_jobs_with_worker(client)
         slots = sum(w['nthreads'] for w in workers.values())
         each = sum(w['memory_limit'] for w in workers.values())/slots; slots = max(slots, expected)
         say(f'{len(workers)} workers, {slots} slots; dashboard {_dashboard(client, info)}')
