@@ -73,19 +73,19 @@ def test_a_batch_on_a_machine_of_settings_ini(tmp_path, root, small_data, keys):
         assert json.loads(r.stdout)['states'] == dict(done=1) and '1 workers started by ssh' in r.stderr and '1 workers, 1 slots' in r.stderr
         none_left(tmp_path)
     r = fada(); assert json.loads(r.stdout)['states'] == dict(reused=1) and 'ssh' not in r.stderr   # nobody is there any more
-    grid.write_text(grid.read_text().replace('steps = 2', 'steps = 3')); r = fada()
-    assert r.returncode == 1 and 'cannot be reached by ssh' in r.stderr and 'refused' in r.stderr and 'Traceback' not in r.stderr
 
 def test_a_machine_that_cannot_be_used_is_named(tmp_path, keys, monkeypatch):
-    "One without this installation, one that does not see the folder: a sentence each, before any job"
+    "One that ssh does not reach, one without this installation, one that does not see the folder: a sentence each, before any job"
     from fada.cluster import cluster_of
     d, ssh = keys; out = tmp_path/'o'; out.mkdir()
     blind = ['unshare', '-m', 'sh', '-c', f'mount -t tmpfs tmpfs {out} && exec "$@"', 'sh']
     def refused(host, said):
         with pytest.raises(FadaError, match=said), cluster_of(load_settings(cluster_hosts=host, cluster_ssh=ssh, cluster_cards='0'), say=lambda l: None, folder=out): pass
         none_left(tmp_path)
+    refused(f'ssh://root@127.0.0.1:{free_port()}', 'cannot be reached by ssh.*refused')
     with sshd(d) as host:
-        until(answers(ssh, host))
+        until(answers(ssh, host)); (d/'me.pub').rename(d/'other.pub')
+        refused(host, 'cannot be reached by ssh.*without a password.*Permission denied'); (d/'other.pub').rename(d/'me.pub')
         with monkeypatch.context() as m: m.setattr(sys, 'executable', '/nowhere/python'); refused(host, 'started no worker.*nowhere/python.*No such file')
     if subprocess.run([*blind, 'true'], capture_output=True).returncode: return   # no right to mount
     with sshd(d, before=blind) as host: until(answers(ssh, host)); refused(host, '1 workers do not see the folder of the batch')
@@ -109,7 +109,7 @@ def test_one_of_two_hosts_is_taken_away(tmp_path, keys):
     "Two hosts that see this one at different addresses; one loses its power while it works: its job runs on the other, and nothing is lost"
     import dask
     from fada.cluster import cluster_of
-    d, ssh = keys; said = []; nb = stub(tmp_path); jobs = [job(tmp_path, f'j{k}', notebook=nb, n=60, pause=.05) for k in range(4)]
+    d, ssh = keys; said = []; nb = stub(tmp_path); jobs = [job(tmp_path, f'j{k}', notebook=nb, n=40, pause=.05) for k in range(3)]
     with ExitStack() as stack, dask.config.set({'distributed.comm.timeouts.tcp': SOON}):
         try: found = [stack.enter_context(namespace(k)) for k in (1, 2)]
         except (subprocess.CalledProcessError, FileNotFoundError) as e: pytest.skip(f'network namespaces are not permitted: {getattr(e, "stderr", e)}')
@@ -129,7 +129,7 @@ def test_one_of_two_hosts_is_taken_away(tmp_path, keys):
         with cluster_of(s, say=said.append, folder=tmp_path/'out') as c:
             assert c.slots == 2 and c.threads == 1
             results = run_jobs(jobs, c.slots, executor=c.executor, look=look, threads=c.threads)
-        assert cut and by_state(results) == {f'j{k}': 'done' for k in range(4)}
+        assert cut and by_state(results) == {f'j{k}': 'done' for k in range(3)}
         assert [l for l in said if f'tcp://{found[0][1]}' in l and 'gone, 1 workers left' in l], said
-    for j in jobs: assert [json.loads(l)[1] for l in (j.folder/'answers.jsonl').read_text().splitlines()] == list(range(60))
+    for j in jobs: assert [json.loads(l)[1] for l in (j.folder/'answers.jsonl').read_text().splitlines()] == list(range(40))
     none_left(tmp_path)
