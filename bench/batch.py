@@ -66,22 +66,13 @@ def done(out): return {p: p.stat().st_mtime_ns for p in Path(out).glob('*/done.j
 def weights(out): return {p.parent.parent.name: p.read_bytes() for p in Path(out).glob('*/adapter/adapter_model.safetensors')}
 
 def training_round(d, seed, grid, whole):
-    "Kill a batch of true trainings or a process below it at a random moment, run again, compare the adapters byte for byte; who was killed"
-    rng = random.Random(seed); home = d/f'r{seed}'; out = home/'out'; home.mkdir()
-    p = quiet(order(grid, out), env=findable(home)); time.sleep(rng.uniform(8, 20))
-    found = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)] if p.poll() is None else []
-    try: v = rng.choice(found or [None]); killed = f'training: {_role(v, p)}' if v else 'training: too late'; v and v.kill()
-    except psutil.NoSuchProcess: killed = 'training: too late'
+    "Kill a kernel, or the whole batch, at a random moment of true trainings, run again, compare the adapters byte for byte; what was killed"
+    rng = random.Random(seed); home = d/f'r{seed}'; out = home/'out'; home.mkdir(); what = ('kernel', 'batch')[seed % 2]
+    p = quiet(order(grid, out), env=findable(home)); there = kill_one(what, p, {}, rng.uniform(8, 20))
     p.wait(LONGEST); before = done(out); batch(grid, out, env=findable(home))
-    assert weights(out) == whole, f'round {seed}: other weights'
-    assert before.items() <= done(out).items(), f'round {seed}: what was done was done again'
-    nothing_left(home); return killed
-
-def _role(v, p):
-    "What a process below the batch `p` is"
-    if v.pid == p.pid: return 'batch'
-    words = ' '.join(v.cmdline())
-    return next((r for mark,r in (('fada.batch', 'notebook'), ('ipykernel_launcher', 'kernel')) if mark in words), v.name())
+    assert weights(out) == whole, f'round {seed}, {what}: other weights'
+    assert before.items() <= done(out).items(), f'round {seed}, {what}: what was done was done again'
+    nothing_left(home); return f'training: {what}' if there else f'training: {what}: too late'
 
 # ---- rounds with jobs that import nothing heavy: the same batch, many more moments
 
