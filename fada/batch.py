@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEAD_KERNEL', 'PATIENCE', 'DECIDING', 'end_group', 'watch_parent', 'execute_notebook', 'notebook_parameters',
-           'check_parameters', 'Job', 'Result', 'run_job', 'run_jobs', 'stop_running', 'run_notebooks', 'heartbeat']
+           'check_parameters', 'Job', 'Result', 'run_job', 'run_jobs', 'stop_running', 'end_jobs', 'run_notebooks',
+           'heartbeat']
 
 # %% ../nbs/13_batch.ipynb #6c89d32d
 import ast, json, logging, os, shutil, signal, subprocess, sys, threading, time
@@ -247,6 +248,12 @@ def _never_started(log:Path)->bool:
     opens them, and a notebook that starts in the same moment can take one. No cell has run then."""
     return 'Kernel died before replying to kernel_info' in _reason(log)
 
+def _memory_kills()->int:
+    "How many processes the system has killed for want of memory since it started; 0 where it does not count them"
+    stat = Path('/proc/vmstat')
+    if not stat.is_file(): return 0
+    return next((int(l.split()[1]) for l in stat.read_text().splitlines() if l.startswith('oom_kill ')), 0)
+
 def _too_big(code:int, log:Path)->bool:
     "Whether a job ended for want of memory: its kernel was killed, or torch or the system said so"
     return code == DEAD_KERNEL or any(m in _reason(log) for m in ('out of memory', 'OutOfMemoryError', 'MemoryError'))
@@ -259,13 +266,14 @@ def _smaller(parameters:dict, known:dict)->dict:
     return dict(parameters, batch=known['batch']//2) if known.get('batch', 0) > 1 else parameters
 
 def _attempt(job:Job, known:dict, env:dict, lock:int)->tuple:
-    """(exit status, why, retried): run a notebook; for want of memory a second time, at half the batch where it has
-    one"""
-    log,parameters,retried = job.part/'run.log',job.parameters,False
-    for _ in range(4):
-        code,why = _execute(job, parameters, env, lock)
+    """(exit status, why, retried): run a notebook; for want of memory a second time, at half the batch where it has one. A kernel
+    that was killed while the system killed nothing for want of memory first goes on as it was, to the same bytes."""
+    log,parameters,retried,killed = job.part/'run.log',job.parameters,False,False
+    for _ in range(5):
+        kills = _memory_kills(); code,why = _execute(job, parameters, env, lock)
         if not code or why or _stop.is_set(): break
         if _never_started(log): continue
+        if code == DEAD_KERNEL and not killed and _memory_kills() == kills: killed = True; continue
         if retried or not _too_big(code, log): break
         retried = True
         if (less := _smaller(parameters, known)) != parameters: _clear(job.part); parameters = less
@@ -294,7 +302,8 @@ def run_job(job:Job, threads:int=1)->Result:
         code,why,retried = _attempt(job, known, env, lock); seconds = time.perf_counter()-start
         if _stop.is_set() or why == 'stopped': return Result(job, 'cancelled', seconds, started=began)
         if code:
-            return Result(job, 'failed', seconds, f'{why or _reason(log)} (exit {code}, log: {log})', retried, began)
+            why = why or (f'killed by signal {-code}' if code < 0 else _reason(log))
+            return Result(job, 'failed', seconds, f'{why} (exit {code}, log: {log})', retried, began)
         if job.digest() != begun:
             return Result(job, 'failed', seconds, 'what it reads was changed while it ran: run again', retried, began)
         _settle(job, begun, seconds, retried)
@@ -390,6 +399,10 @@ def _threads()->int: return max(1, (os.cpu_count() or 1)//2)
 def stop_running():
     "End every notebook that runs now, with its kernel"
     for p in list(_running): _end(p)
+
+def end_jobs():
+    "End every notebook that runs now, and start none any more in this process, until `run_jobs` is called again"
+    _stop.set(); stop_running()
 
 # %% ../nbs/13_batch.ipynb #5d4062cf
 def run_notebooks(start='.')->Path:

@@ -87,6 +87,8 @@ SETTINGS = {  # name: (section, key, type, default, meaning)
     'remote_timeout': ('remote',   'timeout',        int,  '60',            'seconds a reply may take'),
     'remote_retries': ('remote',   'retries',        int,  '5',             'further tries after a fault'),
     'cluster_scheduler': ('cluster', 'scheduler',    str,  '',              'address of a Dask scheduler'),
+    'cluster_hosts':  ('cluster',  'hosts',          str,  '',              'machines that ssh reaches'),
+    'cluster_ssh':    ('cluster',  'ssh',            str,  'ssh',           'command that reaches them'),
     'cluster_jobqueue': ('cluster', 'jobqueue',      str,  '',              'slurm, to ask it for workers'),
     'cluster_queue':  ('cluster',  'queue',          str,  '',              'partition to ask for'),
     'cluster_workers': ('cluster', 'workers',        int,  '2',             'workers to ask for, a slot each'),
@@ -105,8 +107,8 @@ class Settings:
     sentence_model: Path|None
     push: bool; remote: bool; remote_text: bool; remote_budget: str
     remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int
-    cluster_scheduler: str; cluster_jobqueue: str; cluster_queue: str; cluster_workers: int; cluster_cores: int
-    cluster_memory: str; cluster_cards: int; cluster_hours: int; source: dict
+    cluster_scheduler: str; cluster_hosts: str; cluster_ssh: str; cluster_jobqueue: str; cluster_queue: str
+    cluster_workers: int; cluster_cores: int; cluster_memory: str; cluster_cards: int; cluster_hours: int; source: dict
 
 # %% ../nbs/00_settings.ipynb #5f0a2791
 def _convert(name, text, base, where):

@@ -10,6 +10,8 @@ from fada.settings import FadaError
 STUB = '''from pathlib import Path
 import json, os, time
 if kill and batch > 8: os.kill(os.getpid(), 9)
+once = Path(output)/"once"
+if fall and not once.exists(): Path(output).mkdir(parents=True, exist_ok=True); once.touch(); os.kill(os.getpid(), 9)
 if eat: held = bytearray(eat << 20); time.sleep(5)
 out = Path(output); out.mkdir(parents=True, exist_ok=True); log = out/"answers.jsonl"
 whole = [l for l in log.read_text().splitlines(True) if l.endswith("\\n")] if log.exists() else []
@@ -24,7 +26,7 @@ def stub(folder, name='stub'):
     "A run notebook that writes `n` answers, as slowly, as hungry or as faulty as it is told"
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
-    head = 'output = ""\nname = ""\nn = 3\npause = 0.0\nfail = False\nkill = False\neat = 0\nbatch = 16'
+    head = 'output = ""\nname = ""\nn = 3\npause = 0.0\nfail = False\nkill = False\nfall = False\neat = 0\nbatch = 16'
     nb = new_notebook(cells=[new_code_cell(head, metadata=dict(tags=['parameters'])), new_code_cell(STUB)],
                       metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))
     nbformat.write(nb, folder/f'{name}.ipynb'); return folder/f'{name}.ipynb'
@@ -97,11 +99,19 @@ def test_what_hangs_and_what_changes_meanwhile(tmp_path, monkeypatch):
 
 @pytest.mark.fault
 def test_a_killed_kernel_gets_half_the_batch(tmp_path):
-    "Exit 138 is what a machine out of memory looks like: once more at half, and the record says so"
+    "Exit 138 is what a machine out of memory looks like: a kernel that dies again as it was gets half, and the record says so"
     r = run_jobs([job(tmp_path, 'a', kill=True)])[0]
     assert r.state == 'done' and r.retried and json.loads((tmp_path/'out'/'a'/'answers.jsonl').read_text().splitlines()[0])[2] == 8
     assert json.loads((tmp_path/'out'/'a'/'done.json').read_text())['retried']
     r = run_jobs([job(tmp_path, 'b', kill=True, batch=64)])[0]; assert r.state == 'failed' and '(exit 138' in r.reason and r.retried
+
+@pytest.mark.fault
+def test_a_kernel_killed_by_somebody_goes_on_as_it_was(tmp_path, monkeypatch):
+    "Where the system killed nothing for want of memory the batch stays whole, and so do the bytes; where it did, half at once"
+    r = run_jobs([job(tmp_path, 'a', fall=True)])[0]; rows = lambda k: [json.loads(l) for l in (tmp_path/'out'/k/'answers.jsonl').read_text().splitlines()]
+    assert r.state == 'done' and not r.retried and rows('a') == [['a', k, 16] for k in range(3)]
+    counted = iter(range(9)); monkeypatch.setattr(batch, '_memory_kills', lambda: next(counted))
+    r = run_jobs([job(tmp_path, 'b', kill=True)])[0]; assert r.state == 'done' and r.retried and rows('b')[0][2] == 8 and next(counted) == 3
 
 def test_processes_take_slots(tmp_path):
     "A job of two processes runs alone on two slots; one of three never will"
@@ -195,9 +205,13 @@ def test_a_worker_taken_away_and_its_jobs_run_elsewhere(tmp_path, cluster):
     jobs = [job(tmp_path, f'j{k}', notebook=nb, n=60, pause=.05) for k in range(4)]
     def take_away(results):
         if len(results) == 1: os.killpg(workers[0].pid, signal.SIGKILL)
-    with joined(address, said.append) as c:
+    with joined(address, said.append, folder=tmp_path, patience=1.) as c:
         assert c.slots == 2 and c.memory > 0 and 'dashboard http' in said[0]
         results = run_jobs(jobs, c.slots, executor=c.executor, tell=take_away, look=c.look)
+        assert any('gone, 1 workers left: their jobs run elsewhere' in l for l in said)
+        os.killpg(workers[1].pid, signal.SIGKILL); end = time.monotonic()+60   # the last one: nobody would ever run what is left
+        with pytest.raises(FadaError, match='no worker is left in tcp.*what is done is kept'):
+            while time.monotonic() < end: c.look(); time.sleep(.2)
     assert by_state(results) == {f'j{k}': 'done' for k in range(4)}
     for k in range(4):
         rows = [json.loads(l)[1] for l in (tmp_path/'out'/f'j{k}'/'answers.jsonl').read_text().splitlines()]; assert rows == list(range(60))
@@ -208,9 +222,29 @@ def test_a_cluster_that_cannot_be_used_is_named(tmp_path, cluster, monkeypatch):
     with pytest.raises(FadaError, match='does not answer'):
         with c.joined('tcp://127.0.0.1:9', timeout=1): pass
     stamp = c._stamp; monkeypatch.setattr(c, '_stamp', lambda: dict(stamp(), torch='0.0.1'))
-    monkeypatch.setattr('distributed.Client.run', lambda self, f: {'tcp://w:1': stamp(), 'tcp://w:2': stamp()})
+    monkeypatch.setattr('distributed.Client.run', lambda self, f, **kw: {'tcp://w:1': stamp(), 'tcp://w:2': stamp()})
     with pytest.raises(FadaError, match=r'2 of 2 workers run another version of FADA.*tcp://w:1.*torch .* \(here 0.0.1\)'):
         with c.joined(cluster[0], lambda line: None): pass
+
+@pytest.mark.fault
+def test_the_scheduler_of_settings_ini_and_a_worker_without_fada(tmp_path, root, small_data, cluster, monkeypatch):
+    "An address in settings.ini is used like --scheduler, which wins over it; a worker on which FADA is not installed is a sentence"
+    from distributed import Client
+    from fada.cluster import cluster_of
+    from fada.grid import run_grid
+    from fada.settings import load_settings
+    address, _, procs = cluster; (tmp_path/'settings.ini').write_text(f'[cluster]\nscheduler = {address}\n'); monkeypatch.chdir(tmp_path); said = []
+    with cluster_of(load_settings(), say=said.append, folder=tmp_path) as c: assert c.slots == 2 and run_jobs([job(tmp_path, 'a')], c.slots, executor=c.executor, look=c.look)[0].state == 'done'
+    assert said[0].startswith('2 workers, 2 slots') and not list(tmp_path.glob('.seen*'))
+    (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'
+    g.write_text(f'models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\ndata = "{small_data}"\n')
+    with pytest.raises(FadaError, match='does not answer in host:none'): run_grid(g, tmp_path/'o', scheduler='host:none', say=said.append)
+    assert not [p for p in (tmp_path/'o').iterdir() if p.is_dir()]
+    bare = 'import sys; sys.modules["fada"] = None; from distributed.cli.dask_worker import main; main()'
+    procs.append(subprocess.Popen([sys.executable, '-c', bare, address, '--no-nanny', '--no-dashboard', '--local-directory', str(tmp_path/'bare')], cwd=tmp_path,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True))
+    with Client(address, set_as_default=False) as c: c.wait_for_workers(3, timeout=60)
+    with pytest.raises(FadaError, match="1 of 3 workers cannot run FADA in tcp.*No module named 'fada"), cluster_of(load_settings(), say=said.append): pass
 
 @pytest.mark.fault
 def test_the_scheduler_killed_and_all_done_by_the_next_run(tmp_path, cluster):
@@ -263,11 +297,24 @@ def test_memory_where_no_plan_can_be_made(tmp_path, root, monkeypatch):
 
 @pytest.mark.parametrize('more,said', [('[[exclude]]\ncategory = "Abdomen"', 'fits no job'), ('[[include]]\ntask = "train"', 'unknown key .task.'),
     ('[[include]]\nmodel = "openai"', 'openai cannot do train'), ('exclude = 3', 'a list'), ('limits = 3', 'a table'), ('parameters = 3', 'a table'), ('name = 3', 'a text'), ('tasks = ["evaluate"]', 'needs train-blip2-nano'),
+    ('modles = ["x"]', 'unknown key .modles.*one of models'), ('[[include]]\nmodel = "blip2-nanno"', 'blip2-nanno'), ('[[exclude]]\nmodel = "blip2-nano"', 'expands to no job'),
+    ('[limits]\njobs = 1', 'expands to 2 jobs.*at most 1'), ('[limits]\nslot = 1', 'unknown key .slot.'), ('[parameters.trian]\nsteps = 3', 'unknown key .trian.'),
+    ('[parameters.train]\nstepz = 3', 'unknown parameter .stepz.*steps'), ('[parameters.train]\nsteps = "3"', 'is str.*int'), ('[parameters.train]\nseed = 3', '.seed. is set by the grid itself'),
     ('shards = 0', 'at least 1'), ('shards = "2"', 'at least 1'), ('processes = 1.5', 'at least 1'), ('shards = true', 'at least 1')])
 def test_a_grid_that_cannot_be_meant(tmp_path, root, more, said):
     from fada.grid import grid_jobs, read_grid
     (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'; g.write_text('models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\n'+more)
     with pytest.raises(FadaError, match=said): grid_jobs(read_grid(g), tmp_path/'o')
+
+def test_bad_input_is_named_before_any_job(tmp_path, root):
+    "By the call that runs a grid: one sentence, and no job has a folder"
+    from fada.grid import run_grid
+    (tmp_path/'nbs').symlink_to(root/'nbs'); g = tmp_path/'g.toml'; plain = 'models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\n'
+    for more, said in (('modles = ["x"]\n', 'unknown key'), ('[[include]]\nmodel = "x"', 'unknown model'), ('[[exclude]]\nseed = 0', 'no job'),
+                                  ('[limits]\njobs = 1', 'at most 1'), ('[parameters.evaluate]\nimagse = 3', 'unknown parameter')):
+        g.write_text(plain+more)
+        with pytest.raises(FadaError, match=said): run_grid(g, tmp_path/'o', say=lambda line: None)
+    assert not [p for p in (tmp_path/'o').iterdir() if p.is_dir()]
 
 def test_a_category_is_excluded_however_it_is_spelt(tmp_path, root):
     from fada.grid import grid_jobs, read_grid
