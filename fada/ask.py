@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from .settings import FadaError, NOTICE, SYNTHETIC, load_settings, read_json
+from .choices import CHOICES, Stopped
 from .clinical import DEMO_CATEGORIES, ND, QUESTIONS, question_id
 from .session import SEX_WHY, Session, Turn, about_sex, cannot_be_known
 
@@ -91,6 +92,7 @@ def offered_here(s)->dict:
     "{name: Offered} of the settings, as trained here last where it was, with the adapters that were trained on it"
     from fada.ensemble import receivers
     from fada.registry import model_spec
+    from fada.serve import BY_IMAGE
     from fada.vlm import load
     weights,adapters = trained_here(s.output) if s.model == 'blip2-nano' else (None, {})
     def offer(adapter=None):
@@ -99,7 +101,7 @@ def offered_here(s)->dict:
         return Offered(lambda: load(*again.values()), again, receivers(model_spec(s.model)))
     out = {s.model: offer(), **{f'{s.model} + {c}': offer(a) for c,a in adapters.items()}}
     if len(adapters) > 1:
-        base = out[s.model]; out['adapter by image'] = Offered(lambda: Routed(base.open(), adapters, base.again), Routed.again)
+        base = out[s.model]; out[BY_IMAGE] = Offered(lambda: Routed(base.open(), adapters, base.again), Routed.again)
     return out
 
 # %% ../nbs/15_ask.ipynb #aba88de1
@@ -111,13 +113,23 @@ class Routed:
     ):
         from fada.route import Router
         self.router = Router(vlm, list(dict.fromkeys(adapters.values()))); self.folders,self.given = adapters,base
-        self.core,self.spec,self.base,self.why = vlm.core,vlm.spec,vlm.base,''
+        self.core,self.spec,self.base,self.route = vlm.core,vlm.spec,vlm.base,None
     @property
     def adapter(self): return self.router.vlm.adapter
-    def stream(self, image, questions):
-        "As of the adapter that the image proposes; `why` says which"
-        r = self.router.route(image); self.router.use(r.adapter); self.why = r.why
-        return self.router.vlm.stream(image, questions)
+    @property
+    def why(self): return self.route.why if self.route else ''
+    def by(self, image):
+        "The model with the adapter that the image proposes; `route` says which, and why"
+        self.route = self.router.route(image); self.router.use(self.route.adapter); return self.router.vlm
+    def ask(self, image, *args): return self.by(image).ask(image, *args)
+    def stream(self, image, questions): return self.by(image).stream(image, questions)
+    def choose(self, image, *args, **kw): return self.by(image).choose(image, *args, **kw)
+    def methods(self):
+        from fada.explain import methods
+        return methods(self.router.vlm)
+    def explain(self, image, *args):
+        from fada.explain import explain
+        return explain(self.by(image), image, *args)
     def again(self)->dict:
         "What `load` takes to ask the adapter that answered"
         folder = self.folders.get(self.router.on.split('+')[0]); return dict(self.given, adapter=folder and str(folder))
@@ -127,11 +139,13 @@ def offered_there(url:str, s)->dict:
     "{name: Offered} of a `fada serve`"
     from fada.serve import Served, offers
     first = Served(url); mine = offers(s); out = {}
+    def again(o, adapter): return dict(name=o.model, adapter=adapter or None, weights=o.weights or None,
+                                       precision=s.precision, device=s.device)
     for m in first.call('GET', '/v1/models')['data']:
-        o = mine.get(m['id'])
-        again = o and dict(name=o.model, adapter=o.adapter or None, weights=o.weights or None,
-                           precision=s.precision, device=s.device)
-        out[m['id']] = Offered(lambda n=m['id']: Served(url, model=n), again or {}, m.get('sends_to', []))
+        o = mine.get(m['id'])   # here too, where the server runs beside us
+        how = {} if o is None else again(o, o.adapter)
+        if o and o.adapters: how = lambda v, o=o: again(o, dict(o.adapters).get(v.route.adapter.split('+')[0]))
+        out[m.get('label', m['id'])] = Offered(lambda n=m['id']: Served(url, model=n), how, m.get('sends_to', []))
     return out
 
 # %% ../nbs/15_ask.ipynb #5b333612
@@ -348,6 +362,7 @@ def _ask(self:AskPanel, questions):
             self._draw(); self._name(vlm, name)
         said = 'done' if not wrong else 'stopped' if set(wrong) == {'cancelled'} else 'failed: see below'
         if self.attention and not wrong and asked and self.method.options: self.where(asked[-1][0], 0)
+    except Stopped: said = 'done; the map was stopped'
     # a service that refuses, memory that is short, no map
     except (FadaError, RuntimeError, OSError) as e: said = f'not done: {e}'
     finally: self.stream = None; self._busy(False)
@@ -409,10 +424,10 @@ def _keep(self:AskPanel, k, side, name, a, image, frame):
 @patch
 def _closed(self:AskPanel, name, image, a)->str:
     "The probability of each allowed answer, where that is wanted and there is a closed set"
-    from fada.choices import CHOICES
     vlm = self.held[name]
     if not self.closed.value or a.error or a.question_id not in CHOICES or not hasattr(vlm, 'choose'): return ''
-    c = vlm.choose(image, a.question_id)
+    try: c = vlm.choose(image, a.question_id, stop=lambda: self.stopped)
+    except FadaError as e: return f'closed set: {e.what}'
     return 'closed set: '+', '.join(f'{k} {p:.2f}' for k,p in sorted(c.probability.items(), key=lambda i: -i[1])[:3])
 
 # %% ../nbs/15_ask.ipynb #b9df2fde
@@ -438,6 +453,7 @@ def told(self:AskPanel, what:dict):
     if not 0 <= what.get('row', -1) < len(self.rows): return
     if what['kind'] == 'where':
         if self.thread and self.thread.is_alive(): return self.say('wait for the answers first')
+        self.stopped = False; self._busy(True)
         self.thread = threading.Thread(target=self._where, args=(what['row'], what['side']), daemon=True)
         self.thread.start()
     else: self.judge(what['row'], what['side'], what['kind'], what.get('text', ''))
@@ -456,7 +472,9 @@ def _tell_methods(self:AskPanel, models):
 def _where(self:AskPanel, row:int, side:int):
     self.say('drawing the map …')
     try: self.where(row, side); said = 'done'
+    except Stopped: said = 'stopped: no map was drawn'
     except (FadaError, RuntimeError) as e: said = f'no map: {e}'
+    finally: self._busy(False)
     self.say(said)
 
 # %% ../nbs/15_ask.ipynb #9733784f
@@ -468,7 +486,7 @@ def where(self:AskPanel, row:int, side:int):
     for k,name in enumerate(self.names):
         s = r['said'][k]
         if not s.get('answer') or self.method.value not in methods(vlm := self.open(name)): continue
-        m = explain(vlm, s['image'], r['id'] or r['question'], s['answer'], self.method.value)
+        m = explain(vlm, s['image'], r['id'] or r['question'], s['answer'], self.method.value, lambda: self.stopped)
         self.views[k].frame = s['frame']; self.views[k].overlay(m)
 
 @patch
