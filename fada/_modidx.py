@@ -52,6 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fada.app': { 'fada.app._answers': ('app.html#_answers', 'fada/app.py'),
                           'fada.app._ended': ('app.html#_ended', 'fada/app.py'),
                           'fada.app._free': ('app.html#_free', 'fada/app.py'),
+                          'fada.app._installed': ('app.html#_installed', 'fada/app.py'),
                           'fada.app._keyless': ('app.html#_keyless', 'fada/app.py'),
                           'fada.app._started': ('app.html#_started', 'fada/app.py'),
                           'fada.app.page_notebook': ('app.html#page_notebook', 'fada/app.py'),

@@ -40,7 +40,8 @@ class Picture:
     reference: dict = field(default_factory=dict)  # {question id: answer}, where known
     mm_per_px: float|None = None                   # None: no scale is known
     dated: bool = False                            # whether the age by dates is known
-    step: int = 1                                  # of a long cine every so many frames are shown
+    step: int = 1                                  # of a long cine each so many-th frame is there
+    total: int = 0                                 # frames of the file; 0: as many as `get` gives
 
 def sample_images(data, each:int=4)->list:
     "Test images of a prepared folder, or fresh phantoms: a list of `Picture`"
@@ -70,7 +71,7 @@ def uploaded(name:str, content:bytes)->Picture:
     with tempfile.TemporaryDirectory() as d:
         p = Path(d)/('upload'+Path(name).suffix.lower()); p.write_bytes(content)
         try:
-            step = 1
+            step = n = 1
             if p.suffix not in DICOM: frames,scale = [read_image(p)],None
             else:
                 first,scale = read_dicom(p)
@@ -78,7 +79,7 @@ def uploaded(name:str, content:bytes)->Picture:
                 n = dicom_frames(pydicom.dcmread(p, stop_before_pixels=True)); step = -(-n//MOST_FRAMES)
                 frames = [first, *(read_dicom(p, k)[0] for k in range(step, n, step))]
         except FadaError as e: raise FadaError(e.what, Path(name).name, e.expected, e.do) from None
-    return Picture(name, lambda: frames, mm_per_px=scale, step=step)
+    return Picture(name, lambda: frames, mm_per_px=scale, step=step, total=n)
 
 # %% ../nbs/15_ask.ipynb #273ffc08
 @dataclass
@@ -163,7 +164,7 @@ class AskPanel:
         self.attention,self.fetal_sex,self.remote = attention,fetal_sex,remote
         # held: {name: loaded model}; agreed: hosts that may be sent to
         self.held,self.rows,self.agreed,self.waiting = {},[],set(),None
-        self.stream,self.thread,self.stopped = None,None,False
+        self.stream,self.thread,self.stopped,self.drawing = None,None,False,threading.RLock()
         self._controls(); self._place(); self._listen(); self.show()
 
 # %% ../nbs/15_ask.ipynb #a77ac029
@@ -242,7 +243,9 @@ def show(self:AskPanel):
 def _show(self:AskPanel, picture, state):
     self.cancel(); self.wait(); self._withdraw(); frames = picture.get(); self.picture = picture
     self.frames = frames if isinstance(frames, list) else [frames]
-    for v in self.views: v.show(self.frames, picture.mm_per_px, f'ultrasound image {picture.label}')
+    for v in self.views:
+        v.show(self.frames, picture.mm_per_px, f'ultrasound image {picture.label}', every=picture.step,
+               total=picture.total)
     self.rows,self.answers.rows = [],[]; self.say(state)
 
 @property
@@ -388,8 +391,9 @@ def _answers(self:AskPanel, vlm, image, questions, places, side)->list:
 def _draw(self:AskPanel):
     "Show the rows as they are"
     keys = ('text','reason','note','error','done','maps','judged')
-    self.answers.rows = [dict(question=r['question'], reference=r['reference'],
-                              said=[{k: s[k] for k in keys if k in s} for s in r['said']]) for r in self.rows]
+    with self.drawing:   # a person may judge while another answer grows: the later state is the one that stays
+        self.answers.rows = [dict(question=r['question'], reference=r['reference'],
+                                  said=[{k: s[k] for k in keys if k in s} for s in r['said']]) for r in self.rows]
 
 # %% ../nbs/15_ask.ipynb #80d7d403
 @patch
@@ -405,19 +409,22 @@ def _keep(self:AskPanel, k, side, name, a, image, frame):
     reason = self._reason(a.question_id, a.text)
     # where naming it is unlawful the model's words are not kept either
     words = '' if reason == SEX_WHY else a.text
-    notes = [f'the model said: {words}' if reason and words else '',
+    at = frame*p.step   # in the file
+    notes = [f'frame {at+1} of {p.total or len(self.frames)}' if len(self.frames) > 1 else '',
+             f'the model said: {words}' if reason and words else '',
              f'confidence {a.confidence:.2f}' if a.confidence is not None else '', *a.flags,
              self._closed(name, image, a) if not reason else '']
     from fada.vlm import image_hash
     turn = self.session.add(Turn(p.label, image_hash(image), a.question, words, ND if reason else a.text, reason,
                                  a.question_id, a.confidence, a.error,
-                                 list(a.flags), row['reference'], frame*p.step, p.mm_per_px, self._again(name)),
+                                 list(a.flags), row['reference'], at, p.mm_per_px, self._again(name)),
                                  image)
     maps = bool(words and self.method.options)
     row['said'][side] = dict(text=turn.shown, reason=reason, note=' · '.join(filter(None, notes)), error=a.error,
                              done=bool(words), maps=maps, judged=[],
                              turn=turn.n, answer=words, frame=frame, image=image)
-    self.history.value = '<ol>'+''.join(f'<li>{html.escape(t.image)} · {html.escape(t.question)} '
+    self.history.value = '<ol>'+''.join(f'<li>{html.escape(t.image)}{f", frame {t.frame+1}" if t.frame else ""} · '
+                                        f'{html.escape(t.question)} '
                                         f'<b>{html.escape(t.error or t.shown)}</b></li>'
                                         for t in self.session.turns)+'</ol>'
 

@@ -69,6 +69,8 @@ class Viewer(anywidget.AnyWidget):
     _css = ASSETS/'viewer.css'
     frames = t.List(t.Bytes()).tag(sync=True)             # PNG; several are a cine
     frame = t.Int(0).tag(sync=True)
+    every = t.Int(1, min=1).tag(sync=True)                # of a long cine each so many-th frame of the file is here
+    total = t.Int(0, min=0).tag(sync=True)                # frames of the file; 0: those that are here
     fps = t.Float(12., min=.1).tag(sync=True)             # frames in a second while a cine plays
     width = t.Int(560).tag(sync=True)                     # of the canvas, pixels, where the page has room for it
     shown = t.Float(1.).tag(sync=True)                    # size of the frames as they are sent to that of the image
@@ -102,6 +104,8 @@ def show(self:Viewer,
     mm_per_px:float=0,  # of the first frame; 0 or None: not known
     alt:str='',
     fps:float=12,       # of a cine
+    every:int=1,        # of a long cine: `frames` are each so many-th of the file
+    total:int=0,        # frames of the file; 0: as many as `frames`
 ):
     "Show an image; what lay over the one before goes"
     mm = float(mm_per_px or 0)
@@ -111,6 +115,7 @@ def show(self:Viewer,
     with self.hold_sync():
         self.clear(); self.frames,self.shown,self.mm_per_px,self.fps = sent,scale,mm/scale,fps
         self.frame,self.window,self.level,self.zoom,self.pan,self.alt = 0,255.,127.5,1.,[0., 0.],str(alt)
+        self.every,self.total = every,total
 
 @patch
 def clear(self:Viewer):
