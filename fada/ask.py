@@ -192,7 +192,7 @@ def _controls(self:AskPanel):
     self.send = w.Button(description='Send it', button_style='warning')
     self.keep_back = w.Button(description='Do not send')
     self.views = [Viewer(width=480), Viewer(width=480)]; self.answers = AnswerTable(self.told)
-    self.method = w.Dropdown(description='map by', options=[])
+    self.method = w.Dropdown(description='map by', options=[]); self.method.layout.display = 'none'   # until one is known
     self.colours = w.Dropdown(description='colours', options=['viridis', 'magma', 'cividis', 'gray'])
     self.who = w.Text(description='judged by', placeholder='your name or initials', continuous_update=False)
     self.export = w.Button(description='Export the session', layout=wide(160)); self.file = w.HTML()

@@ -196,7 +196,7 @@ AskPanel({**here, 'once more': here['blip2-nano'], **there}, [Picture('cine', la
 @pytest.mark.browser
 def test_a_cine_two_models_and_a_service_in_jupyterlab(browser, lab, shots, tmp_path):
     "Dark theme, keys: frames, one scrubber for two models, a service that answers in markup after consent; no key deletes a cell"
-    from test_app import CONTRAST, said, tab_to
+    from test_app import CONTRAST, notice_stays, said, tab_to
     d = Door(lambda body: reply(f'femur {BAIT}', 60 if picture(body) else 10))
     try:
         (tmp_path/'settings.ini').write_text('[model]\nname = ours\n[remote]\nallowed = yes\nkeep_text = yes\nrequests_per_minute = 60000\n')
@@ -222,7 +222,7 @@ def test_a_cine_two_models_and_a_service_in_jupyterlab(browser, lab, shots, tmp_
         assert d.log == []; page.screenshot(path=shots/'panel_consent.png'); page.click('button:has-text("Send it")')
         page.wait_for_selector('.fada-answers b:has-text("femur <img src=x")', timeout=60_000); said(page, 'done'); page.click('text=history of this session')
         page.wait_for_selector('li:has-text("femur <img src=x")'); assert page.title() != '1' and d.log
-        page.set_viewport_size(dict(width=800, height=1000)); settle(); page.screenshot(path=shots/'panel_dark_800.png'); page.close()
+        page.set_viewport_size(dict(width=800, height=1000)); settle(); page.screenshot(path=shots/'panel_dark_800.png'); notice_stays(page, '.jp-WindowedPanel-outer'); page.close()
         turns = [json.loads(l) for l in (tmp_path/'session'/'turns.jsonl').read_text().splitlines()]
         assert [(t['frame'], t['model']['name']) for t in turns] == [(2, 'blip2-nano'), (2, 'blip2-nano'), (2, 'ours')]
     finally: theme(lab, 'JupyterLab Light'); d.close()
