@@ -37,7 +37,8 @@ def may_stop(
     "Inside, every layer of every model asks `stop` first; `Stopped` where it says so"
     if stop is None: yield; return
     from torch.nn.modules.module import register_module_forward_pre_hook
-    before,_wanted.stop = getattr(_wanted, 'stop', None),stop; hook = register_module_forward_pre_hook(still_wanted)
+    before = getattr(_wanted, 'stop', None); _wanted.stop = (lambda: stop() or before()) if before else stop
+    hook = register_module_forward_pre_hook(still_wanted)
     try: yield
     finally: _wanted.stop = before; hook.remove()
 
@@ -161,7 +162,7 @@ def __iter__(self:Stream):
     v,start,steps,seen = self.vlm,time.perf_counter(),None,[None]; said = [([], []) for _ in self.asked]
     tok,left = getattr(v.processor, 'tokenizer', v.processor),set(range(len(said)))
     try:
-        with torch.inference_mode(), quick_linears(v.core):
+        with torch.inference_mode(), quick_linears(v.core), may_stop(lambda: self._stop):
             seen = v.see([self.image])
             steps = v.begin(seen, [0]*len(said), [p for _,_,p in self.asked], [v.most(i) for i,_,_ in self.asked])
         while not steps.done and not self._stop:
@@ -173,6 +174,7 @@ def __iter__(self:Stream):
                 # half a letter waits for its other half
                 if not piece or (text.endswith('\ufffd') and n in left): continue
                 a.text = text; yield piece if self.one else (n, piece)
+    except Stopped: self._stop = True   # before a token, or in the midst of one
     except GeneratorExit: self._stop = True; raise
     finally:
         for n,(ids,logp) in enumerate(said): self._close(n, ids, logp, seen[0], self._stop and n in left, start)

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .settings import FadaError, NOTICE, load_settings, nearest
 from .clinical import QUESTIONS
-from .choices import Choice, Stopped
+from .choices import Choice, Stopped, may_stop
 
 # %% ../nbs/15a_serve.ipynb #f0656b31
 BEAT = .5   # seconds after which a reader hears that the order still waits
@@ -203,9 +203,8 @@ def serve(self:Worker, order:Order):
         answers = vlm.ask(order.image, order.questions); order.tell('by', **answered_by(vlm))
     else:
         s = vlm.stream(order.image, order.questions); order.tell('by', **answered_by(vlm))
-        for k,piece in s:
-            if order.stopped.is_set(): s.cancel()
-            else: order.tell('token', number=k, text=piece)
+        with may_stop(order.stopped.is_set):
+            for k,piece in s: order.tell('token', number=k, text=piece)
         answers = s.answers
     for a in answers: order.tell('answer', **answer_record(a))
     order.tell('cancelled' if order.stopped.is_set() else 'done')
