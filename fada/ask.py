@@ -362,7 +362,7 @@ def _ask(self:AskPanel, questions):
             for (k,_),a in zip(asked, self._answers(vlm, image, [q for _,q in asked], [k for k,_ in asked], side)
                                if asked else []):
                 self._keep(k, side, name, a, image, frame); wrong += [a.error] if a.error else []
-            self._draw(); self._name(vlm, name)
+            self._draw(); self._name(vlm, name, side)
         said = 'done' if not wrong else 'stopped' if set(wrong) == {'cancelled'} else 'failed: see below'
         if self.attention and not wrong and asked and self.method.options: self.where(asked[-1][0], 0)
     except Stopped: said = 'done; the map was stopped'
@@ -444,11 +444,12 @@ def _again(self:AskPanel, name)->dict:
     again = self.models[name].again; return again(self.held[name]) if callable(again) else again
 
 @patch
-def _name(self:AskPanel, vlm, name):
-    "Say what answered"
+def _name(self:AskPanel, vlm, name, side):
+    "Say what answered: a line for each model"
     parts = [name, getattr(vlm, 'precision', None), getattr(vlm, 'why', ''),
              'adapter' if getattr(vlm, 'adapter', None) else '']
-    self.about.value = f'<small>{html.escape(" · ".join(str(p) for p in parts if p))}</small>'
+    line = f'<small>{html.escape(" · ".join(str(p) for p in parts if p))}</small>'
+    self.about.value = f'{self.about.value}<br>{line}' if side else line
 
 # %% ../nbs/15_ask.ipynb #f509e81f
 @patch
@@ -479,7 +480,7 @@ def _tell_methods(self:AskPanel, models):
 def _where(self:AskPanel, row:int, side:int):
     self.say('drawing the map …')
     try: self.where(row, side); said = 'done'
-    except Stopped: said = 'stopped: no map was drawn'
+    except Stopped: said = 'stopped before the map was drawn'
     except (FadaError, RuntimeError) as e: said = f'no map: {e}'
     finally: self._busy(False)
     self.say(said)

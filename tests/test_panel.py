@@ -295,7 +295,7 @@ def test_a_correction_outlives_redraws_and_a_map_is_stopped_in_jupyterlab(browse
     assert page.locator('.fada-answers small:has-text("changed to")').count() == 1 and page.locator('.fada-answers input').count() == 0
     pick('beside it', 'none'); pick('model', 'slow'); said(page, 'slow: ready'); page.fill('input[placeholder^="a question"]', 'How is the image quality?'); page.keyboard.press('Tab')
     page.click('button:text-is("Ask")'); said(page, 'done', 60); pick('map by', 'integrated gradients'); page.locator('.fada-answers button:text-is("where?")').click(); said(page, 'drawing the map')
-    page.wait_for_timeout(1000); start = time.perf_counter(); page.click('button:text-is("Stop")'); said(page, 'stopped: no map was drawn', 20); took = time.perf_counter()-start
+    page.wait_for_timeout(1000); start = time.perf_counter(); page.click('button:text-is("Stop")'); said(page, 'stopped before the map was drawn', 20); took = time.perf_counter()-start
     assert took < 2 and page.locator('.fada-viewer .tokens:visible').count() == 0, took
     pick('map by', 'relevancy'); page.locator('.fada-answers button:text-is("where?")').click(); page.wait_for_selector('.fada-viewer .tokens button', timeout=60_000); page.close()
     judged, = [json.loads(l) for l in (tmp_path/'session'/'corrections.jsonl').read_text().splitlines()]; assert (judged['kind'], judged['final'], judged['who']) == ('edit', 'spine, riand bs', 'Ada')

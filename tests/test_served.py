@@ -63,7 +63,7 @@ def panel_of(offered, pictures, folder):
     p = AskPanel(offered, [Picture(n, lambda i=i: i) for n, i in pictures.items()], Session(folder)); p.closed.value = True; return p
 
 @pytest.mark.slow
-def test_the_same_is_offered_and_answered(both, pictures, tmp_path):
+def test_the_same_is_offered_and_answered(both, pictures, project, tmp_path):
     "Names, answers, confidence, probabilities of closed sets, proposed category, precision, maps, and what asks again"
     here, there = both; assert list(here) == list(there) and {'blip2-nano', 'blip2-nano + Femur', 'adapter by image'} <= set(here)
     one, two = (panel_of(o, pictures, tmp_path/n) for o, n in ((here, 'here'), (there, 'there'))); proposed = {}
@@ -78,6 +78,21 @@ def test_the_same_is_offered_and_answered(both, pictures, tmp_path):
     told, again = proposed['adapter by image', 'noise']; assert 'unlike the training images of every adapter' in told and again['adapter'] is None
     ways = [proposed['adapter by image', c] for c in ('Femur', 'Abdomen')]
     assert any('proposed: nearest to the training images of' in told and again['adapter'].endswith(f"lora-{told.split('images of ')[1].split()[0]}/adapter") for told, again in ways), ways
+
+    asks_again(two, project, tmp_path)
+    two.which.value, two.beside.value = 'adapter by image', 'blip2-nano + Femur'; two.run([6]); two.wait(); lines = two.about.value.split('<br>')
+    assert len(lines) == 2 and 'the training images of' in lines[0] and 'blip2-nano + Femur' in lines[1]    # who proposed what stays to be read
+
+def asks_again(panel, project, tmp_path):
+    "The exported notebook finds weights and adapters below the folder that it is told, though no path of this machine is in it"
+    import zipfile
+    from fada.session import AGAIN, ASK_AGAIN
+    panel.write(); to = tmp_path/'unpacked'; zipfile.ZipFile(panel.session.folder/'session.zip').extractall(to)
+    assert not [p for p in to.rglob('*.*') if p.suffix != '.png' and str(project) in p.read_text()]
+    space = {}; exec((AGAIN+'\n'+ASK_AGAIN).replace("Path('.')", repr_path(to)).replace("Path('outputs')", repr_path(project/'outputs')), space)
+    assert len(space['models']) >= 2 and space['again'].same[space['again'].pixels == 'as asked'].all() and space['again'].same.mean() > .8
+
+def repr_path(p): return f'Path({str(p)!r})'
 
 @pytest.mark.slow
 def test_routes_of_choices_and_proposals(both, server, pictures, project, monkeypatch):
@@ -136,7 +151,7 @@ def test_stop_ends_a_map_under_way(desk, image, tmp_path, monkeypatch, there, me
     with Slowly(mine) as slow:
         p.told(dict(kind='where', row=0, side=0)); until(lambda: slow.passes > 1); assert 'drawing the map' in p.state.value and (p.ask.disabled, p.stop.disabled) == (True, False)
         start = time.perf_counter(); p.stop.click(); p.wait(); took = time.perf_counter()-start; done = slow.passes
-        assert took < SECOND and 'stopped: no map was drawn' in p.state.value and (p.ask.disabled, p.stop.disabled) == (False, True) and not p.views[0].heat
+        assert took < SECOND and 'stopped before the map was drawn' in p.state.value and (p.ask.disabled, p.stop.disabled) == (False, True) and not p.views[0].heat
         time.sleep(.8); assert slow.passes <= done+2    # nothing goes on behind the panel's back
     p.method.value = 'relevancy'; p.told(dict(kind='where', row=0, side=0)); p.wait(); assert 'done' in p.state.value
     heat = np.frombuffer(p.views[0].heat, np.float32)[:wanted.heat.size]; np.testing.assert_allclose(heat, wanted.heat.ravel(), rtol=2e-3, atol=1e-6)
