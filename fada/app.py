@@ -18,17 +18,35 @@ POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect
           "ws://localhost:*; "
           "frame-ancestors 'none'; form-action 'self'; base-uri 'self'")
 
-def page_template(folder):
-    "Voila's own template without the styles that it would fetch from another host, as template `fada` below `folder`"
+# what the widgets ask which style the page has: the system's, and it may change while the page is open
+_FOLLOW = """<script>{ const dark = matchMedia('(prefers-color-scheme: dark)'),
+  tell = () => { document.body.dataset.jpThemeLight = String(!dark.matches); }; tell(); dark.addEventListener('change', tell); }
+</script>"""
+
+def _installed(*parts):
+    "A file or folder of Jupyter's shared data; `FadaError` where it is not installed"
     from jupyter_core.paths import jupyter_path
-    lab = next((p for d in jupyter_path('voila', 'templates') if (p := Path(d)/'lab').is_dir()), None)
-    if lab is None:
-        raise FadaError("Voila's template is not there", 'share/jupyter/voila/templates/lab', 'an installed voila',
-                        'install it again')
-    to = Path(folder)/'voila'/'templates'/'fada'; shutil.copytree(lab, to); page = to/'index.html.j2'
+    found = next((p for d in jupyter_path() if (p := Path(d).joinpath(*parts)).exists()), None)
+    if found: return found
+    raise FadaError("Voila's template is not there", 'share/jupyter/'+'/'.join(parts), 'an installed voila',
+                    'install it again')
+
+def page_template(folder):
+    """Voila's own template, light or dark as the system is, without the styles that it would fetch from another host:
+    template `fada` below `folder`"""
+    to = Path(folder)/'voila'/'templates'/'fada'; shutil.copytree(_installed('voila', 'templates', 'lab'), to)
     (to/'conf.json').write_text('{"base_template": "lab"}')
-    page.write_text(''.join(l for l in page.read_text(encoding='utf-8').splitlines(True)
-                            if 'href="https:' not in l), encoding='utf-8')
+    dark = _installed('nbconvert', 'templates', 'lab', 'static', 'theme-dark.css').read_text(encoding='utf-8')
+    (to/'dark.html').write_text('{% raw %}<style>:root { color-scheme: light dark; }</style>'
+                                f'<style media="(prefers-color-scheme: dark)">{dark}</style>{{% endraw %}}',
+                                encoding='utf-8')
+    page = to/'index.html.j2'
+    said = ''.join(l for l in page.read_text(encoding='utf-8').splitlines(True) if 'href="https:' not in l)
+    for at,more in (('{%- endblock notebook_css -%}', '{% include "dark.html" %}\n'), ('{{ spinner.html() }}', _FOLLOW)):
+        if said.count(at) != 1:
+            raise FadaError(f"Voila's template has no {at}", str(page), 'voila 0.5', 'install the pinned version')
+        said = said.replace(at, more+at)
+    page.write_text(said, encoding='utf-8')
 
 def page_settings(
     token:str, port:int,

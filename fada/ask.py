@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from .settings import FadaError, NOTICE, SYNTHETIC, load_settings, read_json
+from .choices import CHOICES, Stopped
 from .clinical import DEMO_CATEGORIES, ND, QUESTIONS, question_id
 from .session import SEX_WHY, Session, Turn, about_sex, cannot_be_known
 
@@ -39,7 +40,8 @@ class Picture:
     reference: dict = field(default_factory=dict)  # {question id: answer}, where known
     mm_per_px: float|None = None                   # None: no scale is known
     dated: bool = False                            # whether the age by dates is known
-    step: int = 1                                  # of a long cine every so many frames are shown
+    step: int = 1                                  # of a long cine each so many-th frame is there
+    total: int = 0                                 # frames of the file; 0: as many as `get` gives
 
 def sample_images(data, each:int=4)->list:
     "Test images of a prepared folder, or fresh phantoms: a list of `Picture`"
@@ -69,7 +71,7 @@ def uploaded(name:str, content:bytes)->Picture:
     with tempfile.TemporaryDirectory() as d:
         p = Path(d)/('upload'+Path(name).suffix.lower()); p.write_bytes(content)
         try:
-            step = 1
+            step = n = 1
             if p.suffix not in DICOM: frames,scale = [read_image(p)],None
             else:
                 first,scale = read_dicom(p)
@@ -77,7 +79,7 @@ def uploaded(name:str, content:bytes)->Picture:
                 n = dicom_frames(pydicom.dcmread(p, stop_before_pixels=True)); step = -(-n//MOST_FRAMES)
                 frames = [first, *(read_dicom(p, k)[0] for k in range(step, n, step))]
         except FadaError as e: raise FadaError(e.what, Path(name).name, e.expected, e.do) from None
-    return Picture(name, lambda: frames, mm_per_px=scale, step=step)
+    return Picture(name, lambda: frames, mm_per_px=scale, step=step, total=n)
 
 # %% ../nbs/15_ask.ipynb #273ffc08
 @dataclass
@@ -91,6 +93,7 @@ def offered_here(s)->dict:
     "{name: Offered} of the settings, as trained here last where it was, with the adapters that were trained on it"
     from fada.ensemble import receivers
     from fada.registry import model_spec
+    from fada.serve import BY_IMAGE
     from fada.vlm import load
     weights,adapters = trained_here(s.output) if s.model == 'blip2-nano' else (None, {})
     def offer(adapter=None):
@@ -99,7 +102,7 @@ def offered_here(s)->dict:
         return Offered(lambda: load(*again.values()), again, receivers(model_spec(s.model)))
     out = {s.model: offer(), **{f'{s.model} + {c}': offer(a) for c,a in adapters.items()}}
     if len(adapters) > 1:
-        base = out[s.model]; out['adapter by image'] = Offered(lambda: Routed(base.open(), adapters, base.again), Routed.again)
+        base = out[s.model]; out[BY_IMAGE] = Offered(lambda: Routed(base.open(), adapters, base.again), Routed.again)
     return out
 
 # %% ../nbs/15_ask.ipynb #aba88de1
@@ -111,13 +114,23 @@ class Routed:
     ):
         from fada.route import Router
         self.router = Router(vlm, list(dict.fromkeys(adapters.values()))); self.folders,self.given = adapters,base
-        self.core,self.spec,self.base,self.why = vlm.core,vlm.spec,vlm.base,''
+        self.core,self.spec,self.base,self.route = vlm.core,vlm.spec,vlm.base,None
     @property
     def adapter(self): return self.router.vlm.adapter
-    def stream(self, image, questions):
-        "As of the adapter that the image proposes; `why` says which"
-        r = self.router.route(image); self.router.use(r.adapter); self.why = r.why
-        return self.router.vlm.stream(image, questions)
+    @property
+    def why(self): return self.route.why if self.route else ''
+    def by(self, image):
+        "The model with the adapter that the image proposes; `route` says which, and why"
+        self.route = self.router.route(image); self.router.use(self.route.adapter); return self.router.vlm
+    def ask(self, image, *args): return self.by(image).ask(image, *args)
+    def stream(self, image, questions): return self.by(image).stream(image, questions)
+    def choose(self, image, *args, **kw): return self.by(image).choose(image, *args, **kw)
+    def methods(self):
+        from fada.explain import methods
+        return methods(self.router.vlm)
+    def explain(self, image, *args):
+        from fada.explain import explain
+        return explain(self.by(image), image, *args)
     def again(self)->dict:
         "What `load` takes to ask the adapter that answered"
         folder = self.folders.get(self.router.on.split('+')[0]); return dict(self.given, adapter=folder and str(folder))
@@ -127,11 +140,13 @@ def offered_there(url:str, s)->dict:
     "{name: Offered} of a `fada serve`"
     from fada.serve import Served, offers
     first = Served(url); mine = offers(s); out = {}
+    def again(o, adapter): return dict(name=o.model, adapter=adapter or None, weights=o.weights or None,
+                                       precision=s.precision, device=s.device)
     for m in first.call('GET', '/v1/models')['data']:
-        o = mine.get(m['id'])
-        again = o and dict(name=o.model, adapter=o.adapter or None, weights=o.weights or None,
-                           precision=s.precision, device=s.device)
-        out[m['id']] = Offered(lambda n=m['id']: Served(url, model=n), again or {}, m.get('sends_to', []))
+        o = mine.get(m['id'])   # here too, where the server runs beside us
+        how = {} if o is None else again(o, o.adapter)
+        if o and o.adapters: how = lambda v, o=o: again(o, dict(o.adapters).get(v.route.adapter.split('+')[0]))
+        out[m.get('label', m['id'])] = Offered(lambda n=m['id']: Served(url, model=n), how, m.get('sends_to', []))
     return out
 
 # %% ../nbs/15_ask.ipynb #5b333612
@@ -149,7 +164,7 @@ class AskPanel:
         self.attention,self.fetal_sex,self.remote = attention,fetal_sex,remote
         # held: {name: loaded model}; agreed: hosts that may be sent to
         self.held,self.rows,self.agreed,self.waiting = {},[],set(),None
-        self.stream,self.thread,self.stopped = None,None,False
+        self.stream,self.thread,self.stopped,self.drawing = None,None,False,threading.RLock()
         self._controls(); self._place(); self._listen(); self.show()
 
 # %% ../nbs/15_ask.ipynb #a77ac029
@@ -177,7 +192,7 @@ def _controls(self:AskPanel):
     self.send = w.Button(description='Send it', button_style='warning')
     self.keep_back = w.Button(description='Do not send')
     self.views = [Viewer(width=480), Viewer(width=480)]; self.answers = AnswerTable(self.told)
-    self.method = w.Dropdown(description='map by', options=[])
+    self.method = w.Dropdown(description='map by', options=[]); self.method.layout.display = 'none'   # until one is known
     self.colours = w.Dropdown(description='colours', options=['viridis', 'magma', 'cividis', 'gray'])
     self.who = w.Text(description='judged by', placeholder='your name or initials', continuous_update=False)
     self.export = w.Button(description='Export the session', layout=wide(160)); self.file = w.HTML()
@@ -228,7 +243,9 @@ def show(self:AskPanel):
 def _show(self:AskPanel, picture, state):
     self.cancel(); self.wait(); self._withdraw(); frames = picture.get(); self.picture = picture
     self.frames = frames if isinstance(frames, list) else [frames]
-    for v in self.views: v.show(self.frames, picture.mm_per_px, f'ultrasound image {picture.label}')
+    for v in self.views:
+        v.show(self.frames, picture.mm_per_px, f'ultrasound image {picture.label}', every=picture.step,
+               total=picture.total)
     self.rows,self.answers.rows = [],[]; self.say(state)
 
 @property
@@ -345,9 +362,10 @@ def _ask(self:AskPanel, questions):
             for (k,_),a in zip(asked, self._answers(vlm, image, [q for _,q in asked], [k for k,_ in asked], side)
                                if asked else []):
                 self._keep(k, side, name, a, image, frame); wrong += [a.error] if a.error else []
-            self._draw(); self._name(vlm, name)
+            self._draw(); self._name(vlm, name, side)
         said = 'done' if not wrong else 'stopped' if set(wrong) == {'cancelled'} else 'failed: see below'
         if self.attention and not wrong and asked and self.method.options: self.where(asked[-1][0], 0)
+    except Stopped: said = 'done; the map was stopped'
     # a service that refuses, memory that is short, no map
     except (FadaError, RuntimeError, OSError) as e: said = f'not done: {e}'
     finally: self.stream = None; self._busy(False)
@@ -373,8 +391,9 @@ def _answers(self:AskPanel, vlm, image, questions, places, side)->list:
 def _draw(self:AskPanel):
     "Show the rows as they are"
     keys = ('text','reason','note','error','done','maps','judged')
-    self.answers.rows = [dict(question=r['question'], reference=r['reference'],
-                              said=[{k: s[k] for k in keys if k in s} for s in r['said']]) for r in self.rows]
+    with self.drawing:   # a person may judge while another answer grows: the later state is the one that stays
+        self.answers.rows = [dict(question=r['question'], reference=r['reference'],
+                                  said=[{k: s[k] for k in keys if k in s} for s in r['said']]) for r in self.rows]
 
 # %% ../nbs/15_ask.ipynb #80d7d403
 @patch
@@ -390,29 +409,32 @@ def _keep(self:AskPanel, k, side, name, a, image, frame):
     reason = self._reason(a.question_id, a.text)
     # where naming it is unlawful the model's words are not kept either
     words = '' if reason == SEX_WHY else a.text
-    notes = [f'the model said: {words}' if reason and words else '',
+    at = frame*p.step   # in the file
+    notes = [f'frame {at+1} of {p.total or len(self.frames)}' if len(self.frames) > 1 else '',
+             f'the model said: {words}' if reason and words else '',
              f'confidence {a.confidence:.2f}' if a.confidence is not None else '', *a.flags,
              self._closed(name, image, a) if not reason else '']
     from fada.vlm import image_hash
     turn = self.session.add(Turn(p.label, image_hash(image), a.question, words, ND if reason else a.text, reason,
                                  a.question_id, a.confidence, a.error,
-                                 list(a.flags), row['reference'], frame*p.step, p.mm_per_px, self._again(name)),
+                                 list(a.flags), row['reference'], at, p.mm_per_px, self._again(name)),
                                  image)
     maps = bool(words and self.method.options)
     row['said'][side] = dict(text=turn.shown, reason=reason, note=' · '.join(filter(None, notes)), error=a.error,
                              done=bool(words), maps=maps, judged=[],
                              turn=turn.n, answer=words, frame=frame, image=image)
-    self.history.value = '<ol>'+''.join(f'<li>{html.escape(t.image)} · {html.escape(t.question)} '
+    self.history.value = '<ol>'+''.join(f'<li>{html.escape(t.image)}{f", frame {t.frame+1}" if t.frame else ""} · '
+                                        f'{html.escape(t.question)} '
                                         f'<b>{html.escape(t.error or t.shown)}</b></li>'
                                         for t in self.session.turns)+'</ol>'
 
 @patch
 def _closed(self:AskPanel, name, image, a)->str:
     "The probability of each allowed answer, where that is wanted and there is a closed set"
-    from fada.choices import CHOICES
     vlm = self.held[name]
     if not self.closed.value or a.error or a.question_id not in CHOICES or not hasattr(vlm, 'choose'): return ''
-    c = vlm.choose(image, a.question_id)
+    try: c = vlm.choose(image, a.question_id, stop=lambda: self.stopped)
+    except FadaError as e: return f'closed set: {e.what}'
     return 'closed set: '+', '.join(f'{k} {p:.2f}' for k,p in sorted(c.probability.items(), key=lambda i: -i[1])[:3])
 
 # %% ../nbs/15_ask.ipynb #b9df2fde
@@ -422,11 +444,12 @@ def _again(self:AskPanel, name)->dict:
     again = self.models[name].again; return again(self.held[name]) if callable(again) else again
 
 @patch
-def _name(self:AskPanel, vlm, name):
-    "Say what answered"
+def _name(self:AskPanel, vlm, name, side):
+    "Say what answered: a line for each model"
     parts = [name, getattr(vlm, 'precision', None), getattr(vlm, 'why', ''),
              'adapter' if getattr(vlm, 'adapter', None) else '']
-    self.about.value = f'<small>{html.escape(" · ".join(str(p) for p in parts if p))}</small>'
+    line = f'<small>{html.escape(" · ".join(str(p) for p in parts if p))}</small>'
+    self.about.value = f'{self.about.value}<br>{line}' if side else line
 
 # %% ../nbs/15_ask.ipynb #f509e81f
 @patch
@@ -438,6 +461,7 @@ def told(self:AskPanel, what:dict):
     if not 0 <= what.get('row', -1) < len(self.rows): return
     if what['kind'] == 'where':
         if self.thread and self.thread.is_alive(): return self.say('wait for the answers first')
+        self.stopped = False; self._busy(True)
         self.thread = threading.Thread(target=self._where, args=(what['row'], what['side']), daemon=True)
         self.thread.start()
     else: self.judge(what['row'], what['side'], what['kind'], what.get('text', ''))
@@ -456,7 +480,9 @@ def _tell_methods(self:AskPanel, models):
 def _where(self:AskPanel, row:int, side:int):
     self.say('drawing the map …')
     try: self.where(row, side); said = 'done'
+    except Stopped: said = 'stopped before the map was drawn'
     except (FadaError, RuntimeError) as e: said = f'no map: {e}'
+    finally: self._busy(False)
     self.say(said)
 
 # %% ../nbs/15_ask.ipynb #9733784f
@@ -468,7 +494,7 @@ def where(self:AskPanel, row:int, side:int):
     for k,name in enumerate(self.names):
         s = r['said'][k]
         if not s.get('answer') or self.method.value not in methods(vlm := self.open(name)): continue
-        m = explain(vlm, s['image'], r['id'] or r['question'], s['answer'], self.method.value)
+        m = explain(vlm, s['image'], r['id'] or r['question'], s['answer'], self.method.value, lambda: self.stopped)
         self.views[k].frame = s['frame']; self.views[k].overlay(m)
 
 @patch

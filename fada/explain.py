@@ -14,6 +14,7 @@ from .checkpoints import state_folder
 from .maps import MAP_METHODS, Map
 from .registry import ASSETS
 from .checked import BADGE, KEPT, TESTED, verdicts
+from .choices import may_stop
 
 # %% ../nbs/12g_explain.ipynb #462c97bb
 VERDICTS = ASSETS/'maps'   # of the embedded model
@@ -59,14 +60,15 @@ def explain(
     vlm, image, question,
     answer:str=None,           # text to explain; None: what the model says
     method:str='relevancy',    # one of `methods(vlm)`
+    stop=None,                 # function: whether nobody waits any more; then `Stopped` is raised
 )->Map:
     "Where an answer depended on the image, with what is known of the method for this model"
     if method not in (able := methods(vlm)):
         raise FadaError(f'no map by {method!r}', vlm.spec.name if hasattr(vlm, 'spec') else '', ', '.join(able)
                         or 'a model whose weights are at hand', nearest(method, able) if able else '')
-    if hasattr(vlm, 'explain'): return vlm.explain(image, question, answer, method)
-    m = EXPLAIN[method](vlm, image, question, answer); m.badge = badge(vlm, method)
-    return m
+    if hasattr(vlm, 'explain'): return vlm.explain(image, question, answer, method, stop)
+    with may_stop(stop): m = EXPLAIN[method](vlm, image, question, answer)
+    m.badge = badge(vlm, method); return m
 
 # %% ../nbs/12g_explain.ipynb #7fc5a19d
 def map_record(m:Map)->dict:

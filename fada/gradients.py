@@ -8,6 +8,7 @@ __all__ = ['STEPS', 'faded', 'in_cells', 'gradient_map']
 # %% ../nbs/12h_gradients.ipynb #6ad10002
 import numpy as np
 from .settings import FadaError
+from .choices import still_wanted
 from .heads import forced
 from .maps import Map, as_map, room_for, said
 from .occlude import answer_tokens, cover_with, prompt_of
@@ -28,7 +29,9 @@ def faded(
         px = (empty+float(a)*(real-empty)).requires_grad_()
         with torch.enable_grad():
             out = logp(px)
-            slopes = [torch.autograd.grad(o, px, retain_graph=k < len(ids)-1)[0] for k,o in enumerate(out)]
+            slopes = []
+            for k,o in enumerate(out):
+                still_wanted(); slopes.append(torch.autograd.grad(o, px, retain_graph=k < len(ids)-1)[0])
         total += float(w)*torch.stack(slopes).float().cpu()
     with torch.no_grad(): gained = (logp(real)-logp(empty)).cpu().numpy()
     return (total*(real-empty).float().cpu()).reshape(len(ids), -1, *real.shape[-3:])[:,0].numpy(), gained

@@ -138,13 +138,17 @@ from fada.data import read_image
 from fada.vlm import image_hash, load
 
 here = Path('.')   # the folder of this notebook: turns.jsonl and images lie beside it
+trained = Path('outputs')   # the run below which the weights and adapters lie, where a model of one's own was asked
 turns = [json.loads(l) for l in (here/'turns.jsonl').read_text(encoding='utf-8').splitlines() if l.strip()]'''
 
 # %% ../nbs/15c_session.ipynb #7d530eef
-ASK_AGAIN = '''models,rows = {},[]
+ASK_AGAIN = '''lies = lambda name: str(next(iter(sorted(trained.glob(f'**/{name}'))), name))
+there = lambda name: lies(name) if name and not Path(name).is_absolute() else name
+models,rows = {},[]
 for t in (t for t in turns if t['model'] and not t['error'] and t['answer']):
     key = json.dumps(t['model'], sort_keys=True)
-    if key not in models: models[key] = load(**t['model'])
+    m = t['model'] | {k: there(t['model'].get(k)) for k in ('weights', 'adapter')}
+    if key not in models: models[key] = load(**m)
     image = read_image(here/'images'/f"{t['pixels_sha256'][:16]}.png")
     a = models[key].ask(image, t['question_id'] or t['question'])
     pixels = 'as asked' if image_hash(image) == t['pixels_sha256'] else 'blanked beside the sector'

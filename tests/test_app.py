@@ -54,6 +54,15 @@ CONTRAST = """(root) => { const low = []; const rgb = c => (c.match(/[\\d.]+/g) 
 
 BAIT = '<img src=x onerror="document.title=1">'
 
+def notice_stays(page, scroller):
+    "With the end of the panel in sight the whole notice is in sight too, and nothing lies over it"
+    size = page.viewport_size; page.set_viewport_size(dict(size, height=500)); page.wait_for_timeout(300)
+    far = page.locator(scroller).evaluate("e => { const end = x => x.getBoundingClientRect().bottom; e.scrollTop += end(document.querySelector('.fada-ask'))-end(e); return e.scrollTop; }"); page.wait_for_timeout(300); assert far > 100
+    seen = page.locator('.fada-notice').evaluate("""e => { const b = e.getBoundingClientRect(); return [b.top, b.bottom, innerHeight,
+      [.02, .5, .98].every(x => e.contains(document.elementFromPoint(b.left+x*b.width, (b.top+b.bottom)/2)))]; }""")
+    assert -1 <= seen[0] < seen[1] <= seen[2] and seen[3] and 'Not a medical device' in page.locator('.fada-notice').inner_text(), seen
+    page.locator(scroller).evaluate('e => { e.scrollTop = 0; }'); page.set_viewport_size(size)
+
 def said(page, text, seconds=60):
     "Wait until the panel says so; else tell what it says"
     from playwright.sync_api import TimeoutError
@@ -108,7 +117,11 @@ def test_without_a_mouse(browser, site, shots, width, scheme):
     tab_to(page, '.tokens button', 'Shift+Tab'); page.keyboard.press('ArrowRight'); page.wait_for_timeout(200); assert pixels() not in (bare, whole)
     tab_to(page, 'input[placeholder^="your name"]'); page.keyboard.type('Ada'); tab_to(page, '.fada-answers tr', 'Shift+Tab'); page.keyboard.press('a')
     page.wait_for_selector('.fada-answers small:has-text("accepted by Ada")')
-    assert page.evaluate(CONTRAST, '.fada-ask') == [] and page.evaluate('document.documentElement.scrollWidth') <= width
+    assert page.evaluate(CONTRAST, 'body') == [] and page.evaluate('document.documentElement.scrollWidth') <= width
+    ground = lambda: max(map(int, page.locator('#rendered_cells').evaluate("e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!c.endsWith(', 0)')) return c.match(/[0-9]+/g).slice(0, 3).join(' '); } }").split()))
+    assert ground() < 64 if scheme == 'dark' else ground() > 224; notice_stays(page, '#rendered_cells')
+    page.emulate_media(color_scheme=dict(light='dark', dark='light')[scheme]); page.wait_for_timeout(200)   # the system changes its mind
+    assert page.evaluate(CONTRAST, 'body') == [] and (ground() > 128) == (scheme == 'dark'); page.emulate_media(color_scheme=scheme); page.wait_for_timeout(200)
     page.screenshot(path=shots/f'page_keys_{width}_{scheme}.png'); page.close()
 
 WATCH = """() => { window.states = []; new MutationObserver(() => { for (const e of document.querySelectorAll('.fada-ask .widget-html i')) {

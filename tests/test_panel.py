@@ -196,7 +196,7 @@ AskPanel({**here, 'once more': here['blip2-nano'], **there}, [Picture('cine', la
 @pytest.mark.browser
 def test_a_cine_two_models_and_a_service_in_jupyterlab(browser, lab, shots, tmp_path):
     "Dark theme, keys: frames, one scrubber for two models, a service that answers in markup after consent; no key deletes a cell"
-    from test_app import CONTRAST, said, tab_to
+    from test_app import CONTRAST, notice_stays, said, tab_to
     d = Door(lambda body: reply(f'femur {BAIT}', 60 if picture(body) else 10))
     try:
         (tmp_path/'settings.ini').write_text('[model]\nname = ours\n[remote]\nallowed = yes\nkeep_text = yes\nrequests_per_minute = 60000\n')
@@ -222,7 +222,7 @@ def test_a_cine_two_models_and_a_service_in_jupyterlab(browser, lab, shots, tmp_
         assert d.log == []; page.screenshot(path=shots/'panel_consent.png'); page.click('button:has-text("Send it")')
         page.wait_for_selector('.fada-answers b:has-text("femur <img src=x")', timeout=60_000); said(page, 'done'); page.click('text=history of this session')
         page.wait_for_selector('li:has-text("femur <img src=x")'); assert page.title() != '1' and d.log
-        page.set_viewport_size(dict(width=800, height=1000)); settle(); page.screenshot(path=shots/'panel_dark_800.png'); page.close()
+        page.set_viewport_size(dict(width=800, height=1000)); settle(); page.screenshot(path=shots/'panel_dark_800.png'); notice_stays(page, '.jp-WindowedPanel-outer'); page.close()
         turns = [json.loads(l) for l in (tmp_path/'session'/'turns.jsonl').read_text().splitlines()]
         assert [(t['frame'], t['model']['name']) for t in turns] == [(2, 'blip2-nano'), (2, 'blip2-nano'), (2, 'ours')]
     finally: theme(lab, 'JupyterLab Light'); d.close()
@@ -246,3 +246,89 @@ def test_the_adapter_that_an_image_proposed_is_asked_again(tmp_path):
     r = Routed.__new__(Routed); r.router, r.folders, r.given = Router(), {'Femur': tmp_path/'f'}, dict(name='blip2-nano', adapter=None)
     assert r.again() == dict(name='blip2-nano', adapter=str(tmp_path/'f'))
     Router.on = 'base'; assert r.again()['adapter'] is None
+
+LONG = 300   # frames of a cine
+
+def counted(frames=LONG, side=96):
+    "Frames that say their own number: nine upright bars, the lowest bit on the left"
+    out = np.full((frames, side, side), 20, np.uint8)
+    for k in range(frames):
+        for b in range(9): out[k, 20:70, 6+9*b:12+9*b] = 240 if k >> b & 1 else 20
+    return out
+
+def number_of(pixels):
+    "The number that a frame says; pixels: rows × columns"
+    h, w = pixels.shape; return sum((pixels[int(h*45/96), int(w*(9+9*b)/96)] > 130) << b for b in range(9))
+
+SLOW = '''import os; os.chdir(PROJECT)
+import time
+from fada.ask import AskPanel, Offered, sample_images
+from fada.session import Session
+from fada.vlm import load
+class Slow:
+    "Another model's steps, a quarter of a second each"
+    def __init__(self, steps): self.steps = steps
+    def step(self): time.sleep(.25); return self.steps.step()
+    def __getattr__(self, name): return getattr(self.steps, name)
+def nano(): return load('blip2-nano', device='cpu', precision='fp32')
+def slow():
+    m = nano(); begin = m.begin; m.begin = lambda *a: Slow(begin(*a))
+    m.core.vision_model.register_forward_hook(lambda *_: time.sleep(.4)); return m
+AskPanel({'slow': Offered(slow), 'quick': Offered(nano)}, sample_images('none'), Session('session')).widget'''
+
+@pytest.mark.browser
+def test_a_correction_outlives_redraws_and_a_map_is_stopped_in_jupyterlab(browser, lab, shots, tmp_path):
+    "While a second model streams an open field keeps its text, its caret and the focus; Stop ends a map; the state says so"
+    from test_app import said
+    put(lab, 'slow.ipynb', SLOW.replace('PROJECT', repr(str(tmp_path)))); page = _open(browser, lab, 'slow.ipynb')
+    pick = lambda label, value: page.locator(f'.widget-dropdown:has(label:text-is("{label}")) select').select_option(value)
+    pick('model', 'quick'); said(page, 'quick: ready'); pick('beside it', 'slow'); said(page, 'quick beside slow'); page.fill('input[placeholder^="your name"]', 'Ada'); page.keyboard.press('Tab')
+    page.click('button:has-text("All eight questions")'); row = page.locator('.fada-answers tr').nth(1); row.locator('td:nth-child(2) button[title^="edit"]').click(timeout=60_000)
+    page.keyboard.type('spine, ribs'); page.keyboard.press('ArrowLeft'); page.keyboard.press('ArrowLeft')
+    look = "() => { const f = document.activeElement; return [f.tagName, f.value, f.selectionStart, [...document.querySelectorAll('.fada-answers td:nth-child(3) b')].map(b => b.textContent).join('|')]; }"
+    first = page.evaluate(look); assert first[:3] == ['INPUT', 'spine, ribs', 9]; grown = set()
+    for _ in range(12):
+        page.wait_for_timeout(150); now = page.evaluate(look); assert now[:3] == first[:3], now; grown.add(now[3])
+    assert len(grown) > 3, grown                                   # the other column was drawn again and again meanwhile
+    page.keyboard.type('and '); page.screenshot(path=shots/'panel_edit_open.png'); page.keyboard.press('Enter')
+    page.wait_for_selector('.fada-answers td:nth-child(2) small:has-text("changed to “spine, riand bs”")'); said(page, 'done', 60)
+    assert page.locator('.fada-answers small:has-text("changed to")').count() == 1 and page.locator('.fada-answers input').count() == 0
+    pick('beside it', 'none'); pick('model', 'slow'); said(page, 'slow: ready'); page.fill('input[placeholder^="a question"]', 'How is the image quality?'); page.keyboard.press('Tab')
+    page.click('button:text-is("Ask")'); said(page, 'done', 60); pick('map by', 'integrated gradients'); page.locator('.fada-answers button:text-is("where?")').click(); said(page, 'drawing the map')
+    page.wait_for_timeout(1000); start = time.perf_counter(); page.click('button:text-is("Stop")'); said(page, 'stopped before the map was drawn', 20); took = time.perf_counter()-start
+    assert took < 2 and page.locator('.fada-viewer .tokens:visible').count() == 0, took
+    pick('map by', 'relevancy'); page.locator('.fada-answers button:text-is("where?")').click(); page.wait_for_selector('.fada-viewer .tokens button', timeout=60_000); page.close()
+    judged, = [json.loads(l) for l in (tmp_path/'session'/'corrections.jsonl').read_text().splitlines()]; assert (judged['kind'], judged['final'], judged['who']) == ('edit', 'spine, riand bs', 'Ada')
+
+def test_a_long_cine_keeps_the_numbers_of_its_file(nano, tmp_path):
+    "Of 300 frames each third is there; which was asked is said and kept by its number in the file, and so are its pixels"
+    path = write_dicom(tmp_path/'long.dcm', counted()); p = uploaded(path.name, path.read_bytes()); assert (len(p.get()), p.step, p.total) == (100, 3, LONG)
+    assert [number_of(np.asarray(f.convert('L'))) for f in p.get()] == list(range(0, LONG, 3))
+    panel = AskPanel(nano, [p], Session(tmp_path/'session')); assert (panel.views[0].every, panel.views[0].total) == (3, LONG)
+    panel.views[0].frame = 50; assert 'done' in asked(panel, 6); t, = panel.session.turns
+    assert t.frame == 150 and 'frame 151 of 300' in panel.rows[0]['said'][0]['note'] and ', frame 151' in panel.history.value
+    kept = Image.open(tmp_path/'session'/'images'/f'{t.pixels_sha256[:16]}.png'); assert number_of(np.asarray(kept.convert('L'))) == 150
+    for n, step in ((119, 1), (120, 1), (121, 2)): q = uploaded('x.dcm', write_dicom(tmp_path/'x.dcm', counted(n)).read_bytes()); assert (q.step, q.total) == (step, n)
+
+@pytest.mark.browser
+def test_a_long_cine_in_jupyterlab(browser, lab, shots, tmp_path):
+    "Of 300 frames the number in sight is that of the file; what was asked at once after a key is what stood on the canvas"
+    import base64
+    from test_app import said, upload
+    put(lab, 'long.ipynb', SLOW.replace('PROJECT', repr(str(tmp_path))).replace("{'slow': Offered(slow), 'quick'", "{'quick'")); page = _open(browser, lab, 'long.ipynb')
+    upload(page, write_dicom(tmp_path/'long.dcm', counted())); said(page, 'unlike the training images'); canvas = page.locator('canvas.picture').first
+    text = page.locator('.fada-viewer .number').first; page.wait_for_function("document.querySelector('.fada-viewer .told').innerText.includes('one frame in 3 of the file')")
+    def seen():
+        page.wait_for_timeout(150); png = canvas.evaluate("e => e.toDataURL('image/png')").split(',')[1]
+        return number_of(np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert('L')))
+    shown = lambda: int(text.inner_text().split(' of ')[0])-1
+    assert text.inner_text() == '1 of 300' and seen() == 0; canvas.focus()
+    for key, times, frame in (('PageDown', 50, 150), ('PageDown', 49, 297), ('PageUp', 3, 288)):
+        for _ in range(times): page.keyboard.press(key)
+        assert (seen(), shown()) == (frame, frame)
+    page.screenshot(path=shots/'panel_long_cine.png'); page.fill('input[placeholder^="a question"]', 'How is the image quality?'); page.keyboard.press('Tab'); canvas.focus()
+    page.keyboard.press('PageUp'); page.click('button:text-is("Ask")'); said(page, 'done', 60); page.wait_for_selector('.fada-answers small:has-text("frame 286 of 300")'); assert seen() == shown() == 285
+    page.click('button[aria-label="play"]'); page.wait_for_timeout(900); page.click('button:text-is("Ask")'); page.wait_for_selector('.fada-answers small:has-text("frame")'); said(page, 'done', 60)
+    stood = seen(); assert shown() == stood != 285; page.wait_for_selector(f'.fada-answers small:has-text("frame {stood+1} of 300")'); page.close()
+    turns = [json.loads(l) for l in (tmp_path/'session'/'turns.jsonl').read_text().splitlines()]; assert [t['frame'] for t in turns] == [285, stood]
+    for t in turns: assert number_of(np.asarray(Image.open(tmp_path/'session'/'images'/f'{t["pixels_sha256"][:16]}.png').convert('L'))) == t['frame']

@@ -7,6 +7,7 @@ from fada.serve import LIMIT, Served, data_url
 from fada.settings import FadaError
 
 TOKEN = 'test-token-0'
+ROUNDING = 5e-7   # of the difference of two log-probabilities in float32, as two processes add them up
 
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
@@ -109,11 +110,12 @@ def test_maps_are_those_of_the_loaded_model(server, picture, nano):
     import numpy as np
     from fada.explain import explain, methods
     vlm, m = nano, Served(server[0], TOKEN); assert m.methods() == methods(vlm) and len(m.methods()) >= 4
-    answer = vlm.ask(picture, 'structures').text
+    whole = vlm.ask(picture, 'structures').text
     for method in m.methods():
+        answer = 'femur' if method == 'integrated gradients' else whole   # a pass back for each token at each of its steps
         here, there = explain(vlm, picture, 'structures', answer, method), explain(m, picture, 'structures', answer, method)
         assert there.tokens == here.tokens and there.badge == here.badge != '' and there.units == here.units and there.box == pytest.approx(here.box)
-        np.testing.assert_allclose(there.heat, here.heat, rtol=2e-3, atol=1e-6*np.nanmax(np.abs(here.heat)))
+        np.testing.assert_allclose(there.heat, here.heat, rtol=2e-3, atol=max(1e-6*np.nanmax(np.abs(here.heat)), ROUNDING if here.units == 'fall of log-probability' else 0))
         assert (there.per_token is None) == (here.per_token is None)
         if here.per_token is not None: np.testing.assert_allclose(there.per_token, here.per_token, rtol=2e-3, atol=1e-4*np.nanmax(np.abs(here.per_token)))
     grey = m.explain(picture.convert('L'), 6, 'good'); assert grey.image.shape == (*picture.size[::-1], 3)

@@ -15,38 +15,50 @@ function guard(mine, limit, tell) {                  // a file too large for the
 
 function render({model, el}) {
   const root = make('div', {class: 'fada-answers', 'data-lm-suppress-shortcuts': 'true'}), table = make('table'); root.append(table); el.append(root);
-  let chosen = 0, side = 0;
+  let chosen = 0, side = 0, drawn = '';
+  const fields = new Map();                          // `row side` → the open field of an answer that is being corrected
   const send = (kind, row, where, text = '') => model.send({kind, row, side: where, text});
   const panel = () => root.closest('.fada-ask'), limit = guard(e => panel()?.contains(e), model.get('largest'), m => model.send(m));
   // Lab looks at the focused element itself: without the mark two presses of d on a button delete the cell
   const quiet = e => { if (panel()?.contains(e.target)) e.target.setAttribute('data-lm-suppress-shortcuts', 'true'); };
   document.addEventListener('click', limit, true); document.addEventListener('focusin', quiet);
 
-  function edit(cell, row, where, said) {            // a field in place of the buttons
-    const field = make('input', {type: 'text', 'aria-label': 'the right answer'}); field.value = said.text; cell.append(field); field.focus(); field.select();
+  function edit(cell, row, where, said) {            // a field below the buttons
+    const key = `${row} ${where}`; if (fields.has(key)) return fields.get(key).focus();
+    const field = make('input', {type: 'text', 'aria-label': 'the right answer'}); field.value = said.text; cell.append(field); field.focus(); field.select(); fields.set(key, field);
+    const close = () => { fields.delete(key); field.remove(); focus(); };
     field.addEventListener('keydown', e => { e.stopPropagation();
-      if (e.key === 'Enter') { send('edit', row, where, field.value); field.remove(); focus(); } else if (e.key === 'Escape') { field.remove(); focus(); } }); }
+      if (e.key === 'Enter') { send('edit', row, where, field.value); close(); } else if (e.key === 'Escape') close(); }); }
 
-  function cellOf(said, row, where) {
-    const td = make('td'); if (!said) return td;
-    td.append(make('b', {}, said.text));
-    for (const [name, text] of [['reason', said.reason], ['note', said.note], ['error', said.error]]) if (text) td.append(make('small', {class: name}, text));
+  function fill(td, said, row, where) {              // only where something changed; an open field stays as it is, with its text and the focus
+    const state = JSON.stringify(said ?? null); if (td.state === state) return; td.state = state;
+    const field = fields.get(`${row} ${where}`);
+    for (const n of [...td.childNodes]) if (n !== field) n.remove();
+    td.prepend(...(said ? contentOf(said, row, where, td) : [])); }
+
+  function contentOf(said, row, where, td) {
+    const out = [make('b', {}, said.text)];
+    for (const [name, text] of [['reason', said.reason], ['note', said.note], ['error', said.error]]) if (text) out.push(make('small', {class: name}, text));
     if (said.done && !said.error) { const bar = make('span');
       for (const [kind, sign, title] of ACTS) if (kind !== 'where' || said.maps) {
         const b = make('button', {type: 'button', title, 'aria-label': title, tabindex: '-1'}, sign);
         b.addEventListener('click', () => { chosen = row; side = where; kind === 'edit' ? edit(td, row, where, said) : send(kind, row, where); }); bar.append(b); }
-      td.append(bar); }
-    for (const j of said.judged || []) td.append(make('small', {}, j));
-    return td; }
+      out.push(bar); }
+    for (const j of said.judged || []) out.push(make('small', {}, j));
+    return out; }
 
-  function draw() {
-    const had = root.contains(document.activeElement), rows = model.get('rows'), titles = model.get('titles'), head = make('tr'); chosen = Math.min(chosen, Math.max(0, rows.length-1)); table.replaceChildren();
-    if (!rows.length) return;
+  function frame(rows, titles) {                     // the table without its answers: made anew for other questions or models
+    const head = make('tr'); fields.clear(); table.replaceChildren(); if (!rows.length) return;
     for (const t of ['question', ...titles, 'reference, where known']) head.append(make('th', {scope: 'col'}, t)); table.append(head);
     rows.forEach((r, i) => { const tr = make('tr', {tabindex: i === chosen ? '0' : '-1', 'aria-selected': i === chosen});
-      tr.append(make('td', {}, r.question), ...titles.map((_, k) => cellOf(r.said[k], i, k)), make('td', {}, r.reference));
-      tr.addEventListener('focus', () => { if (chosen !== i) { chosen = i; mark(); } }); table.append(tr); });
-    if (had) focus(); }
+      tr.append(make('td', {}, r.question), ...titles.map(() => make('td')), make('td', {}, r.reference));
+      tr.addEventListener('focus', () => { if (chosen !== i) { chosen = i; mark(); } }); table.append(tr); }); }
+
+  function draw() {
+    const had = root.contains(document.activeElement), rows = model.get('rows'), titles = model.get('titles'); chosen = Math.min(chosen, Math.max(0, rows.length-1));
+    const asked = JSON.stringify([titles, rows.map(r => [r.question, r.reference])]); if (asked !== drawn) { frame(rows, titles); drawn = asked; }
+    lines().forEach((tr, i) => titles.forEach((_, k) => fill(tr.cells[k+1], rows[i].said[k], i, k)));
+    if (had && !root.contains(document.activeElement)) focus(); }
   const lines = () => [...table.querySelectorAll('tr')].slice(1);
   const mark = () => lines().forEach((tr, i) => { tr.setAttribute('aria-selected', i === chosen); tr.tabIndex = i === chosen ? 0 : -1; });
   const focus = () => lines()[chosen]?.focus();

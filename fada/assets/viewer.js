@@ -93,8 +93,10 @@ class View {
     for (const [k, v] of Object.entries(changes)) this.model.set(k, v);
     if (!tell) return;
     clearTimeout(this.telling);
-    this.telling = setTimeout(() => this.model.save_changes(), 150);
+    this.telling = setTimeout(() => this.tell(), 150);
   }
+
+  tell() { clearTimeout(this.telling); this.telling = null; this.model.save_changes(); }
 
   build(el) {
     this.id = `fada-viewer-${++count}`;
@@ -149,7 +151,7 @@ class View {
     });
     on('frames', this.newFrames); on('frame window level', this.newFrame); on('heat heat_shape tokens', this.newHeat);
     on('token lut', this.newTile);
-    on('width zoom pan opacity mm_per_px alt token lut badge note unit box shown mapped', this.refresh);
+    on('width zoom pan opacity mm_per_px alt token lut badge note unit box shown mapped every total', this.refresh);
     const s = this.canvas;
     s.addEventListener('pointerdown', e => this.press(e)); s.addEventListener('pointermove', e => this.drag(e));
     for (const name of ['pointerup', 'pointercancel']) s.addEventListener(name, () => this.release());
@@ -165,7 +167,11 @@ class View {
     });
     for (const name of ['keyup', 'keypress']) this.root.addEventListener(name, e => e.stopPropagation());
     // who does something elsewhere, such as asking, means the frame in sight: the kernel must know it first
-    this.elsewhere = e => { if (this.playing !== null && !this.root.contains(e.target)) this.play(false); };
+    this.elsewhere = e => {
+      if (this.root.contains(e.target)) return;
+      if (this.playing !== null) this.play(false);
+      if (this.telling) this.tell();
+    };
     for (const name of ['pointerdown', 'keydown']) document.addEventListener(name, this.elsewhere, true);
     this.resized = new ResizeObserver(() => this.paint()); this.resized.observe(this.canvas);
   }
@@ -204,6 +210,10 @@ class View {
   }
 
   mapped() { return this.tile && this.get('mapped') === this.frame(); }   // a map is of one frame of a cine
+
+  ofFile() {   // which frame of the file is in sight, counted from 1
+    const n = this.get('frames').length; return `${this.frame() * this.get('every') + 1} of ${this.get('total') || n}`;
+  }
 
   frame() { return clamp(this.get('frame'), 0, Math.max(0, this.get('frames').length - 1)); }
 
@@ -372,7 +382,7 @@ class View {
     this.empty.hidden = !!this.base;
     this.empty.textContent = this.failed ? 'This picture cannot be read' : n ? 'Reading the picture …' : 'No picture yet';
     this.cine.hidden = n < 2; this.frameSlider.max = Math.max(0, n - 1);
-    this.frameText.textContent = `${k + 1} of ${n}`;
+    this.frameText.textContent = this.ofFile(); this.frameSlider.setAttribute('aria-valuetext', this.ofFile());
     for (const [input, v] of [[this.frameSlider, k], [this.widthSlider, this.get('window')],
       [this.levelSlider, this.get('level')], [this.opacitySlider, this.get('opacity')]])
       if (+input.value !== v) input.value = v;
@@ -381,7 +391,8 @@ class View {
     [...this.tokens.children].forEach((b, i) => {
       b.setAttribute('aria-checked', i === t + 1); b.tabIndex = i === t + 1 ? 0 : -1;
     });
-    const says = [this.line ? `measured ${this.length()}` : '', n > 1 ? `frame ${k + 1} of ${n}` : '',
+    const says = [this.line ? `measured ${this.length()}` : '', n > 1 ? `frame ${this.ofFile()}` : '',
+      this.get('every') > 1 ? `one frame in ${this.get('every')} of the file is here` : '',
       `zoom ${short(this.get('zoom'))}×`, `window ${short(this.get('window'))}, level ${short(this.get('level'))}`,
       sent < 1 ? `sent at ${Math.round(100 * sent)} % of its size` : ''];
     if (!this.playing) this.told.textContent = this.base ? says.filter(Boolean).join(' · ') : '';
