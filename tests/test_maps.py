@@ -394,6 +394,7 @@ def taught(tmp_path_factory):
              validation_images=4)
     return d/'adapter', read_image(d/'data'/load_table(d/'data', split='test').image.iloc[0])
 
+@pytest.mark.slow
 def test_base_beside_fine_tuned(taught):
     """The maps of a fine-tuned model are those of base and adapter together: the same as of the merged weights, others than the
     base's, and the base's again once the adapter is switched off; side by side on one scale, each with its own answer and badge"""
