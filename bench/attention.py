@@ -8,7 +8,7 @@ less likely. The time of a map is told as a multiple of the time of the answer.
 """
 import argparse, json, os, sys, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from fada.checked import SCORES, check_maps, controls_of, map_table, verdicts
+from fada.checked import METHODS, SCORES, check_maps, controls_of, map_table, verdicts
 from fada.clinical import DEMO_CATEGORIES
 from fada.explain import keep_verdicts
 from fada.heads import look
@@ -36,12 +36,15 @@ def main():
     p.add_argument('--model', default='blip2-nano'); p.add_argument('--weights', help='folder of a model trained here')
     p.add_argument('--adapter', help='folder of an adapter trained here')
     p.add_argument('--patients', type=int, help='pairs in each category (6)')
+    p.add_argument('--method', action='append', choices=METHODS, metavar='NAME',
+                   help='one of: '+'; '.join(METHODS)+'. Again for more; all, where none is named')
     p.add_argument('--keep', nargs='?', const='', help='keep the verdicts for panel and report; a folder, else where FADA keeps what it knows of models')
     a = p.parse_args()
     if a.quick and a.keep is not None: p.error('--quick is too little for a verdict to keep')
     try:
         vlm = load(a.model, a.adapter, a.weights, device='cpu', precision='fp32'); t = times(vlm)
-        scores, counts = check_maps(vlm, DEMO_CATEGORIES[:2] if a.quick else DEMO_CATEGORIES, a.patients or (3 if a.quick else 6), seed=7)
+        scores, counts = check_maps(vlm, DEMO_CATEGORIES[:2] if a.quick else DEMO_CATEGORIES, a.patients or (3 if a.quick else 6), seed=7,
+                                    methods={m: METHODS[m] for m in a.method or METHODS})
     except FadaError as e: print(e, file=sys.stderr); return 1
     if a.keep is not None: print(f'kept in {keep_verdicts(vlm, scores, counts, a.keep or None)}', file=sys.stderr)
     found = verdicts(scores); mean = scores.groupby('what')[list(SCORES)].mean(); ratios = {}

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'SHARES', 'METHODS', 'FAITH', 'SCORES', 'BLIND', 'TESTED', 'KEPT', 'BADGE', 'Sample', 'one_structure',
-           'naming_span', 'make_sample', 'mask_scores', 'faithfulness_images', 'faithfulness', 'randomised',
+           'naming_span', 'make_sample', 'mask_scores', 'faithfulness_images', 'faithfulness', 'randomised', 'span_map',
            'blind_maps', 'score_map', 'score_sample', 'check_maps', 'against', 'controls_of', 'verdict', 'verdicts',
            'map_table']
 
 # %% ../nbs/12d_checked.ipynb #c579bfab
 import copy
 from dataclasses import dataclass
+from functools import partial
 import numpy as np
 import pandas as pd
 from .settings import FadaError, progress
@@ -84,9 +85,10 @@ def faithfulness_images(heat, image, fill:str):
 def faithfulness(vlm, sample, heat, fill:str)->tuple:
     """(deletion, insertion): areas under the probability of the naming words, 0 to 1; deletion is better low,
     insertion high"""
-    gone,shown = faithfulness_images(heat, sample.image, fill)
-    p = np.exp(answer_logp(vlm, gone+shown, 1, sample.answer)[:,sample.span].mean(1)); n = len(gone)
-    return float(np.trapezoid(p[:n], SHARES)), float(np.trapezoid(p[n:], SHARES))
+    gone,shown = faithfulness_images(heat, sample.image, fill); n = len(gone)
+    # both begin where the other ends: with the whole picture, with the whole cover
+    p = np.exp(answer_logp(vlm, gone+shown[1:-1], 1, sample.answer)[:,sample.span].mean(1))
+    return float(np.trapezoid(p[:n], SHARES)), float(np.trapezoid([p[n-1], *p[n:], p[0]], SHARES))
 
 # %% ../nbs/12d_checked.ipynb #b46b8a3a
 def randomised(vlm, seed:int=0):
@@ -99,13 +101,14 @@ def randomised(vlm, seed:int=0):
             if p.ndim > 1: p.copy_(p.flatten()[torch.randperm(p.numel(), generator=g).to(p.device)].view_as(p))
     return other
 
-def _span_map(m, span):
-    "A map of the span's tokens alone, on the image's pixels"
-    m.heat = np.asarray(m.per_token)[span].mean(0)
+def span_map(name:str, vlm, s:Sample)->np.ndarray:
+    "Map of the tokens that name the structure, by a method, on the image's pixels"
+    alone = name == 'integrated gradients'   # each token would cost it gradients
+    m = MAP_METHODS[name](vlm, s.image, 1, s.answer, **(dict(only=s.span) if alone else {}))
+    m.heat = np.asarray(m.per_token)[slice(None) if alone else s.span].mean(0)
     return m.pixels()
 
-METHODS = {name: (lambda vlm, s, f=f: _span_map(f(vlm, s.image, 1, s.answer), s.span))
-           for name,f in MAP_METHODS.items()}
+METHODS = {name: partial(span_map, name) for name in MAP_METHODS}
 
 def blind_maps(image)->dict:
     "Maps that know nothing of any model: even, towards the middle, the sector"

@@ -20,21 +20,22 @@ def faded(
     empty, real,    # pixels at both ends
     rows, ids:list, # rows of the answer, its token ids
     steps:int,      # points of the quadrature
-):                  # (tokens × 3 × height × width, log-probabilities gained by each token)
-    "Integrated gradients of each answer token, by Gauss–Legendre quadrature"
+    only=slice(None), # tokens of the answer that are explained
+):                  # (tokens × 3 × height × width, log-probabilities gained by each of them)
+    "Integrated gradients of answer tokens, by Gauss–Legendre quadrature"
     import torch
-    def logp(px): return run(px).logits[0,rows].float().log_softmax(-1)[range(len(ids)),ids]
-    at,weight = np.polynomial.legendre.leggauss(steps); total = torch.zeros(len(ids), *real.shape)
+    def logp(px): return run(px).logits[0,rows].float().log_softmax(-1)[range(len(ids)),ids][only]
+    at,weight = np.polynomial.legendre.leggauss(steps); n = len(ids[only]); total = torch.zeros(n, *real.shape)
     for a,w in zip((at+1)/2, weight/2):
         px = (empty+float(a)*(real-empty)).requires_grad_()
         with torch.enable_grad():
             out = logp(px)
             slopes = []
             for k,o in enumerate(out):
-                still_wanted(); slopes.append(torch.autograd.grad(o, px, retain_graph=k < len(ids)-1)[0])
+                still_wanted(); slopes.append(torch.autograd.grad(o, px, retain_graph=k < n-1)[0])
         total += float(w)*torch.stack(slopes).float().cpu()
     with torch.no_grad(): gained = (logp(real)-logp(empty)).cpu().numpy()
-    return (total*(real-empty).float().cpu()).reshape(len(ids), -1, *real.shape[-3:])[:,0].numpy(), gained
+    return (total*(real-empty).float().cpu()).reshape(n, -1, *real.shape[-3:])[:,0].numpy(), gained
 
 # %% ../nbs/12h_gradients.ipynb #6ad10006
 STEPS = 24   # of the quadrature
@@ -54,6 +55,7 @@ def gradient_map(
     fill:str='black',   # what the picture is faded in from, one of FILLS
     steps:int=STEPS,
     grid:int=16,        # cells a side; gradients of single pixels are noise
+    only:slice=slice(None), # tokens of the answer that are explained: each costs a gradient at every step
 )->Map:
     "Integrated gradients of an answer and of each of its tokens; `FadaError` where pixels do not lie in one picture"
     if vlm.core is None:
@@ -61,6 +63,7 @@ def gradient_map(
     if steps < 1: raise FadaError(f'{steps} steps', '', 'at least 1', '')
     answer = said(vlm, image, question) if answer is None else answer
     ids = answer_tokens(vlm, question, answer); prompt = prompt_of(vlm, question)
+    if not ids[only]: raise FadaError(f'tokens {only.start} to {only.stop}', answer, f'some of {len(ids)}', '')
     with room_for(vlm, image):
         (run,_,rows),(blank,_,_) = (forced(vlm, im, prompt, ids) for im in (_as_rgb(image), cover_with(image, fill)))
         real,empty = run.args[0],blank.args[0]
@@ -69,11 +72,11 @@ def gradient_map(
                             'use `occlusion`')
         if not 1 <= grid <= min(real.shape[-2:]):
             raise FadaError(f'a grid of {grid}', '', f'1 to {min(real.shape[-2:])}', '')
-        per,gained = faded(run.func, empty, real, rows, ids, steps)
+        per,gained = faded(run.func, empty, real, rows, ids, steps, only)
     per = in_cells(per.sum(1), grid); share = per.sum()/gained.sum() if gained.sum() else np.nan
     note = f'The map sums to {share:.0%} of what the answer gained'+('; take more steps.'
                                                                      if not .9 < share < 1.1 else '.')
     tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
     return as_map(vlm, image, per.mean(0), f'integrated gradients, {fill}', 'gain of log-probability', question,
                   answer,
-                  per_token=per, tokens=[tok.decode([i]) for i in ids], note=note)
+                  per_token=per, tokens=[tok.decode([i]) for i in ids[only]], note=note)

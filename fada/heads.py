@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 import numpy as np
 from .settings import FadaError
-from .attention import captured
+from .attention import CROSS, captured
 from .maps import Map, as_map, room_for, said
 from .occlude import answer_tokens, prompt_of
 from .vlm import _as_rgb, pixel_values, project
@@ -62,8 +62,6 @@ def _forced_qformer(vlm, image, prompt, ids):
                    pixel_values(vlm, [image])), columns, slice(0, len(ids)) if two else slice(first, first+len(ids))
 
 # %% ../nbs/12c_heads.ipynb #0470d0b5
-_CROSS = r'EncDecAttention|encoder_attn'
-
 def keeper(core, columns, rows, two:bool):
     "Which rows and columns of which layers are kept, see `captured`"
     import torch
@@ -73,7 +71,7 @@ def keeper(core, columns, rows, two:bool):
         name = names[id(module)]
         if 'qformer' in name: return (slice(0, queries), torch.arange(width)) if 'crossattention' in name else None
         if re.search(r'vision|visual', name) or height < rows.stop: return None
-        if two and not re.search(_CROSS, name): return None
+        if two and not re.search(CROSS, name): return None
         return (rows, columns) if width >= len(columns) else None
     return keep
 

@@ -148,21 +148,75 @@ def said_by(vlm, image, ids):
     t.pop('labels'); first = t['input_ids'].shape[1]-len(ids)-1
     return t, slice(first, first+len(ids))
 
+def all_layers(core, caught)->list:
+    "(dotted name, head-averaged positive gradient × attention) of all layers but the vision tower's, in order"
+    from fada.attention import _weighted
+    from fada.registry import part_of
+    names = {id(m): n for n, m in core.named_modules()}
+    return [(names[id(m)], _weighted(w)) for m, w in caught if w.grad is not None and part_of(names[id(m)]) != 'vision_model']
+
 @pytest.mark.parametrize('architecture', [a if a in ('llava', 'paligemma') else pytest.param(a, marks=pytest.mark.slow) for a in CHATS])
 def test_relevancy_carried_down_equals_all_kept(architecture, folder):
     "Head by head and layer by layer gives what all attention matrices with their gradients give; nothing of the model changes"
     import torch
     from fada.attention import captured, carried_down
-    from fada.families import attention_layers, graph_from
+    from fada.families import graph_from
     vlm = open_tiny(architecture, folder); ids = answer_tokens(vlm, ASK, SAY); t, rows = said_by(vlm, Image.fromarray(probe_picture()), ids); kept = []
     for k, token in enumerate(ids):
         with captured(vlm.core) as caught, graph_from(vlm.core.get_input_embeddings()), torch.enable_grad():
             vlm.core(**t).logits[0, rows.start+k].float().log_softmax(-1)[token].backward(); seen = torch.eye(t['input_ids'].shape[1])
-            for _, a in attention_layers(vlm.core, caught): seen = seen+a@seen
+            for _, a in all_layers(vlm.core, caught): seen = seen+a@seen
         kept.append(seen[rows.start+k, :rows.stop]); vlm.core.zero_grad(set_to_none=True)
     how = {n: p.requires_grad for n, p in vlm.core.named_parameters()}; got = carried_down(vlm.core, t, rows, ids)
     own = torch.nn.functional.one_hot(torch.arange(rows.start, rows.stop), rows.stop); kept = torch.stack(kept)-own
     assert kept.abs().max() > 0 and torch.allclose(got-own, kept, rtol=1e-3, atol=1e-4*float(kept.abs().max()))
+    assert {n: p.requires_grad for n, p in vlm.core.named_parameters()} == how and all(p.grad is None for p in vlm.core.parameters())
+    assert not any('forward' in m.__dict__ for m in vlm.core.modules())
+
+def whole_relevancy(vlm, image, ids):
+    "Relevancy with every matrix of one whole pass kept, for models with a Q-Former or an encoder: tokens × patches or image tokens"
+    import re, torch
+    from fada.attention import CROSS, captured
+    from fada.families import graph_from, through_qformer
+    from fada.vlm import pixel_values, project
+    core, prompt = vlm.core, prompt_of(vlm, ASK); out = []; florence = hasattr(vlm, 'render')
+    for k, token in enumerate(ids):
+        if florence:
+            t = vlm.inputs([image], [prompt]); start = core.get_input_embeddings(); run = lambda: core(**t, labels=torch.tensor([ids])).logits[0, k]
+            n, at, two = t['input_ids'].shape[1], k, True
+        else:
+            row, two = vlm.processor.tokenizer(prompt)['input_ids'], core.config.text_config.is_encoder_decoder
+            start = core.qformer.embeddings.layernorm if hasattr(vlm, 'read') else core.qformer.layernorm
+            patches = core.vision_model(pixel_values(vlm, [image])).last_hidden_state.detach(); q = core.query_tokens.shape[1]
+            n = q+len(row)+(0 if two else len(ids)); at = k if two else q+len(row)-1+k
+            def run():
+                x = vlm.read(patches, [prompt]) if hasattr(vlm, 'read') else project(vlm, patches)
+                x = torch.cat([x, core.get_input_embeddings()(torch.tensor([row+([] if two else ids)]))], 1)
+                return core.language_model(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long),
+                                           **(dict(labels=torch.tensor([ids])) if two else {})).logits[0, at]
+        with captured(core) as caught, graph_from(start), torch.enable_grad():
+            run().float().log_softmax(-1)[token].backward(); layers = all_layers(core, caught); core.zero_grad(set_to_none=True)
+        read, said = torch.eye(n), torch.zeros(len(ids), n)
+        for name, a in layers:
+            if 'qformer' in name: continue
+            if re.search(CROSS, name): said = said+a@read
+            elif not two or '.encoder.' in name: read = read+a@read
+            else: said = said+a@said
+        row = (said if two else read)[at]
+        out.append(row[t['input_ids'][0] == core.config.image_token_id] if florence else
+                   row[:q]@through_qformer([l for l in layers if 'qformer' in l[0]], q, patches.shape[1]))
+    return torch.stack(out)
+
+BOUND = ('florence2', 'blip2-t5', 'instructblip-t5', 'instructblip-llama')
+
+@pytest.mark.parametrize('architecture', [a if a in ('florence2', 'blip2-t5') else pytest.param(a, marks=pytest.mark.slow) for a in BOUND])
+def test_relevancy_through_an_encoder_or_q_former_equals_all_kept(architecture, folder):
+    "In the memory of one layer as with everything kept; nothing of the model changes"
+    vlm = open_tiny(architecture, folder); ids = answer_tokens(vlm, ASK, SAY); image = Image.fromarray(probe_picture())
+    how = {n: p.requires_grad for n, p in vlm.core.named_parameters()}; kept = whole_relevancy(vlm, image, ids)[:, 1:].detach().numpy()
+    got = vlm.token_maps(image, prompt_of(vlm, ASK), ids).reshape(len(ids), -1)
+    kept = kept if got.shape == kept.shape else whole_relevancy(vlm, image, ids).detach().numpy()
+    assert kept.max() > 0 and np.allclose(got, kept, rtol=1e-3, atol=1e-5*kept.max()), np.abs(got-kept).max()/kept.max()
     assert {n: p.requires_grad for n, p in vlm.core.named_parameters()} == how and all(p.grad is None for p in vlm.core.parameters())
     assert not any('forward' in m.__dict__ for m in vlm.core.modules())
 
@@ -183,6 +237,18 @@ def test_memory_of_relevancy_for_llava():
             carried_down(vlm.core, t, slice(first, first+2), ids[:2])
         dry.run(run); peaks[layers] = dry.peaks[-1]
     assert 30e6 < peaks[1] == peaks[2] < 100e6, peaks
+
+def test_memory_of_relevancy_for_florence():
+    "A run on the shapes of Florence-2-base, all layers, for an answer of twelve tokens: under 100 MB beyond the weights on the card"
+    from fada.attention import read_down
+    from fada.dry import DryRun
+    from fada.models import model_spec
+    from fada.plan import shape_of, shell
+    spec = model_spec('florence-2-base'); vlm = shell(spec, shape_of(spec)); dry = DryRun(vlm.model, device='cuda')
+    def run():
+        t = vlm.inputs([Image.new('RGB', (16, 16))], ['q']); x = vlm.core.get_input_embeddings()(t['input_ids']).detach()
+        assert x.shape[1] > 577; dry.phase(); read_down(vlm.core, x, t['attention_mask'], [5]*12)
+    dry.run(run); assert 20e6 < dry.peaks[-1] < 100e6, dry.peaks
 
 def test_time_of_maps():
     "Relevancy and raw attention of an answer take at most three times the answer's own time; best of several, alternating"
@@ -316,6 +382,39 @@ def test_a_badge_belongs_to_exactly_these_weights(tmp_path, monkeypatch):
     assert said[0].startswith(BADGE) and said[1].startswith('not verified for this model: does not beat uniform') and said[2] == never
     vlm.adapter = 'b'*64; assert badge(vlm, 'good') == never
     with pytest.raises(FadaError, match='without a digest'): keep_verdicts(Service(), pd.DataFrame(controls), n)
+
+# ---- base and fine-tuned -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def taught(tmp_path_factory):
+    "An adapter that taught nano a plane that it was never shown, and one of its test pictures"
+    from fada.data import load_table, prepare, read_image
+    from fada.finetune import finetune
+    d = tmp_path_factory.mktemp('taught'); prepare(d/'data', 40, ['Aorta'], 2, source='phantoms')
+    finetune(load('blip2-nano', device='cpu', precision='fp32'), d/'data', ['Aorta'], d/'adapter', steps=40, lr=5e-3, batch=8, checks=1,
+             validation_images=4)
+    return d/'adapter', read_image(d/'data'/load_table(d/'data', split='test').image.iloc[0])
+
+@pytest.mark.slow
+def test_base_beside_fine_tuned(taught):
+    """The maps of a fine-tuned model are those of base and adapter together: the same as of the merged weights, others than the
+    base's, and the base's again once the adapter is switched off; side by side on one scale, each with its own answer and badge"""
+    import matplotlib.pyplot as plt
+    from fada.explain import explain
+    from fada.plots import side_by_side
+    from fada.vlm import merge
+    adapter, image = taught; open_ = lambda a=None: load('blip2-nano', a, device='cpu', precision='fp32')
+    base, tuned, merged = open_(), open_(adapter), merge(open_(adapter)); says = [v.ask(image, 1).text for v in (base, tuned)]
+    assert says[0] != says[1] and 'aorta' in says[1]
+    for method in ('relevancy', 'raw attention', 'occlusion, blur'):
+        a, b, c = (explain(v, image, 1, says[1], method) for v in (base, tuned, merged)); top = np.abs(b.heat).max()
+        assert np.allclose(b.heat, c.heat, atol=1e-3*top) and np.abs(a.heat-b.heat).max() > .05*top, method
+        with tuned.model.disable_adapter():
+            tuned._features.clear(); assert np.allclose(explain(tuned, image, 1, says[1], method).heat, a.heat, atol=1e-3*np.abs(a.heat).max())
+        tuned._features.clear(); assert a.badge.startswith('not verified') and b.badge == c.badge == 'never checked for this model'
+    maps = {n: explain(v, image, 1) for n, v in dict(base=base, tuned=tuned).items()}; assert [m.answer for m in maps.values()] == says
+    fig = side_by_side(maps, one_scale=True); drawn = [ax.images[1] for ax in fig.axes[:2]]
+    assert drawn[0].get_clim() == drawn[1].get_clim() and [ax.get_title().split('\n')[0] for ax in fig.axes[:2]] == ['base', 'tuned']
+    plt.close(fig)
 
 # ---- integrated gradients ------------------------------------------------------------------------------------------------
 WHOLE = [a for a in SEES if a not in ('qwen2.5-vl', 'qwen3-vl')]
