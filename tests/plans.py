@@ -20,6 +20,7 @@ def show():
     plan_figure(kept_plans(), ROOT/'nbs'/'plan.png')
     path = ROOT/'nbs'/'index.ipynb'; nb = nbformat.read(path, 4)
     cell = next(c for c in nb.cells if c.cell_type == 'markdown' and (HEADING in c.source or c.source == 'PLANS'))
-    cell.source = f'{HEADING}\n\n{plan_table(kept_plans())}'; nbformat.write(nb, path)
+    cell.source = ('<details><summary>The same as a table</summary>\n\n'
+                   f'{HEADING}\n\n{plan_table(kept_plans())}\n\n</details>'); nbformat.write(nb, path)
 
 if __name__ == '__main__': show() if sys.argv[1:] == ['show'] else main()
