@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADING = '**predicted, not measured on a card: peak in GiB → smallest of 8, 16, 24 and 80 GiB**'
 
 def main():
-    kept = [{k: v for k, v in asdict(p).items() if k not in ('nearest', 'hours', 'speed')} | dict(hours=None, speed='')
+    kept = [{k: v for k, v in asdict(p).items() if k not in ('nearest', 'hours',
+                                                             'speed')} | dict(hours=None, speed='')
             for p in all_plans()]
     (ROOT/'fada'/'assets'/'plans.json').write_text(json.dumps(dict(kind='fada plans', plans=kept), indent=1)+'\n')
     show()

@@ -176,7 +176,8 @@ def test_the_wheel_serves_the_page(installed):
     port = next(p for p in random.sample(range(20_000, 60_000), 50) if free(p) and free(p+1))
     with open(home/'log', 'w') as log:
         p = subprocess.Popen([python, '-m', 'fada.cli', 'app', '--no-browser', '--port', str(port)], cwd=home,
-                             env={**env, 'FADA_TOKEN': 'of-this-test'}, stdout=log, stderr=log, start_new_session=True)
+                             env={**env, 'FADA_TOKEN': 'of-this-test'}, stdout=log, stderr=log,
+                             start_new_session=True)
     try:
         for _ in range(900):
             if 'The page:' in (home/'log').read_text(): break

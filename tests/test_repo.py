@@ -37,7 +37,8 @@ def test_readme_is_current():
                          cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert out.strip() == (ROOT/'README.md').read_text().strip(), 'run make readme'
 
-@pytest.mark.parametrize('page', ['README.md', *(f'nbs/pages/{p.name}' for p in sorted((ROOT/'nbs/pages').glob('*.md')))])
+@pytest.mark.parametrize('page', ['README.md', *(f'nbs/pages/{p.name}'
+                                                 for p in sorted((ROOT/'nbs/pages').glob('*.md')))])
 def test_links_lead_to_files(page):
     "What README and the written pages link to or show is there, seen from where they lie"
     links = re.findall(r'\]\(([^)#\s]+)', re.sub(r'```.*?```', '', (ROOT/page).read_text(), flags=re.S))
