@@ -55,7 +55,7 @@ wheel: $(READY)  ## dist/: a wheel and a source archive
 	@$(BIN)/python -m build --no-isolation --outdir dist
 
 readme: $(READY) ## README.md from nbs/index.ipynb
-	@$(BIN)/jupyter nbconvert --to markdown --stdout nbs/index.ipynb > README.md
+	@$(BIN)/jupyter nbconvert --config jupyter_nbconvert_config.py --to markdown --stdout nbs/index.ipynb > README.md
 
 clean:           ## delete .venv; data and outputs stay
 	rm -rf $(VENV)

@@ -265,7 +265,8 @@ def name_index(found)->dict:
             if k != s.name or count[k] == 1}
 
 # %% ../nbs/17_book.ipynb #13cd5e12
-PAGES = ('install', 'ethics', 'card-phantoms', 'card-nano', 'card-mini')   # of nbs/pages, as they stand in the book
+PAGES = ('install', 'words', 'own-data', 'training', 'scores', 'models', 'panel', 'commands', 'ethics', 'card-phantoms',
+         'card-nano', 'card-mini')   # of nbs/pages, as they stand in the book
 
 def _index_page(found)->str:
     "All public symbols by name"
@@ -280,7 +281,8 @@ def _index_page(found)->str:
 def _markdown_page(path)->Page:
     "A Markdown file as a page"
     text = Path(path).read_text(encoding='utf-8')
-    return Page(f'{Path(path).stem.lower()}.html', title_of(text, path), markdown_html(text))
+    beside = re.sub(r'(!\[[^]]*\]\()\.\./', r'\1', text)   # in the book a picture lies beside its page
+    return Page(f'{Path(path).stem.lower()}.html', title_of(text, path), markdown_html(beside))
 
 def _chapter_page(c, found, prefix='')->Page:
     body = notebook_html(c.path)+api_html(found)

@@ -146,40 +146,46 @@ def _set_aside(folder, m)->str:
                  for reason,n in why.most_common(6)]+[f'  all of them, with file and row: {folder/QUARANTINE}']
     return '\n'.join(['', *lines, *([f"  no answer at all to: {', '.join(none)}"] if none else [])]).rstrip()
 
+# %% ../nbs/16_cli.ipynb #243947c9
+_Task = Annotated[str,
+    typer.Option(help='lora: an adapter; base: the embedded nano from scratch; planes: a classifier.')]
+_Out = Annotated[Optional[str], typer.Option('--out', '--output', help='Folder of the result.')]
+_Rank = Annotated[Optional[int],
+    typer.Option(help="Of the LoRA layers. Default, as of --lr and --batch: the family's.")]
+_Lr = Annotated[Optional[float], typer.Option(help='Learning rate.')]
+_Batch = Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]
+_Accumulate = Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]
+_Images = Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]
+_Balance = Annotated[Optional[str],
+    typer.Option(help='What rare answers are given: draw, loss or none. Default: settings.ini.')]
+_AbnormalWeight = Annotated[Optional[float],
+    typer.Option(help='How many times as often, or at most as much. Default: settings.ini.')]
+_Checks = Annotated[int, typer.Option(help='Validations, spread over the steps.')]
+_Patience = Annotated[int, typer.Option(help='Checks without a better score until training stops; 0: never.')]
+_KeepEvery = Annotated[int, typer.Option(help='Steps between checkpoints: what a power cut may cost.')]
+_Packing = Annotated[bool,
+    typer.Option(help='All questions of an image in one sequence, where the family allows it.')]
+_Cache = Annotated[bool, typer.Option(help='Compute what the frozen vision tower gives once.')]
+_Augment = Annotated[bool,
+    typer.Option('--augment', help='Change pictures without changing their answers; no cache then.')]
+_Optimiser = Annotated[str, typer.Option(help='adamw; on a card also adamw8bit and paged8bit.')]
+_Checkpointing = Annotated[bool,
+    typer.Option('--checkpointing', help='Gradient checkpointing: less memory, more arithmetic.')]
+_Processes = Annotated[int, typer.Option(help='That train an adapter together on this machine, one a card.')]
+_SkipPreflight = Annotated[bool,
+    typer.Option('--skip-preflight', help='Begin without the checks; noted in the adapter.')]
+_Replace = Annotated[bool, typer.Option('--replace', help='Delete what another run left in the folder.')]
+
 # %% ../nbs/16_cli.ipynb #ad968b77
 @app.command()
 def train(
     data:Data=None, categories:Categories=None, model:Model=None, weights:Weights=None,
-    precision:Precision=None, device:Device=None,
-    task:Annotated[str, typer.Option(help='lora: an adapter; base: the embedded nano from scratch; planes: a '
-                                          'classifier.')]='lora',
-    out:Annotated[Optional[str], typer.Option('--out', '--output', help='Folder of the result.')]=None,
-    steps:int=120,
-    rank:Annotated[Optional[int],
-                   typer.Option(help="Of the LoRA layers. Default, as of --lr and --batch: the family's.")]=None,
-    lr:Annotated[Optional[float], typer.Option(help='Learning rate.')]=None,
-    batch:Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]=None,
-    accumulate:Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]=1,
-    images:Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]=0,
-    balance:Annotated[Optional[str], typer.Option(help='What rare answers are given: draw, loss or none. Default: '
-                                                       'settings.ini.')]=None,
-    abnormal_weight:Annotated[Optional[float], typer.Option(help='How many times as often, or at most as much. '
-                                                                 'Default: settings.ini.')]=None,
-    checks:Annotated[int, typer.Option(help='Validations, spread over the steps.')]=4,
-    patience:Annotated[int, typer.Option(help='Checks without a better score until training stops; 0: never.')]=3,
-    keep_every:Annotated[int, typer.Option(help='Steps between checkpoints: what a power cut may cost.')]=20,
-    packing:Annotated[bool, typer.Option(help='All questions of an image in one sequence, where the family allows '
-                                              'it.')]=True,
-    cache:Annotated[bool, typer.Option(help='Compute what the frozen vision tower gives once.')]=True,
-    augment:Annotated[bool, typer.Option('--augment', help='Change pictures without changing their answers; no '
-                                                           'cache then.')]=False,
-    optimiser:Annotated[str, typer.Option(help='adamw; on a card also adamw8bit and paged8bit.')]='adamw',
-    checkpointing:Annotated[bool, typer.Option('--checkpointing',
-                                               help='Gradient checkpointing: less memory, more arithmetic.')]=False,
-    processes:Annotated[int, typer.Option(help='That train an adapter together on this machine, one a card.')]=1,
-    skip_preflight:Annotated[bool, typer.Option('--skip-preflight',
-                                                help='Begin without the checks; noted in the adapter.')]=False,
-    replace:Annotated[bool, typer.Option('--replace', help='Delete what another run left in the folder.')]=False,
+    precision:Precision=None, device:Device=None, task:_Task='lora', out:_Out=None, steps:int=120,
+    rank:_Rank=None, lr:_Lr=None, batch:_Batch=None, accumulate:_Accumulate=1, images:_Images=0,
+    balance:_Balance=None, abnormal_weight:_AbnormalWeight=None, checks:_Checks=4, patience:_Patience=3,
+    keep_every:_KeepEvery=20, packing:_Packing=True, cache:_Cache=True, augment:_Augment=False,
+    optimiser:_Optimiser='adamw', checkpointing:_Checkpointing=False, processes:_Processes=1,
+    skip_preflight:_SkipPreflight=False, replace:_Replace=False,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Fine-tune a model by LoRA, or train the embedded base from scratch.
@@ -238,6 +244,11 @@ def evaluate(
         m = evaluate_job(s, folder, weights, adapter, split=split, images=images, control_images=control_images,
                          controls=controls, paid_controls=paid_controls, preset=preset, examples=examples,
                          shard=shard, shards=merge or ())
+    _show(m, json, '\n'.join([*_score_lines(m), str(folder)]))
+
+# %% ../nbs/16_cli.ipynb #4d8ffa96
+def _score_lines(m)->list:
+    "Scores beside their controls, what was spent, and the audit's findings"
     from fada.compare import interval_text as score
     lines = [f"{q} {v['key']:15} {score(v['score'])}  "
              + '  '.join(f'{k} {c["mean"]:.2f}' for k,c in v['controls'].items() if c['mean'] is not None)
@@ -246,9 +257,8 @@ def evaluate(
     if took := m.get('spending'):
         lines.append(f"{took['tries']} requests, {took['tokens_in']:,} tokens in, {took['tokens_out']:,} out"
                      + ''.join(f', {v:.4f} {k}' for k,v in took['cost'].items()))
-    _show(m, json, '\n'.join([
-        *lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}"
-                  for n in m['notes']), str(folder)]))
+    return [*lines, *(f"{n['level']}: {'question '+str(n['question'])+': ' if n['question'] else ''}{n['text']}"
+                      for n in m['notes'])]
 
 # %% ../nbs/16_cli.ipynb #75fb00bd
 @app.command()
@@ -414,9 +424,8 @@ def compare(run:Annotated[str, typer.Argument(help='Folder with one folder per j
 @app.command()
 def ask(
     image:Annotated[str, typer.Argument(help='PNG, JPEG, TIFF or DICOM.')],
-    question:Annotated[
-        Optional[list[str]],
-        typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
+    question:Annotated[Optional[list[str]],
+                       typer.Argument(help='Texts, numbers 1 to 8, or keys such as quality; none: all eight.')]=None,
     model:Model=None, weights:Weights=None,
     adapter:Annotated[Optional[str], typer.Option(help='Folder of an adapter bundle.')]=None,
     adapters:Annotated[Optional[str],
@@ -442,21 +451,27 @@ def ask(
     else: answers = vlm.ask(picture, asked)
     chosen = _choices(vlm, picture, answers) if choices else {}
     written = _report(answers, report, s) if report else None
-    _show(dict(answers=[dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error,
-                             flags=a.flags,
-                             **({'more': a.more} if a.more else {}),
-                             **({'choices': chosen[a.question_id]} if a.question_id in chosen else {}))
-                             for a in answers],
-               **({'report': written} if report else {}), notice=NOTICE), json,
-          '\n'.join([*(f"Adapter {r['adapter']}: {r['why']}" for a in answers[:1] if (r := a.more.get('route'))),
-                     *('\n  '.join([a.question, a.text,
-                                    *(f'{p:.3f} {c}' for c,p in chosen.get(a.question_id, {}).items())])
-                       for a in answers if not a.error),
-                     *([UNLIKE_TEXT] if any('unlike training' in a.flags for a in answers) else []),
-                     *([f"Report\n{written['text']}"] if report else []), NOTICE]))
+    _show(dict(answers=[_answer_record(a, chosen) for a in answers], **({'report': written} if report else {}),
+               notice=NOTICE), json, '\n'.join(_answer_lines(answers, chosen, written)))
     for a in answers:
         if a.error: print(f'error: {a.question}: {a.error}', file=sys.stderr)
     if all(a.error for a in answers): raise typer.Exit(1)
+
+# %% ../nbs/16_cli.ipynb #a946ece7
+def _answer_record(a, chosen)->dict:
+    "One answer for --json; `chosen`: {question id: {choice: probability}}"
+    return dict(question=a.question, answer=a.text, confidence=a.confidence, error=a.error, flags=a.flags,
+                **({'more': a.more} if a.more else {}),
+                **({'choices': chosen[a.question_id]} if a.question_id in chosen else {}))
+
+def _answer_lines(answers, chosen, written)->list:
+    "Answers for people: which adapter, question and answer, what to know of them, the report, the notice"
+    return [*(f"Adapter {r['adapter']}: {r['why']}" for a in answers[:1] if (r := a.more.get('route'))),
+            *('\n  '.join([a.question, a.text,
+                           *(f'{p:.3f} {c}' for c,p in chosen.get(a.question_id, {}).items())])
+              for a in answers if not a.error),
+            *([UNLIKE_TEXT] if any('unlike training' in a.flags for a in answers) else []),
+            *([f"Report\n{written['text']}"] if written else []), NOTICE]
 
 # %% ../nbs/16_cli.ipynb #dc672feb
 def _choices(vlm, picture, answers)->dict:

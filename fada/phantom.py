@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 import numpy as np
+from fastcore.basics import patch
 from .settings import FadaError
 
 # %% ../nbs/02_phantom.ipynb #2b63c5fd
@@ -148,16 +149,21 @@ class Medium:
         if texture: self.db[w] += cover*texture[0]*self.unevenness(texture[1], d.shape)
         if name: self.labels[w][cover > .5] = self.label(name)
 
-    def label(self, name):
-        if name not in self.names: self.names.append(name)
-        return self.names.index(name) + 1
-    def unevenness(self, mm, shape):
-        "Unit-variance noise with a correlation length of about `mm`"
-        from scipy import ndimage as ndi
-        # coarse noise stretched: as good as a wide filter, far cheaper
-        step = max(1, int(mm/self.probe.dr/2))
-        small = self.rng.standard_normal((shape[0]//step+3, shape[1]//step+3)).astype(np.float32)
-        return ndi.zoom(small, step, order=1)[:shape[0], :shape[1]]
+# %% ../nbs/02_phantom.ipynb #999f9d44
+@patch
+def label(self:Medium, name):
+    "The number of structure `name` in the label map"
+    if name not in self.names: self.names.append(name)
+    return self.names.index(name) + 1
+
+@patch
+def unevenness(self:Medium, mm, shape):
+    "Unit-variance noise with a correlation length of about `mm`"
+    from scipy import ndimage as ndi
+    # coarse noise stretched: as good as a wide filter, far cheaper
+    step = max(1, int(mm/self.probe.dr/2))
+    small = self.rng.standard_normal((shape[0]//step+3, shape[1]//step+3)).astype(np.float32)
+    return ndi.zoom(small, step, order=1)[:shape[0], :shape[1]]
 
 # %% ../nbs/02_phantom.ipynb #c454616e
 @dataclass(frozen=True)

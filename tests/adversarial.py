@@ -42,7 +42,8 @@ def smuggle(rng, q, text):
     said = lambda c, table: c in find_terms(low, table)[0]|find_terms(low, table)[1]
     named = {s.lower() for s, c in spellings(PARAMETERS) if said(c, PARAMETERS)}   # NT is the nuchal translucency
     def other(table):
-        return rng.choice([s for s, c in spellings(table) if not said(c, table) and s.lower() not in low and s.lower() not in named])
+        return rng.choice([s for s, c in spellings(table) if not said(c, table) and s.lower() not in low
+                           and s.lower() not in named])
     join = rng.choice(['{}, {}', '{}; {} is seen', '{} and {}', 'There is {} with {}', '{}. {}'])
     if kind == 0: return join.format(text, other(STRUCTURES))
     if kind == 1: return join.format(text, other(FINDINGS))

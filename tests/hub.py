@@ -66,10 +66,12 @@ class Hub:
         if path == '/api/validate-yaml': return self.json(h, dict(errors=[], warnings=[]))
         if path == '/api/repos/create': return self.create(h, said)
         if path.endswith('/preupload/main'):
-            return self.json(h, dict(files=[dict(path=f['path'], shouldIgnore=False, oid=None, uploadMode='lfs' if f['path'].endswith(
+            return self.json(h, dict(files=[dict(path=f['path'], shouldIgnore=False, oid=None,
+                                                 uploadMode='lfs' if f['path'].endswith(
                 ('.safetensors', '.npz')) else 'regular') for f in said['files']]))
         if path.endswith('.git/info/lfs/objects/batch'):
-            return self.json(h, dict(transfer='basic', objects=[dict(o, actions=dict(upload=dict(href=f"{self.url}/objects/{o['oid']}")))
+            return self.json(h, dict(transfer='basic',
+                                     objects=[dict(o, actions=dict(upload=dict(href=f"{self.url}/objects/{o['oid']}")))
                                                                 for o in said['objects']]))
         self.answer(h, 404)
 
@@ -98,7 +100,8 @@ class Hub:
                            if kind == 'tree' else dict(e, rfilename=name,
                                                        blobId=hashlib.sha1(data).hexdigest()))
         self.json(h, entries if kind == 'tree' else dict(id=repo, modelId=repo, sha=self.commit,
-                                                         private=repo in self.private, gated=repo in self.gated, tags=[],
+                                                         private=repo in self.private, gated=repo in self.gated,
+                                                         tags=[],
                                                          siblings=entries))
 
     def send_file(self, h, p):

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADING = '**predicted, not measured on a card: peak in GiB → smallest of 8, 16, 24 and 80 GiB**'
 
 def main():
-    kept = [{k: v for k, v in asdict(p).items() if k not in ('nearest', 'hours', 'speed')} | dict(hours=None, speed='')
+    kept = [{k: v for k, v in asdict(p).items() if k not in ('nearest', 'hours',
+                                                             'speed')} | dict(hours=None, speed='')
             for p in all_plans()]
     (ROOT/'fada'/'assets'/'plans.json').write_text(json.dumps(dict(kind='fada plans', plans=kept), indent=1)+'\n')
     show()
@@ -20,6 +21,7 @@ def show():
     plan_figure(kept_plans(), ROOT/'nbs'/'plan.png')
     path = ROOT/'nbs'/'index.ipynb'; nb = nbformat.read(path, 4)
     cell = next(c for c in nb.cells if c.cell_type == 'markdown' and (HEADING in c.source or c.source == 'PLANS'))
-    cell.source = f'{HEADING}\n\n{plan_table(kept_plans())}'; nbformat.write(nb, path)
+    cell.source = ('<details><summary>The same as a table</summary>\n\n'
+                   f'{HEADING}\n\n{plan_table(kept_plans())}\n\n</details>'); nbformat.write(nb, path)
 
 if __name__ == '__main__': show() if sys.argv[1:] == ['show'] else main()

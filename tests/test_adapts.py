@@ -10,4 +10,5 @@ def test_a_category_left_out_is_learned_from_images(tmp_path, root):
     from adapts import shift
     f = shift('Trans-thalamic', False, tmp_path)
     assert f['patients'] >= 20 and f['gain']['low'] > .1, f['gain']
-    for control in ('shuffled same', 'blank', 'majority in category', 'no image'): assert f['controls'][control]['low'] > 0, (control, f['controls'])
+    for control in ('shuffled same', 'blank', 'majority in category', 'no image'):
+        assert f['controls'][control]['low'] > 0, (control, f['controls'])

@@ -118,7 +118,8 @@ def gone(a, rng): a['prediction'] = a.prediction.where(~(plain(a) & (rng.random(
                                                (cut_questions, 'cut-questions', 'red'),
     (two_prompts, 'other-prompt', 'red'), (unread, 'not-read', 'red'), (made_up, 'made-up', 'red'),
                                                (few, 'few-samples', 'red'),
-    (unanswered, 'not-answered', 'red'), (two_models, 'mixed-models', 'red'), (looping, 'no-language', 'red'), (refusing, 'refusals', 'amber'),
+    (unanswered, 'not-answered', 'red'), (two_models, 'mixed-models', 'red'), (looping, 'no-language', 'red'),
+    (refusing, 'refusals', 'amber'),
                                                (gone, 'failed', 'red')],
     ids=lambda v: getattr(v, '__name__', v))
 def test_planted_fault_is_named(fault, id, severity, data, tmp_path):

@@ -1,5 +1,6 @@
 "The book: every link leads somewhere, every public name has its place; the wheel works away from the clone."
-import os, re, shutil, subprocess, sys, sysconfig, zipfile
+import json, os, random, re, shutil, signal, socket, subprocess, sys, sysconfig, time, urllib.request
+import zipfile
 from pathlib import Path
 import pytest
 from fada.book import (LOOK, PAGES, check_book, chapters, finding_ids, notebook_html, read_chapter, run_command,
@@ -104,6 +105,9 @@ def _venv(folder, wheel)->Path:
     with zipfile.ZipFile(wheel) as z: z.extractall(where)
     # a plain path: the .pth in there that leads to the clone is not followed
     (Path(where)/'dependencies.pth').write_text(f'{here}\n')
+    # templates and kernels, which an installation of the dependencies puts there
+    share = Path(folder)/'share'; share.mkdir(exist_ok=True)
+    (share/'jupyter').symlink_to(Path(sys.prefix)/'share'/'jupyter', target_is_directory=True)
     return Path(folder)/('Scripts' if os.name == 'nt' else 'bin')/'python'
 
 @pytest.fixture(scope='module')
@@ -126,21 +130,27 @@ def test_notebooks_travel_in_the_wheel(wheel):
     assert {f'fada/assets/book/{p.name}' for p in LOOK.iterdir()} <= names
     assert not any(n.startswith(('nbs/', 'tests/', 'data/', 'fada/notebooks/0')) for n in names)
 
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+    "The wheel in an environment of its own, away from the clone: (its python, a home, variables)"
+    d = tmp_path_factory.mktemp('installed'); python = _venv(d/'env', wheel); home = d/'home'; home.mkdir()
+    env = {**os.environ, 'XDG_CONFIG_HOME': str(home), 'OMP_NUM_THREADS': '1', 'FADA_THREADS': '1'}
+    env.pop('PYTHONPATH', None)
+    return python, home, env
+
+def _ran(installed, *words):
+    python, home, env = installed
+    r = subprocess.run([python, *words], cwd=home, env=env, capture_output=True, text=True)
+    assert r.returncode == 0, (words, r.stderr[-2000:])
+    return r.stdout
+
 @pytest.mark.slow
-def test_the_wheel_works_alone(wheel, tmp_path):
-    "Help, phantoms, an answer, a training, an evaluation and the notebooks, away from the clone"
-    python = _venv(tmp_path/'env', wheel); home = tmp_path/'home'; home.mkdir()
-    env = {**os.environ, 'XDG_CONFIG_HOME': str(home), 'OMP_NUM_THREADS': '1'}; env.pop('PYTHONPATH', None)
-    def fada(*words):
-        r = subprocess.run([python, '-m', 'fada.cli', *words], cwd=home, env=env, capture_output=True, text=True)
-        assert r.returncode == 0, (words, r.stderr[-2000:])
-        return r.stdout
-    def said(code):
-        r = subprocess.run([python, '-c', code], cwd=home, env=env, capture_output=True, text=True)
-        assert r.returncode == 0, r.stderr
-        return r.stdout
-    assert str(tmp_path/'env') in said('import fada; print(fada.__file__)')
-    assert 'phantom' in fada('--help')
+def test_the_wheel_works_alone(installed):
+    "Help, phantoms, an answer, a training, an evaluation, a grid and the notebooks, away from the clone"
+    home = installed[1]; fada = lambda *words: _ran(installed, '-m', 'fada.cli', *words)
+    said = lambda code: _ran(installed, '-c', code)
+    assert str(home.parent/'env') in said('import fada; print(fada.__file__)')
+    assert 'phantom' in fada('--help') and '--small' in fada('demo', '--help')
     fada('phantom', '--n', '24', '--categories', 'Femur', '--out', 'data', '--quiet')
     image = next((home/'data'/'images').rglob('*.png'))
     assert 'not a medical device' in fada('ask', str(image), 'plane').lower()
@@ -150,7 +160,29 @@ def test_the_wheel_works_alone(wheel, tmp_path):
     fada('evaluate', '--data', 'data', '--categories', 'Femur', '--adapter', str(adapter), '--images', '2',
          '--control-images', '2', '--out', 'scores', '--quiet')
     assert (home/'scores'/'metrics.json').is_file()
+    (home/'night.toml').write_text('models = ["blip2-nano"]\ncategories = ["Femur"]\nprecisions = ["fp32"]\nseeds = [0]\n'
+                                   'tasks = ["baseline", "train", "evaluate"]\ndata = "data"\n')
+    jobs = json.loads(fada('batch', 'night.toml', '--dry-run', '--json'))['jobs']
+    assert len(jobs) == 3 and not (home/'outputs').exists()
     fada('notebooks', 'work'); assert (home/'work'/'app'/'ask.ipynb').is_file()
     run = ('from fada.batch import run_notebooks, notebook_parameters as p; n = run_notebooks(); print(n); '
            'assert p(n/"train.ipynb") and (n.parent/"app"/"ask.ipynb").is_file()')
-    assert str(tmp_path/'env') in said(run)
+    assert str(home.parent/'env') in said(run)
+
+@pytest.mark.slow
+def test_the_wheel_serves_the_page(installed):
+    "`fada app` of the wheel: the page with the panel in it, for who has the token; Ctrl-C ends it"
+    python, home, env = installed; free = lambda p: socket.socket().connect_ex(('127.0.0.1', p)) != 0
+    port = next(p for p in random.sample(range(20_000, 60_000), 50) if free(p) and free(p+1))
+    with open(home/'log', 'w') as log:
+        p = subprocess.Popen([python, '-m', 'fada.cli', 'app', '--no-browser', '--port', str(port)], cwd=home,
+                             env={**env, 'FADA_TOKEN': 'of-this-test'}, stdout=log, stderr=log,
+                             start_new_session=True)
+    try:
+        for _ in range(900):
+            if 'The page:' in (home/'log').read_text(): break
+            assert p.poll() is None, (home/'log').read_text(); time.sleep(.1)
+        get = lambda path: urllib.request.urlopen(f'http://127.0.0.1:{port}{path}', timeout=120).read().decode()
+        page,panel = get('/?token=of-this-test'),'application/vnd.jupyter.widget-view+json'
+        assert panel in page and 'Traceback' not in page and panel not in get('/')   # not without the token
+    finally: p.send_signal(signal.SIGINT); assert p.wait(60) == 0

@@ -240,13 +240,15 @@ def test_device_and_precision_are_pinned(copy):
     for bad in ('gpu', 'cuda:x', 'mps2'):
         with pytest.raises(FadaError, match='unknown device'): resolve_device(bad)
     half = replace(MODELS['smolvlm-256m'], precisions=('fp32', 'bf16'))
-    with pytest.raises(FadaError, match='does not run in fp16.*one of fp32, bf16'): load_model(half, copy, 'fp16', 'cpu')
+    with pytest.raises(FadaError, match='does not run in fp16.*one of fp32, bf16'):
+        load_model(half, copy, 'fp16', 'cpu')
     assert {str(p.device) for p in _load(copy)[0].parameters()} == {'cpu'}
 
 def test_adapter_of_another_base(copy, tmp_path, small_data, monkeypatch):
     from fada.finetune import finetune
     base = load('smolvlm-256m', weights=copy, device='cpu', precision='fp32', max_new_tokens=4)
-    finetune(base, small_data, ['Femur'], tmp_path/'adapter', rank=2, steps=1, batch=1, images=2, checks=1, validation_images=1, skip_preflight=True)
+    finetune(base, small_data, ['Femur'], tmp_path/'adapter', rank=2, steps=1, batch=1, images=2, checks=1,
+             validation_images=1, skip_preflight=True)
     other = tiny('smolvlm', tmp_path, seed=1)[2]
     with pytest.raises(FadaError, match='trained on another base'):
         load('smolvlm-256m', tmp_path/'adapter', other, 'fp32', 'cpu')

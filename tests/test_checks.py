@@ -17,7 +17,8 @@ def test_gravest_findings_come_first(tmp_path):
     write_rows(tmp_path, [empty, *rows[1:], ['Femur', 'ghost.png', *rows[0][2:]], [*rows[1][:3], *'abcdefgh']])
     c = check(tmp_path); kinds = list(dict.fromkeys(c.findings.kind))
     assert kinds == [k for k in GRAVEST if k in kinds] and kinds[-1] == 'no answer' and kinds[0] == 'answer without image'
-    at = [c.text().index(f'  {k}\n') for k in kinds if f'  {k}\n' in c.text()]; assert at == sorted(at) and len(at) > 4
+    at = [c.text().index(f'  {k}\n') for k in kinds if f'  {k}\n' in c.text()]
+    assert at == sorted(at) and len(at) > 4
 
 def test_what_prepare_would_refuse_is_said_and_the_status_is_1(tmp_path):
     "Nothing at all; too few patients for a split: the words of `prepare`, the whole document on standard output all the same"
@@ -31,11 +32,15 @@ def test_what_prepare_would_refuse_is_said_and_the_status_is_1(tmp_path):
     r = fada('check', whole, '--quiet'); assert (r.returncode, r.stderr) == (0, '') and 'refused' not in r.stdout
 
 @pytest.mark.parametrize('text,said', [
-    ('Miller Anna 3', ['a name']), ('MÜLLER_JÜRGEN', ['a name']), ('DOE^JANE', ['a name']), ('MillerAnna', ['a name']),
+    ('Miller Anna 3', ['a name']), ('MÜLLER_JÜRGEN', ['a name']), ('DOE^JANE', ['a name']),
+    ('MillerAnna', ['a name']),
     ('1987-03-14', ['a date']), ('us_14.03.1987', ['a date']), ('scan 20190731', ['a date']),
-    ('MRN 44871', ['a hospital number']), ('48201937', ['a hospital number']), ('Smith, Jo 48201937', ['a hospital number', 'a name']),
-    ('Patient00168_Plane5_2_of_2', []), ('img_0012', []), ('010_HC', []), ('Standard_NT 4', []), ('Trans-cerebellum', []),
-    ('Four-Chamber View', []), ('Femur Normal Left', []), ('SAMSUNG WS80A', []), ('f-0123456789abcdef0123', []), ('000123', [])])
+    ('MRN 44871', ['a hospital number']), ('48201937', ['a hospital number']),
+    ('Smith, Jo 48201937', ['a hospital number', 'a name']),
+    ('Patient00168_Plane5_2_of_2', []), ('img_0012', []), ('010_HC', []), ('Standard_NT 4', []),
+    ('Trans-cerebellum', []),
+    ('Four-Chamber View', []), ('Femur Normal Left', []), ('SAMSUNG WS80A', []), ('f-0123456789abcdef0123', []),
+    ('000123', [])])
 def test_names_of_people_are_guessed(text, said): assert personal(text) == said
 
 def test_names_of_people_are_counted_and_masked(tmp_path):
@@ -48,13 +53,15 @@ def test_names_of_people_are_counted_and_masked(tmp_path):
     assert masked('Ab 12-é') == 'Xx 99-x'
 
 def test_a_template_lists_what_can_be_answered(tmp_path):
-    group_folder(tmp_path, 2); (tmp_path/'Femur'/'broken.png').write_bytes(b'no picture'); picture(tmp_path/'Knee'/'1.png')
+    group_folder(tmp_path, 2); (tmp_path/'Femur'/'broken.png').write_bytes(b'no picture')
+    picture(tmp_path/'Knee'/'1.png')
     for name in ('answers', 'answers.csv', '../answers.xlsx'):
         with pytest.raises(FadaError, match='ends in .xlsx'): template(tmp_path, name)
     r = fada('template', tmp_path, '--json', '--quiet'); out = json.loads(r.stdout)
     assert out['images'] == 4 and {x['file'] for x in out['left_out']} == {'Femur/broken.png', 'Knee/1.png'}
     assert len(pd.read_excel(tmp_path/'answers.xlsx')) == 4
-    r = fada('template', tmp_path, '--name', 'more.xlsx', '--quiet'); assert "left out: Knee/1.png: folder 'Knee'" in r.stdout
+    r = fada('template', tmp_path, '--name', 'more.xlsx', '--quiet')
+    assert "left out: Knee/1.png: folder 'Knee'" in r.stdout
     (tmp_path/'none'/'Knee').mkdir(parents=True); picture(tmp_path/'none'/'Knee'/'1.png')
     with pytest.raises(FadaError, match='Knee/1.png: folder'): template(tmp_path/'none')
 
@@ -72,4 +79,5 @@ def test_verify_says_what_changed_and_what_to_do(tmp_path):
 def test_phantoms_need_no_check_and_no_workbook(tmp_path):
     (tmp_path/'phantoms.json').write_text('{}'); picture(tmp_path/'images'/'Femur'/'1.png')
     for ask in (check, template):
-        with pytest.raises(FadaError, match='phantoms, whose answers were made with them.*fada data verify'): ask(tmp_path)
+        with pytest.raises(FadaError, match='phantoms, whose answers were made with them.*fada data verify'):
+            ask(tmp_path)

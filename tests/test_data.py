@@ -226,7 +226,8 @@ def test_mixed_separators(tmp_path):
     rows = group_folder(tmp_path, 3, ('Femur',))
     lines = [','.join(HEADERS), ','.join(rows[0]), ';'.join(rows[1]), ','.join([*rows[2], 'x', 'y'])]
     (tmp_path/'a.csv').write_text('\n'.join(lines)); r = read_group_folder(tmp_path)
-    assert len(r.rows) == 16 and '13 cells under 11 headers' in reasons(r) and any("separated by ';'" in n['finding'] for n in r.notes)
+    assert len(r.rows) == 16 and '13 cells under 11 headers' in reasons(r) and any("separated by ';'" in n['finding']
+        for n in r.notes)
 
 # ---- accounting
 
@@ -332,7 +333,8 @@ def test_fuzz_of_chat_files(tmp_path, seed):
 def test_slips_and_what_no_picture_shows(tmp_path):
     "A misspelling of a common answer is named with its row; so are ages and sizes that an image cannot give"
     rows = group_folder(tmp_path, 8)
-    for k, r in enumerate(rows): r[4+2], r[4+3], r[4+4] = 'length 31 mm', '22 weeks', 'Good quality' if k else 'Good qualty'
+    for k, r in enumerate(rows):
+        r[4+2], r[4+3], r[4+4] = 'length 31 mm', '22 weeks', 'Good quality' if k else 'Good qualty'
     rows[3][4+4] = 'hardly good'                                                # another wording is no slip
     write_rows(tmp_path, rows); f = check(tmp_path).findings
     slip = f[f.kind == 'spelling']; assert slip.field.tolist() == ['Q6'] and slip.row.tolist() == [2]
@@ -350,7 +352,8 @@ def test_a_picture_that_was_changed_is_not_exported(tmp_path):
 
 def test_verify_before_prepare_and_an_unknown_split(tmp_path, small_data):
     with pytest.raises(FadaError, match='no question table yet.*fada prepare --data'): verify(tmp_path)
-    with pytest.raises(FadaError, match='unknown split .tset.; did you mean test'): load_table(small_data, split='tset')
+    with pytest.raises(FadaError, match='unknown split .tset.; did you mean test'):
+        load_table(small_data, split='tset')
 
 def test_a_folder_that_cannot_be_written_is_said_before_it_is_read(tmp_path, monkeypatch):
     write_rows(tmp_path, group_folder(tmp_path, 2)); may = os.access   # root may write everywhere
@@ -362,12 +365,14 @@ def test_a_folder_that_cannot_be_written_is_said_before_it_is_read(tmp_path, mon
 
 @pytest.mark.parametrize('lines,taken', [
     (['a.png,Femur,"good', 'b.png,Femur,fair', 'c.png,Femur,poor'], 'bc'),              # open to the end of the file
-    (['a.png,Femur,"good', 'b.png,Femur,"fair"', 'c.png,Femur,poor'], 'bc'),            # closed by the next answer's quote
+    (['a.png,Femur,"good', 'b.png,Femur,"fair"', 'c.png,Femur,poor'],
+     'bc'),            # closed by the next answer's quote
     (['a.png,Femur,"good', 'b.png,Femur,fair"', 'c.png,Femur,poor'], 'bc'),             # closed where a row ends
     (['a.png,Femur,"good', 'or fair"', 'c.png,Femur,poor'], 'ac')])                     # a cell of two lines is none
 def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path, lines, taken):
     for k, n in enumerate('abc'): picture(tmp_path/'Femur'/f'{n}.png', k)
-    (tmp_path/'w.csv').write_text('\n'.join(['Image Name,Folder Name,Q6', *lines, ''])); r = read_group_folder(tmp_path)
+    (tmp_path/'w.csv').write_text('\n'.join(['Image Name,Folder Name,Q6', *lines, '']))
+    r = read_group_folder(tmp_path)
     assert ''.join(sorted(x['image'][6] for x in r.rows)) == taken
     lost = r.quarantine[r.quarantine.reason.str.contains('opened and not closed')]
     assert lost.row.tolist() == ([2] if taken == 'bc' else []) and not any('b.png' in x['answer'] for x in r.rows)
@@ -376,10 +381,12 @@ def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path, lines, taken):
 def test_how_a_pregnancy_was_dated_is_not_made_up(tmp_path, source):
     from fada.export import export
     d = tmp_path/'d'; rows = [[*r, 150, *([source] if source else [])] for r in group_folder(d, 6)]
-    write_rows(d, rows, headers=[*HEADERS, 'GA days', *(['GA source'] if source else [])]); prepare(d, 0, [], source='folder')
+    write_rows(d, rows, headers=[*HEADERS, 'GA days', *(['GA source'] if source else [])])
+    prepare(d, 0, [], source='folder')
     c = check(d).findings; assert c.finding.str.contains('no column "GA source"').sum() == (source is None)
     for f in ('csv', 'workbook', 'chat', 'datasets'):
-        export(d, tmp_path/f, f, keep_text=True); prepare(tmp_path/f, 0, [], source='folder'); t = load_table(tmp_path/f)
+        export(d, tmp_path/f, f, keep_text=True); prepare(tmp_path/f, 0, [], source='folder')
+        t = load_table(tmp_path/f)
         assert set(t.ga_days) == {150} and (set(t.ga_source) if 'ga_source' in t else {None}) == {source}, f
 
 @pytest.mark.parametrize('name', ['a.tif', 'a.webp', 'a.png'])
@@ -392,18 +399,23 @@ def test_more_pages_than_one_are_said(tmp_path, name):
         assert [n['finding'] for n in r.notes if n['file'] == f'Femur/{name}'] == ['the first of 3 pages is read']
 
 def test_an_unknown_published_split_is_said(tmp_path):
-    write_rows(tmp_path, [[*r, 'holdout'] for r in group_folder(tmp_path, 2, ('Femur',))], headers=[*HEADERS, 'Split'])
+    write_rows(tmp_path, [[*r, 'holdout'] for r in group_folder(tmp_path, 2, ('Femur',))],
+               headers=[*HEADERS, 'Split'])
     r = read_group_folder(tmp_path); said = [n for n in r.notes if n['field'] == 'published_split']
     assert 'published_split' not in r.table and [n['row'] for n in said] == [2, 3] and "'holdout'" in said[0]['finding']
 
 @pytest.mark.parametrize('text', ['m-198001011234', 'p-19800101123456789012', 'image:198001011234'])
 def test_what_only_looks_like_a_hash_is_hashed(text, monkeypatch):
     h = hashed(text); assert text not in h and hashed(h) == h and hashed(h[:-1]+'x') != h[:-1]+'x'
-    monkeypatch.setenv('FADA_SALT', 'another'); assert hashed(h) != h                   # made elsewhere: no proof here
+    # made elsewhere: no proof here
+    monkeypatch.setenv('FADA_SALT', 'another'); assert hashed(h) != h
 
-@pytest.mark.parametrize('name,gone', [('Abdomen/Jane Doe/img_1.png', 'jane'), ('Abdomen/1980010112345678.png', '19800101'),
-    ('Femur/DOB_1980_01_02.png', '1980 _01_02'), ('Femur/img_12.3.1980.png', '12.3 1980'), ('img_19800102.png', '1980'),
-    ('Femur/x.Miller', 'miller'), ('Femur/Patient123.png', '123'), ('n-19800101123456789012.png', '19800101123456789012')])
+@pytest.mark.parametrize('name,gone', [('Abdomen/Jane Doe/img_1.png', 'jane'),
+                                       ('Abdomen/1980010112345678.png', '19800101'),
+    ('Femur/DOB_1980_01_02.png', '1980 _01_02'), ('Femur/img_12.3.1980.png', '12.3 1980'),
+    ('img_19800102.png', '1980'),
+    ('Femur/x.Miller', 'miller'), ('Femur/Patient123.png', '123'),
+    ('n-19800101123456789012.png', '19800101123456789012')])
 def test_a_public_name_names_nobody(name, gone):
     out = public_name(name); assert not any(g in out.lower() for g in gone.split()), out
     assert public_name(out) == out and out.split('/')[0] == name.split('/')[0] or '/' not in name
@@ -415,12 +427,14 @@ def test_a_public_name_keeps_what_tells_pictures_apart():
 
 def test_json_files_linked_from_elsewhere_are_not_read(tmp_path):
     d = tmp_path/'d'; picture(d/'Femur'/'a.png')
-    (tmp_path/'secret.json').write_text(json.dumps([dict(image='Femur/a.png', question='image quality', answer='secret')]))
+    (tmp_path/'secret.json').write_text(json.dumps([dict(image='Femur/a.png', question='image quality',
+                                                         answer='secret')]))
     (d/'x.json').symlink_to(tmp_path/'secret.json'); r = read_any(d, 'chat')
     assert not r.rows and [(a['file'], a['reason']) for a in r.aside if a['file'] == 'x.json'] == [
         ('x.json', 'a symbolic link out of the folder')]
 
-@pytest.mark.parametrize('text,said', [('{"splits": ["../out"]}', 'no folder beside it'), ('{"splits"', 'not valid JSON'),
+@pytest.mark.parametrize('text,said', [('{"splits": ["../out"]}', 'no folder beside it'),
+                                       ('{"splits"', 'not valid JSON'),
     ('[]', 'no list of splits'), ('{"splits": [3, "/etc", "."]}', 'no folder beside it')])
 def test_a_saved_dataset_stays_in_its_folder(tmp_path, text, said):
     import pyarrow as pa
@@ -452,7 +466,8 @@ def test_control_characters_do_not_stop_an_export(tmp_path):
 
 def test_shares_and_published_splits_that_leave_one_empty(tmp_path):
     t = pd.DataFrame([dict(image=f'{c}{k}', pixels_sha256=f'{c}{k}', category=c, patient=f'{c}{k}', published_split=s)
-                      for c in ('Femur', 'Thorax') for k, s in enumerate(['train']*3+['test'] if c == 'Femur' else [None]*2)])
+                      for c in ('Femur', 'Thorax')
+                      for k, s in enumerate(['train']*3+['test'] if c == 'Femur' else [None]*2)])
     with pytest.raises(FadaError, match='Thorax: 2 patients'): split_table(t)
     only = split_table(t, shares=(0, 0, 1)); assert (only[only.published_split == 'train'].split == 'train').all()
     assert (only[only.category == 'Thorax'].split == 'test').all()
@@ -462,7 +477,8 @@ def test_a_cine_that_was_changed_is_not_exported(tmp_path):
     from test_dicom import RAMP, write
     frames = lambda k: np.stack([np.roll(RAMP, 6*k, 1), np.roll(RAMP, 6*k+3, 1)])
     for k in range(6): write(tmp_path/'d'/'Femur'/f'c{k}.dcm', frames(k), frames=2, PatientID=f'P{k}')
-    write_rows(tmp_path/'d', [['Femur', f'c{k}.dcm', '', *'abcdefgh'] for k in range(6)]); prepare(tmp_path/'d', 0, [], source='folder')
+    write_rows(tmp_path/'d', [['Femur', f'c{k}.dcm', '', *'abcdefgh'] for k in range(6)])
+    prepare(tmp_path/'d', 0, [], source='folder')
     write(tmp_path/'d'/'Femur'/'c0.dcm', frames(9), frames=2, PatientID='P0')
     r = export(tmp_path/'d', tmp_path/'out', 'csv', keep_text=True)
     assert [x['file'] for x in r['left_behind']] == ['Femur/c0.dcm#0'] and r['images'] == 5
@@ -472,7 +488,8 @@ def test_every_file_that_was_read_is_watched(tmp_path):
     b = Workbook(); b.active.append(HEADERS)
     for x in group_folder(tmp_path, 6): b.active.append(x)
     b.create_sheet('more').append(['nothing']); b.save(tmp_path/'answers [v2].xlsx')
-    write_rows(tmp_path, [['x', 'y']], 'other.csv', ['a', 'b']); (tmp_path/'Femur'/'broken.png').write_bytes(b'no picture')
+    write_rows(tmp_path, [['x', 'y']], 'other.csv', ['a', 'b'])
+    (tmp_path/'Femur'/'broken.png').write_bytes(b'no picture')
     prepare(tmp_path, 0, [], source='folder'); assert not len(verify(tmp_path))
     for n in ('answers [v2].xlsx', 'other.csv', 'Femur/broken.png'):
         with open(tmp_path/n, 'ab') as f: f.write(b'x')
@@ -484,9 +501,11 @@ def test_two_builders_of_one_pixel_cache(tmp_path, monkeypatch):
     here, make, first = tmp_path/'c', np.lib.format.open_memmap, []; here.mkdir(); s = px.processor_settings(8)
     def late(*args, **more):
         if not first:
-            first.append(None); first[0] = px._cache_files(here, s, ['h1', 'h2']); first[0][0][0] = 7; first[0][1][0] = True
+            first.append(None); first[0] = px._cache_files(here, s, ['h1', 'h2']); first[0][0][0] = 7
+            first[0][1][0] = True
         return make(*args, **more)
     monkeypatch.setattr(np.lib.format, 'open_memmap', late); pids = iter(range(9))
     monkeypatch.setattr(px.os, 'getpid', lambda: next(pids))
-    px._cache_files(here, s, ['h1', 'h2']); px._settle(here, *first[0]); pixels, done = px._cache_files(here, s, ['h1', 'h2'])
+    px._cache_files(here, s, ['h1', 'h2']); px._settle(here, *first[0])
+    pixels, done = px._cache_files(here, s, ['h1', 'h2'])
     assert done.tolist() == [True, False] and (pixels[0] == 7).all() and sorted(p.name for p in tmp_path.iterdir()) == ['c']

@@ -93,11 +93,13 @@ def test_tags_stand_above_the_name_of_a_file(tmp_path, monkeypatch):
     "One patient by the tags though the names count two; without a PatientID the name's number, hashed"
     monkeypatch.setenv('FADA_SALT', 'one'); names = ['Patient41_a', 'Patient42_b', 'Patient43_c']
     for k, n in enumerate(names):
-        write(tmp_path/'Femur'/f'{n}.dcm', RAMP+0*k, **(dict(PatientID='X1', InstitutionName='St Mary') if k < 2 else {}))
+        write(tmp_path/'Femur'/f'{n}.dcm', RAMP+0*k,
+              **(dict(PatientID='X1', InstitutionName='St Mary') if k < 2 else {}))
     pd.DataFrame({'Image Name': names, 'Q6': ['good']*3}).to_csv(tmp_path/'Femur'/'a.csv', index=False)
     r = read_any(tmp_path); who = r.table.set_index('image').patient
     assert who[:2].unique().tolist() == [hashed('X1')] and who.iloc[2] == hashed('named:43') and who.iloc[2].startswith('p-')
-    assert not any(f'named:{n}' in r.table.to_csv() for n in (41, 42, 43)) and r.mapping['file names'] == {'patient': 'patient'}
+    assert not any(f'named:{n}' in r.table.to_csv()
+                   for n in (41, 42, 43)) and r.mapping['file names'] == {'patient': 'patient'}
 
 @pytest.mark.parametrize('name,text,sector', [
     ('palette_color', [(0, 58, 0, 800), (60, 350, 0, 120), (60, 350, 730, 800), (85, 110, 100, 310)],
@@ -115,7 +117,8 @@ def test_frames_of_one_cine_keep_their_brightness(tmp_path):
     "Depth comes from the file, not from the brightest pixel of a frame"
     a = np.stack([RAMP*4, RAMP*16]); p = write(tmp_path/'c.dcm', a, bits=12, frames=2)
     assert abs(row(p, 0)[:, 0]-RAMP[0]/4).max() <= 1 and abs(row(p, 1)[:, 0]-RAMP[0]).max() <= 1
-    assert abs(row(write(p, RAMP*16-2048+2048, bits=12, RescaleSlope=2, RescaleIntercept=-100))[:, 0]-RAMP[0]).max() <= 1
+    assert abs(row(write(p, RAMP*16-2048+2048, bits=12, RescaleSlope=2,
+                         RescaleIntercept=-100))[:, 0]-RAMP[0]).max() <= 1
     c = np.repeat((RAMP*4)[..., None], 3, 2); q = write(tmp_path/'rgb.dcm', c, 'RGB', bits=10)
     assert abs(row(q)[:, 0]-RAMP[0]).max() <= 1
 

@@ -20,4 +20,5 @@ def test_another_precision_than_asked_for_is_said(tmp_path, monkeypatch):
     row = replace(model_spec('ensemble'), name='ours', parts=dict(others='plain'))
     e = load_ensemble(row, load_settings(tmp_path, precision='bf16', device='cpu'), said.append)
     assert e.precision == 'fp32' and said == ['plain of ours has no bf16 and is loaded in fp32']
-    said.clear(); load_ensemble(row, load_settings(tmp_path, precision='fp32', device='cpu'), said.append); assert said == []
+    said.clear(); load_ensemble(row, load_settings(tmp_path, precision='fp32', device='cpu'), said.append)
+    assert said == []

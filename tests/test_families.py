@@ -194,7 +194,8 @@ def test_tiles(architecture, folder, monkeypatch):
     assert [(a.text, a.error) for a in together] == [(a.text, '') for a in alone]
     assert np.allclose([a.confidence for a in together], [a.confidence for a in alone], atol=1e-5)
     assert [relevancy(vlm, im, PLAIN, 'axial')[0].shape for im in (square, wide)] == [(4, 4), (2, 4)]
-    train.add_lora(vlm, 2); loss = vlm.loss([square, wide], [[(PLAIN, 'axial plane')], [(LONG, 'femur')]]); loss.backward()
+    train.add_lora(vlm, 2); loss = vlm.loss([square, wide], [[(PLAIN, 'axial plane')], [(LONG, 'femur')]])
+    loss.backward()
     assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in vlm.model.parameters())
     t = vlm.inputs([square], [vlm.render(PLAIN, True)[0]]); lost = dict(t, input_ids=t['input_ids'][:, :-20])
     with pytest.raises(FadaError, match='image tokens for 5 tiles'): vlm.count_image_tokens(lost)
@@ -205,7 +206,8 @@ def test_tiles_go_back_to_their_place():
     "One token of one tile lights its own corner; one of the whole image is spread over the place it stands for"
     import torch
     from fada.families import untile
-    rows = torch.zeros(2, (2*3+1)*4); rows[0, 5*4+3] = 1; rows[1, 6*4] = 1   # last tile, last token; whole, first token
+    # last tile, last token; whole, first token
+    rows = torch.zeros(2, (2*3+1)*4); rows[0, 5*4+3] = 1; rows[1, 6*4] = 1
     maps = untile(rows, (2, 3)); assert maps.shape == (2, 4, 6) and torch.allclose(maps.sum((1, 2)), torch.ones(2))
     assert maps[0, 3, 5] == 1 and torch.allclose(maps[1, :2, :3], torch.full((2, 3), 1/6))
 
@@ -216,7 +218,8 @@ def test_florence_says_places_in_words(folder):
     for task, text, says in (('<OD>', f'stomach{box}spine{at(0, 0, 999, 999)}',
                               'stomach [20, 20, 60, 40]; spine [0, 0, 199, 99]'),
                              ('<REGION_PROPOSAL>', box, '[20, 20, 60, 40]'),
-                             ('<CAPTION_TO_PHRASE_GROUNDING>the stomach', f'stomach{box}', 'stomach [20, 20, 60, 40]'),
+                             ('<CAPTION_TO_PHRASE_GROUNDING>the stomach', f'stomach{box}',
+                              'stomach [20, 20, 60, 40]'),
                              ('<OCR_WITH_REGION>', f'BPD 52{box}{at(300, 400, 100, 400)}',
                               'BPD 52 [20, 20, 60, 40, 60, 40, 20, 40]'),
                              ('<CAPTION>', 'a femur', 'a femur'), (PLAIN, f'a femur{box}', 'a femur')):
@@ -255,7 +258,8 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     from fada.loop import Fit
     from fada.registry import MODELS
     monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path/'state'))
-    parts = {n: tiny(a, tmp_path)[2] for n, a in (('blip2-opt-2.7b', 'blip2-opt'), ('medgemma-4b-text', 'gemma3-text'))}
+    parts = {n: tiny(a, tmp_path)[2] for n, a in (('blip2-opt-2.7b', 'blip2-opt'),
+                                                  ('medgemma-4b-text', 'gemma3-text'))}
     for n, where in parts.items(): record(n, checkpoint=MODELS[n].checkpoint, revision='0'*40, folder=str(where))
     about = get_model(MODELS['blip2-medgemma-4b'], say=lambda line: None)
     assert about['parts']['language'] == 'google/medgemma-4b-it'
@@ -263,10 +267,12 @@ def test_composed_from_two_checkpoints_on_disk(tmp_path, monkeypatch, small_data
     eyes, words = (load(n, precision='fp32', device='cpu') for n in parts)
     for mine, theirs in ((vlm.core.vision_model, eyes.core.vision_model), (vlm.core.qformer, eyes.core.qformer),
                          (vlm.core.language_model, words.core)):   # in bf16 on disk
-        assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+        assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(mine.parameters(), theirs.parameters(),
+            strict=True))
     seen = []; real = Fit.begin
     monkeypatch.setattr(Fit, 'begin', lambda self, parameters, steps: seen.append(
-        [n for n, p in vlm.model.named_parameters() if any(p is q for q in parameters)]) or real(self, parameters, steps))
+        [n for n, p in vlm.model.named_parameters() if any(p is q for q in parameters)])
+        or real(self, parameters, steps))
     about = finetune(vlm, small_data, ['Femur'], tmp_path/'adapter', rank=2, lr=5e-3, steps=2, batch=2, images=4,
                      checks=1, validation_images=1)
     assert all('language_projection' in n for n in seen[0]) and any('lora_' in n for n in seen[1])

@@ -128,5 +128,6 @@ def test_records_and_archives_that_cannot_be_trusted(server, tmp_path):
 def test_a_server_that_gives_one_byte_a_connection_is_left(server, tmp_path):
     "It never stalls and never ends: not a byte each, but what they bring together is progress"
     r = remote(server, 'drips')
-    with pytest.raises(FadaError, match='ended early|not downloaded'): download(r, tmp_path, timeout=.4, tries=4, pause=.001)
+    with pytest.raises(FadaError, match='ended early|not downloaded'):
+        download(r, tmp_path, timeout=.4, tries=4, pause=.001)
     assert len(server.asked) == 4 and (tmp_path/'.drips.bin.part').stat().st_size == 4

@@ -101,4 +101,5 @@ def test_answers_from_elsewhere_score_as_ours(small_data, tmp_path, nano):
     assert r.returncode == 0 and json.loads(r.stdout)['endpoint']['mean'] == ours['endpoint']['mean'], r.stderr
     r = subprocess.run([*FADA, 'evaluate', '--answers', str(tmp_path/'a.csv'), '--out', str(tmp_path/'alone'),
                         '--quiet'], capture_output=True, text=True)
-    assert r.returncode == 0 and 'green: ' not in r.stdout and (tmp_path/'alone'/'metrics.json').exists(), r.stderr   # predictions alone
+    # predictions alone
+    assert r.returncode == 0 and 'green: ' not in r.stdout and (tmp_path/'alone'/'metrics.json').exists(), r.stderr

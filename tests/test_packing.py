@@ -17,7 +17,8 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('packing')
 def test_loss_and_gradients_of_separate_rows(architecture, folder, small_data):
     "fp32, three images with all their questions: loss to 1e-5, gradients of every trained weight to 1e-5; kept features or not"
     import torch
-    name, _, weights = tiny(architecture, folder); vlm = load(name, weights=weights, device='cpu', precision='fp32', max_new_tokens=4)
+    name, _, weights = tiny(architecture, folder)
+    vlm = load(name, weights=weights, device='cpu', precision='fp32', max_new_tokens=4)
     torch.manual_seed(0); add_lora(vlm, 2); table = load_table(small_data, ['Femur'], 'train')
     trained = [p for n, p in vlm.model.named_parameters() if p.requires_grad]
     with torch.no_grad():
@@ -25,8 +26,10 @@ def test_loss_and_gradients_of_separate_rows(architecture, folder, small_data):
     def gradients(recipe, cache=None):
         m = Material(vlm, small_data, table, recipe, cache); vlm.model.zero_grad()
         loss = m.loss([0, 3, 5]); loss.backward()
-        return m, float(loss.detach()), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
-    m, packed, g = gradients(LoraRecipe(), folder/f'{architecture}.npy'); assert m.packs and m.kept == (not vlm.spec.trained_parts or not m.chat)
+        return m, float(loss.detach()), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                                                   for p in trained])
+    m, packed, g = gradients(LoraRecipe(), folder/f'{architecture}.npy')
+    assert m.packs and m.kept == (not vlm.spec.trained_parts or not m.chat)
     n, apart, h = gradients(LoraRecipe(packing=False, cache=False)); assert not n.packs and not n.kept
     _, fresh, k = gradients(LoraRecipe(cache=False))
     assert abs(packed-apart) < 1e-5 and abs(fresh-apart) < 1e-5

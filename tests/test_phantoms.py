@@ -138,7 +138,8 @@ def test_answers_of_every_plane(name):
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path):
     from fada.phantoms import write_phantoms
     for workers in (1, 2): write_phantoms(tmp_path/str(workers), 28, size=64, seed=9, workers=workers, overlays=.5)
-    one, two = ({p.relative_to(tmp_path/w): p.read_bytes() for p in (tmp_path/w).rglob('*') if p.is_file()} for w in '12')
+    one, two = ({p.relative_to(tmp_path/w): p.read_bytes() for p in (tmp_path/w).rglob('*') if p.is_file()}
+                for w in '12')
     assert len(one) == 28*3+1 and one == two
 
 def test_a_patient_comes_again(tmp_path):

@@ -15,7 +15,8 @@ def test_african_planes(tmp_path):
     pd.DataFrame(rows, columns=['Filename', 'Plane', 'Center', 'Patient_num', 'Train']).to_csv(
         tmp_path/'African_planes_database.csv', index=False)
     assert guess_reader(tmp_path) == 'african-planes'; r = read_any(tmp_path); t = r.table
-    assert set(t.question_id) == {3} and len(t) == 4 and t.patient.nunique() == 2      # numbers start anew in each centre
+    # numbers start anew in each centre
+    assert set(t.question_id) == {3} and len(t) == 4 and t.patient.nunique() == 2
     assert (r.quarantine.reason == 'the brain plane is not labelled').sum() == 2 and set(t.site) == {'Algeria', 'Ghana'}
 
 def test_fetal_nt(tmp_path):
@@ -50,8 +51,10 @@ def test_hc18_sets_that_share_file_names(tmp_path):
     "Both sets count from 1: each row gets the picture of its own set, and a name that fits two is set aside"
     for k, s in enumerate(('training_set', 'test_set')): picture(tmp_path/s/'001_HC.png', k)
     for k, d in enumerate(('a', 'b')): picture(tmp_path/'training_set'/d/'002_HC.png', 5+k)
-    picture(tmp_path/'latest'/'004_HC.png', 9)                                          # a folder that names neither set
-    pd.DataFrame({'filename': ['001_HC.png', '002_HC.png', '004_HC.png'], 'pixel size(mm)': .1, 'head circumference (mm)': [44.3, 50, 60]}
+    # a folder that names neither set
+    picture(tmp_path/'latest'/'004_HC.png', 9)
+    pd.DataFrame({'filename': ['001_HC.png', '002_HC.png', '004_HC.png'], 'pixel size(mm)': .1,
+                  'head circumference (mm)': [44.3, 50, 60]}
                  ).to_csv(tmp_path/'training_set_pixel_size_and_HC.csv', index=False)
     pd.DataFrame({'filename': ['001_HC.png', '003_HC.png'], 'pixel size(mm)': .2}).to_csv(
         tmp_path/'test_set_pixel_size.csv', index=False)
@@ -61,12 +64,16 @@ def test_hc18_sets_that_share_file_names(tmp_path):
 
 def test_two_pictures_of_one_stem_get_no_label_of_each_other(tmp_path):
     for k, centre in enumerate('ab'): picture(tmp_path/centre/'P1.png', k)
-    pd.DataFrame([('P1', 1, 'Fetal femur', 'x', 'y', 1)], columns=['Image_name', 'Patient_num', 'Plane', 'Brain_plane',
+    pd.DataFrame([('P1', 1, 'Fetal femur', 'x', 'y', 1)], columns=['Image_name', 'Patient_num', 'Plane',
+                                                                   'Brain_plane',
         'Operator', 'Train ']).to_csv(tmp_path/'FETAL_PLANES_DB_data.csv', sep=';', index=False)
-    r = read_any(tmp_path); assert not r.rows and r.quarantine.reason.str.startswith('2 images of one name').sum() == 1
+    r = read_any(tmp_path)
+    assert not r.rows and r.quarantine.reason.str.startswith('2 images of one name').sum() == 1
 
-@pytest.mark.parametrize('folder,category', [('anonymised/Standard', 'Standard_NT'), ('Non-standard/x', 'Non_standard_NT'),
-    ('non_standard', 'Non_standard_NT'), ('Nonstandard', 'Non_standard_NT'), ('Non-standard planes/Standard', 'Standard_NT'),
+@pytest.mark.parametrize('folder,category', [('anonymised/Standard', 'Standard_NT'),
+                                             ('Non-standard/x', 'Non_standard_NT'),
+    ('non_standard', 'Non_standard_NT'), ('Nonstandard', 'Non_standard_NT'),
+    ('Non-standard planes/Standard', 'Standard_NT'),
     ('canon standard', 'Standard_NT')])
 def test_the_nearest_folder_says_whether_a_plane_is_standard(tmp_path, folder, category):
     picture(tmp_path/folder/'x.png'); picture(tmp_path/'y.png', 1)

@@ -76,7 +76,8 @@ def test_exchanges_are_refused():
     assert [c for c in cases if judge(*c).accepted] == [] and all(judge(a, a).accepted for a, _ in cases)
 
 @pytest.mark.parametrize('source,text', [
-    ('left kidney 5 mm', 'The left kidney measures 0.5 cm'), ('spine left, head down', 'The head is down and the spine to the left'),
+    ('left kidney 5 mm', 'The left kidney measures 0.5 cm'),
+    ('spine left, head down', 'The head is down and the spine to the left'),
     ('AC 250 mm, HC 300 mm', 'HC 30 cm and AC 25 cm'), ('spine left', 'Spine: to the left')])
 def test_what_keeps_its_place_may_move_as_a_whole(source, text): assert judge(source, text).accepted
 
@@ -95,7 +96,8 @@ def test_a_real_language_model_cannot_spoil_an_answer(writer):
 def test_a_report_from_findings(writer, door, tmp_path):
     "Templates, a model's nonsense, a fair model, one that invents: the findings and nothing else in each"
     found = make_phantom('Thorax', (5, 1, 0)).answers; text = report_text(found)
-    assert write_report(found).text == text and added(text, ' '.join(report_text({q: s}) for q, s in found.items())) == []
+    assert write_report(found).text == text and added(text, ' '.join(report_text({q: s})
+                                                                     for q, s in found.items())) == []
     nonsense = write_report(found, writer, 12); assert nonsense.text == text and not nonsense.accepted
     given = lambda body: words(body).split('Findings: ', 1)[1]
     fair = door(lambda body: reply('In this scan: '+given(body).replace('moderate', 'fair'), 200, 90))

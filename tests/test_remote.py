@@ -72,7 +72,8 @@ def test_answer(name, nano, femur, door, tmp_path):
         # one question asked twice is sent once; two for the proof of vision
         assert len(d.answered) == len(set(d.answered)) == 7+2
         identity = vlm.identity()
-        assert identity['service'] == dict(sdk=sdk, model='served', host=f'this machine:{d.server.server_port}{URL[sdk]}')
+        assert identity['service'] == dict(sdk=sdk, model='served',
+                                           host=f'this machine:{d.server.server_port}{URL[sdk]}')
     assert vlm.identity() == vlm.identity() and vlm.paid and vlm.identity()['model']
 
 def test_what_is_asked_once_is_counted_once(door, tmp_path):
@@ -95,7 +96,8 @@ def test_half_a_surrogate_pair_is_kept(door, tmp_path):
     d = door(lambda body: reply('femur \ud83d', 20)); a = service(d, tmp_path).ask(None, 'plane')
     assert (a.text, a.error) == ('femur \ufffd', '') and service(d, tmp_path).ask(None, 'plane').text == a.text
     assert len(d.log) == 1
-    log = AnswersLog(tmp_path/'a.jsonl'); log.append([dict(text='\ud83d')]); assert log.read() == ([dict(text='\ud83d')], 0)
+    log = AnswersLog(tmp_path/'a.jsonl'); log.append([dict(text='\ud83d')])
+    assert log.read() == ([dict(text='\ud83d')], 0)
 
 @pytest.mark.parametrize('sdk', ['openai', 'anthropic'])
 def test_a_redirection_is_not_followed(sdk, nano, femur, door, tmp_path):
@@ -140,17 +142,20 @@ def test_why_there_is_no_connection(door, tmp_path):
     with pytest.raises(FadaError, match=r'no connection \(.*(resolution|known|Name)'):
         service(Front, tmp_path/'b', **quick).ask(None, 'plane')
     Front.url = door(lambda body: reply('x')).url.replace('http:', 'https:')
-    with pytest.raises(FadaError, match=r'no connection \(.*SSL'): service(Front, tmp_path/'c', **quick).ask(None, 'plane')
+    with pytest.raises(FadaError, match=r'no connection \(.*SSL'):
+        service(Front, tmp_path/'c', **quick).ask(None, 'plane')
 
 def test_two_servers_are_two(door, tmp_path):
     "Two local servers with one model name: the second is asked, not answered from the first one's journal"
-    assert [house(u) for u in ('http://gpu-box:1/v1', 'http://gpu-box:2/v1/', 'https://a.org/v1', 'http://localhost:1', 'http://127.0.0.1:1')
+    assert [house(u) for u in ('http://gpu-box:1/v1', 'http://gpu-box:2/v1/', 'https://a.org/v1',
+                               'http://localhost:1', 'http://127.0.0.1:1')
             ] == ['gpu-box:1/v1', 'gpu-box:2/v1', 'a.org:443/v1', 'this machine:1', 'this machine:1']
     one, two = door(lambda body: reply('femur')), door(lambda body: reply('thorax'))
     assert [service(d, tmp_path).ask(None, 'plane').text for d in (one, two, one)] == ['femur', 'thorax', 'femur']
     assert len(one.log) == len(two.log) == 1
 
-@pytest.mark.parametrize('host', ['134744072', '0x8080808', '0x8.8.8.8', '010.8.8.8', '8.8.2056', '8.8.8.8.', '\uff11\uff13\uff14', '127.1', '0x7f.1'])
+@pytest.mark.parametrize('host', ['134744072', '0x8080808', '0x8.8.8.8', '010.8.8.8', '8.8.2056', '8.8.8.8.',
+                                  '\uff11\uff13\uff14', '127.1', '0x7f.1'])
 def test_an_address_in_disguise_is_refused(host, monkeypatch):
     "Decimal, hexadecimal, octal, shortened: what a resolver would make of it is not asked"
     monkeypatch.setattr(remote, 'addresses', lambda host: ['10.0.0.1'])
@@ -159,10 +164,12 @@ def test_an_address_in_disguise_is_refused(host, monkeypatch):
 
 def test_a_name_is_private_only_where_all_its_addresses_are(door, tmp_path, monkeypatch):
     "At the time of use: a name that moves out of the house after the model was opened gets nothing more"
-    at = {'gpu-box': ['10.0.0.7'], 'gpu.lan': ['192.168.1.2', 'fe80::1%eth0'], 'both': ['10.0.0.7', '8.8.8.8'], 'out': ['8.8.8.8'],
+    at = {'gpu-box': ['10.0.0.7'], 'gpu.lan': ['192.168.1.2', 'fe80::1%eth0'], 'both': ['10.0.0.7', '8.8.8.8'],
+          'out': ['8.8.8.8'],
           'mapped': ['::ffff:8.8.8.8']}
     monkeypatch.setattr(remote, 'addresses', lambda host: at[host])
-    assert [host_kind(f'http://{h}/v1') for h in ('gpu-box', 'gpu.lan', '[::1]', '10.1.2.3')] == [NEAR[1], NEAR[1], NEAR[0], NEAR[1]]
+    assert [host_kind(f'http://{h}/v1') for h in ('gpu-box', 'gpu.lan', '[::1]', '10.1.2.3')] == [NEAR[1], NEAR[1],
+        NEAR[0], NEAR[1]]
     for h in ('both', 'out', 'mapped', '8.8.8.8', '[::ffff:8.8.8.8]'):
         with pytest.raises(FadaError, match='unencrypted'): host_kind(f'http://{h}/v1')
     d = door(lambda body: reply('femur')); at['here'] = ['127.0.0.1']
@@ -184,7 +191,8 @@ print(sum(not x.error for x in a), sum(x.stage == 'budget' for x in a), sum(sum(
 def asker(d, out, budget):
     "A process that is ready to ask 24 questions"
     import subprocess
-    return subprocess.Popen([sys.executable, '-c', ASKS, str(Path(__file__).parent), d.url, str(out), budget], text=True,
+    return subprocess.Popen([sys.executable, '-c', ASKS, str(Path(__file__).parent), d.url, str(out), budget],
+                            text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 def two_processes(d, out, budget):

@@ -32,9 +32,18 @@ def test_notebooks_are_clean_and_in_sync(tmp_path):
 
 def test_readme_is_current():
     "README.md is nbs/index.ipynb in Markdown (make readme)"
-    out = subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'markdown', '--stdout',
-                          'nbs/index.ipynb'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert out.strip() == (ROOT/'README.md').read_text().strip()
+    out = subprocess.run([sys.executable, '-m', 'jupyter', 'nbconvert', '--config', 'jupyter_nbconvert_config.py',
+                          '--to', 'markdown', '--stdout', 'nbs/index.ipynb'],
+                         cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert out.strip() == (ROOT/'README.md').read_text().strip(), 'run make readme'
+
+@pytest.mark.parametrize('page', ['README.md', *(f'nbs/pages/{p.name}'
+                                                 for p in sorted((ROOT/'nbs/pages').glob('*.md')))])
+def test_links_lead_to_files(page):
+    "What README and the written pages link to or show is there, seen from where they lie"
+    links = re.findall(r'\]\(([^)#\s]+)', re.sub(r'```.*?```', '', (ROOT/page).read_text(), flags=re.S))
+    near = [l for l in links if not re.match(r'\w+:', l)]
+    assert [l for l in near if not ((ROOT/page).parent/l).is_file()] == [] and (near or page != 'README.md')
 
 @pytest.mark.parametrize('path', RUN + APP, ids=lambda p: p.stem)
 def test_run_and_app_notebooks(path):

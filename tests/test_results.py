@@ -34,7 +34,8 @@ def test_twins_through_a_service_are_those_of_the_model(nano, tmp_path):
     try: there = ask_twins(service(d, tmp_path), pairs)
     finally: d.close()
     assert there.error.eq('').all() and there.said_first.tolist() == here.said_first.tolist()
-    assert twin_summary(there)['keep'] == twin_summary(here)['keep'] and len(here) == sum(len(t.change)+len(t.keep) for t in pairs)
+    assert twin_summary(there)['keep'] == twin_summary(here)['keep'] and len(here) == sum(len(t.change)+len(t.keep)
+        for t in pairs)
 
 def test_the_same_twins_for_the_same_seed():
     a, b = (twin_set(('Femur',), 1, seed=3, differ=('gain', 'size')) for _ in range(2))
@@ -73,7 +74,8 @@ def test_preset_is_five_by_three_by_three(nano, small_data, tmp_path):
 def test_preset_end_to_end_on_the_demo_categories(tmp_path):
     "Phantoms of five planes, `fada evaluate --preset seed45`, and a report that says what 45 answers can show"
     data,job = tmp_path/'data',tmp_path/'run'/'evaluate'
-    ask = lambda *w: subprocess.run([*FADA, *map(str, w), '--quiet', '--json'], check=True, capture_output=True, text=True)
+    ask = lambda *w: subprocess.run([*FADA, *map(str, w), '--quiet', '--json'], check=True, capture_output=True,
+                                    text=True)
     ask('phantom', '--n', 110, '--out', data, '--categories', ','.join(DEMO_CATEGORIES), '--seed', 3)
     m = json.loads(ask('evaluate', '--data', data, '--preset', 'seed45', '--control-images', 15, '--out', job).stdout)
     scores = pd.read_parquet(job/'scores.parquet'); plain = scores[scores.condition == 'plain']
@@ -141,7 +143,8 @@ def test_topic_similarity_where_the_settings_name_a_model(run, small_data, tmp_p
     "A tiny sentence model in a folder: its column and its name in metrics, report and methods; without it neither"
     from transformers import BertConfig, BertModel, BertTokenizerFast
     words = sorted({w for a in load_table(small_data).answer for w in re.findall(r'\w+|[^\w\s]', a.lower())})
-    m = tmp_path/'tiny'; m.mkdir(); (m/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *words]))
+    m = tmp_path/'tiny'; m.mkdir()
+    (m/'vocab.txt').write_text('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *words]))
     BertTokenizerFast(vocab_file=str(m/'vocab.txt')).save_pretrained(m)
     BertModel(BertConfig(vocab_size=5+len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                          intermediate_size=16)).save_pretrained(m)
@@ -162,9 +165,11 @@ def test_a_language_models_own_folder_gives_topics(tmp_path, monkeypatch, nano, 
     tok = tokenizer(); size = dict(vocab_size=len(tok), num_hidden_layers=2, num_attention_heads=2)
     for name, model in (('llama', LlamaForCausalLM(LlamaConfig(**size, hidden_size=16, intermediate_size=16))),
                         ('t5', T5ForConditionalGeneration(T5Config(vocab_size=len(tok), d_model=16, d_ff=16, d_kv=8,
-                                                                   num_layers=1, num_heads=2, tie_word_embeddings=True)))):
+                                                                   num_layers=1, num_heads=2,
+                                                                   tie_word_embeddings=True)))):
         model.save_pretrained(tmp_path/name); tok.save_pretrained(tmp_path/name); topic = Topic(tmp_path/name)
-        same, other = topic(['liver, spine', 'liver, spine'], ['liver, spine', 'poor quality']); assert same > .999 > other
+        same, other = topic(['liver, spine', 'liver, spine'], ['liver, spine', 'poor quality'])
+        assert same > .999 > other
     w = load_file(tmp_path/'llama'/'model.safetensors'); w.pop('model.norm.weight')
     save_file(w, tmp_path/'llama'/'model.safetensors', {'format': 'pt'})
     with pytest.raises(FadaError, match='1 weights are missing.*norm.weight'): Topic(tmp_path/'llama')
@@ -175,7 +180,8 @@ def test_a_language_models_own_folder_gives_topics(tmp_path, monkeypatch, nano, 
 def test_findings_are_folded_the_gravest_first():
     "One line for a kind, whatever its questions and systems; all it rests on below it"
     f = lambda id, severity, q=None: Finding(id, severity, q, None, f'{id} {q}')
-    out = fold_findings({'a': [f('few-samples', 'red'), f('survives-without-image', 'amber', 3), f('not-read', 'amber', 2)],
+    out = fold_findings({'a': [f('few-samples', 'red'), f('survives-without-image', 'amber', 3),
+                               f('not-read', 'amber', 2)],
                          'b': [f('survives-without-image', 'red', 1), f('survives-without-image', 'red', 4)]}, 2)
     assert [n['id'] for n in out] == ['survives-without-image', 'few-samples', 'not-read']
     assert out[0]['text'] == 'red: the score survives without the image (questions 1, 3, 4; 2 of 2 systems)'
@@ -211,9 +217,11 @@ def test_runs_are_listed_filtered_and_pruned(run, tmp_path):
                                                                                                     for r in ask('--kind', 'train', '--category', 'Femur')] == ['x']
     for name, text in (('z', '{"kind": '), ('twins', '{"kind": "twins", "identity": {"precision": "fp32"}}')):
         (out/'run'/name).mkdir(); (out/'run'/name/('config.json' if name == 'z' else 'twins.json')).write_text(text)
-    write_json(out/'run'/'twins'/'job.json', dict(notebook='nbs/run/twins.ipynb', parameters=dict(model='m', categories='Femur,Aorta')))
+    write_json(out/'run'/'twins'/'job.json', dict(notebook='nbs/run/twins.ipynb',
+                                                  parameters=dict(model='m', categories='Femur,Aorta')))
     rows = {r['job']: r for r in ask()}; assert rows['z']['state'] == 'damaged' and rows['x']['red'] is None
-    assert [rows['twins'][k] for k in ('kind', 'model', 'categories', 'precision')] == ['twins', 'm', 'Femur, Aorta', 'fp32']
+    assert [rows['twins'][k] for k in ('kind', 'model', 'categories', 'precision')] == ['twins', 'm', 'Femur, Aorta',
+        'fp32']
     shutil.rmtree(out/'run'/'z')
     plan = ask('--state', 'unfinished', '--prune'); assert not plan['done'] and (out/'run'/'y').exists()
     assert ask('--state', 'unfinished', '--prune', '--yes')['done'] and not (out/'run'/'y').exists()
@@ -222,10 +230,13 @@ def test_runs_are_listed_filtered_and_pruned(run, tmp_path):
 
 def test_predictions_alone_are_compared_too(tmp_path):
     "Without references and data: no score is made up, the report says so, and --json is plain JSON"
-    (tmp_path/'a.csv').write_text('image,category,question,prediction\n'+''.join(f'{k}.png,Femur,{q},good\n' for k in range(3) for q in (3, 6)))
-    m = evaluate_answers(tmp_path/'a.csv', tmp_path/'run'/'a'); assert m['endpoint']['mean'] is None and m['coverage']['no_reference'] == 6
+    (tmp_path/'a.csv').write_text('image,category,question,prediction\n'+''.join(f'{k}.png,Femur,{q},good\n'
+        for k in range(3) for q in (3, 6)))
+    m = evaluate_answers(tmp_path/'a.csv', tmp_path/'run'/'a')
+    assert m['endpoint']['mean'] is None and m['coverage']['no_reference'] == 6
     assert 'references-missing' in {f['id'] for f in m['findings']}
-    r = subprocess.run([*FADA, 'compare', str(tmp_path/'run'), '--json', '--quiet'], capture_output=True, text=True, check=True)
+    r = subprocess.run([*FADA, 'compare', str(tmp_path/'run'), '--json', '--quiet'], capture_output=True, text=True,
+                       check=True)
     def refuse(word): raise ValueError(word)
     out = json.loads(r.stdout, parse_constant=refuse); assert 'nothing is scored' in out['lines'][0]
     assert 'no references' in (tmp_path/'run'/'report.html').read_text()
@@ -233,7 +244,8 @@ def test_predictions_alone_are_compared_too(tmp_path):
 def test_references_without_controls_or_patients_say_so(tmp_path):
     "Nothing beaten where nothing stands beside; images are not taken for patients"
     (tmp_path/'a.csv').write_text('image,category,question,prediction,reference\n'
-                                  + ''.join(f'{k}.png,Femur,6,good,{"good" if k % 2 else "poor"}\n' for k in range(6)))
+                                  + ''.join(f'{k}.png,Femur,6,good,{"good" if k % 2 else "poor"}\n'
+                                            for k in range(6)))
     evaluate_answers(tmp_path/'a.csv', tmp_path/'run'/'a'); lines = headline(collect(tmp_path/'run'))
     assert '6 test images of unknown patients' in lines[0] and lines[1] == 'No control stands beside these scores.'
     assert 'Abnormal images' not in lines[0]   # question 7 was not asked
@@ -241,9 +253,13 @@ def test_references_without_controls_or_patients_say_so(tmp_path):
 def test_a_question_whose_references_cannot_be_read(nano, small_data, tmp_path):
     "Nothing to score there: a dash in every table, and a report all the same"
     d = tmp_path/'data'; shutil.copytree(small_data, d); t = pd.read_parquet(d/'questions.parquet')
-    t.loc[t.question_id == 4, 'answer'] = 'hm'; t.loc[t.question_id == 4, 'structured'] = '{}'; t.to_parquet(d/'questions.parquet', index=False)
+    t.loc[t.question_id == 4, 'answer'] = 'hm'; t.loc[t.question_id == 4, 'structured'] = '{}'
+    t.to_parquet(d/'questions.parquet', index=False)
     job = tmp_path/'run'/'evaluate'; evaluate(nano, d, job, images=8, control_images=4)
-    write_json(job/'config.json', dict(kind='evaluate', model='blip2-nano', weights='', adapter='', precision='fp32', categories=['all'], seed=0,
+    write_json(job/'config.json', dict(kind='evaluate', model='blip2-nano', weights='', adapter='', precision='fp32',
+                                       categories=['all'], seed=0,
                                        data=str(d), load_seconds=.1, weights_bytes=1))
-    (scored,) = systems(collect(tmp_path/'run')).values(); row = control_table(scored).set_index('question').loc['4 biometry']
-    assert row['model'] == row['blank'] == row['smallest gain'] == '–' and write_report(tmp_path/'run', d).stat().st_size > 10_000
+    (scored,) = systems(collect(tmp_path/'run')).values()
+    row = control_table(scored).set_index('question').loc['4 biometry']
+    assert row['model'] == row['blank'] == row['smallest gain'] == '–' and write_report(tmp_path/'run',
+        d).stat().st_size > 10_000

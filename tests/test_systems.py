@@ -34,7 +34,8 @@ def serve(weights):
     s = TransformersServe(weights); yield s
     s.close()
 
-through = partial(as_llava, max_new_tokens=LONGEST)   # a remote model with the prompt and the longest answer of the local one
+# a remote model with the prompt and the longest answer of the local one
+through = partial(as_llava, max_new_tokens=LONGEST)
 
 def forty(vlm, data, out):
     "({(image, question): record}, metrics) of five images"
@@ -68,7 +69,8 @@ def test_controls_of_a_paid_service_that_were_asked_for(local, small_data, tmp_p
     d = Door(of_model(local))
     try:
         for asked in (False, True):
-            m = evaluate(through(d, tmp_path/str(asked)), small_data, tmp_path/f'job{asked}', images=2, control_images=2, paid_controls=asked)
+            m = evaluate(through(d, tmp_path/str(asked)), small_data, tmp_path/f'job{asked}', images=2,
+                         control_images=2, paid_controls=asked)
             found = {k for q in m['questions'].values() for k in q['controls']}
             assert ({'blank', 'shuffled other', 'no image'} <= found) == asked
             assert (m['spending']['tries'] > 2*8) == asked
@@ -260,7 +262,8 @@ def test_a_report_on_the_command_line(small_data, tmp_path):
     image = str(next(small_data.rglob('*.png')))
     r = run(tmp_path, "ask", image, "--report", "templates", "--json", "--model", "blip2-nano")
     assert r.returncode == 0, r.stderr
-    said = json.loads(r.stdout); assert said['report']['text'].startswith('Structures: ') and said['report']['accepted']
+    said = json.loads(r.stdout)
+    assert said['report']['text'].startswith('Structures: ') and said['report']['accepted']
     r = run(tmp_path, 'ask', image, 'plane', '--report', 'medgemma', '--model', 'blip2-nano')
     assert r.returncode == 1 and 'did you mean medgemma-4b' in r.stderr and r.stdout == ''
 

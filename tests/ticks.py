@@ -37,6 +37,7 @@ def show():
     path = ROOT/'nbs'/'index.ipynb'; nb = nbformat.read(path, 4)
     cell = next(c for c in nb.cells if c.cell_type == 'markdown'
                 and (HEADING in c.source or c.source == 'TICKS'))
-    cell.source = tick_table(); nbformat.write(nb, path)
+    cell.source = ('<details><summary>Which model can do what, and the test that showed it</summary>\n\n'
+                   f'{tick_table()}\n\n</details>'); nbformat.write(nb, path)
 
 if __name__ == '__main__': show() if sys.argv[1:] == ['show'] else main()

@@ -13,7 +13,8 @@ LLAMA = dict(model_type='llama', hidden_size=64, num_hidden_layers=2, num_attent
              num_key_value_heads=2, intermediate_size=128,
              pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.1,
              max_position_embeddings=1024)
-T5 = dict(model_type='t5', tie_word_embeddings=False, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
+T5 = dict(model_type='t5', tie_word_embeddings=False, d_model=64, d_kv=16, d_ff=128, num_layers=2,
+          num_decoder_layers=2, num_heads=4,
           feed_forward_proj='gated-gelu',
           pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, initializer_factor=1.)
 GEMMA3 = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
