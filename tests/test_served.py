@@ -1,6 +1,6 @@
 """What a panel offers with a model in its own kernel it offers over a server too: adapters by image, closed sets, maps that can be
 stopped. Real servers on loopback."""
-import json, os, shutil, signal, socket, subprocess, sys, threading, time
+import json, os, shutil, signal, subprocess, sys, threading, time
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +11,7 @@ from fada.explain import explain
 from fada.registry import ASSETS
 from fada.serve import BEAT, Served, Worker, data_url, make_app
 from fada.session import Session
-from fada.settings import FadaError, load_settings
+from fada.settings import load_settings
 
 SECOND = 1.5   # seconds within which Stop is felt on a machine that does other things too
 
@@ -98,7 +98,7 @@ def repr_path(p): return f'Path({str(p)!r})'
 def test_routes_of_choices_and_proposals(both, server, pictures, project, monkeypatch):
     "The client's calls and the plain HTTP bodies give what the loaded model gives, whoever asked before"
     here, there = both; mine, served = here['adapter by image'].open(), there['adapter by image'].open(); seen = set()
-    for label, image in pictures.items():
+    for image in pictures.values():
         mine.by(image); assert served.propose(image) == mine.route; seen.add(mine.route.adapter)
         for q in CHOICES: a, b = mine.choose(image, q), served.choose(image, q); assert (a.question, a.text) == (b.question, b.text) and b.probability == pytest.approx(a.probability, abs=1e-5)
         a, b = explain(mine, image, 6, 'good'), explain(served, image, 6, 'good'); np.testing.assert_allclose(b.heat, a.heat, rtol=2e-3, atol=1e-6); assert a.badge == b.badge
