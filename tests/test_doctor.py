@@ -1,6 +1,7 @@
 """An environment broken in each way that can be broken here: one line each, with its remedy, and an exit status that tells."""
 import http.server, json, os, shutil, stat, subprocess, sys, threading
 import pytest
+import torch
 from fada import doctor
 from fada.doctor import Finding, STATES, ready
 from fada.registry import ASSETS
@@ -37,7 +38,7 @@ def test_ready_where_all_is_there(tmp_path):
     f, code = run(tmp_path)
     assert code == 0 and {f[k]['state'] for k in ('python', 'packages', 'torch', 'settings', 'memory', 'model',
                                                   'disk')} == {'ok'}
-    assert f['bitsandbytes']['state'] == 'ok' and 'CPU' in f['torch']['found']
+    assert f['bitsandbytes']['state'] == 'ok' and ('CPU' in f['torch']['found']) == (torch.version.cuda is None)
     assert f['hub']['state'] == 'warns' and 'cannot be reached' in f['hub']['found']   # warned, and yet ready
 
 def test_no_torch_no_transformers(tmp_path):
@@ -54,7 +55,8 @@ def test_many_things_at_once(tmp_path):
     f, code = run(tmp_path, stub=stub, path=str(here), HF_HUB_OFFLINE='1',
                   settings='[model]\nprecision = int8\n[output]\nfolder = /proc/fada\n')
     assert code == 1 and f['bitsandbytes']['state'] == 'fails' and 'bf16' in f['bitsandbytes']['remedy']
-    assert f['torch']['state'] == 'warns' and 'CPU build' in f['torch']['found'] and 'download.pytorch.org' in f['torch']['remedy']
+    lacks = 'CPU build' if torch.version.cuda is None else 'cannot use NVIDIA GeForce RTX 4070'
+    assert f['torch']['state'] == 'warns' and lacks in f['torch']['found'] and 'download.pytorch.org' in f['torch']['remedy']
     assert f['driver']['state'] == 'ok' and '8.0 GiB of which 1.2 GiB are taken' in f['driver']['found']
     assert f['browser']['state'] == 'warns' and 'apt-get install chromium' in f['browser']['remedy']
     assert f['disk']['state'] == 'fails' and '/proc' in f['disk']['found']
@@ -76,7 +78,7 @@ def test_a_driver_that_does_not_answer(tmp_path, monkeypatch, body):
 
 def test_the_windows_wheel_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(program(tmp_path/'bin', 'nvidia-smi', 'echo "RTX 4070, 550.1, 8188, 1210"')))
-    monkeypatch.setattr('platform.system', lambda: 'Windows')
+    monkeypatch.setattr('platform.system', lambda: 'Windows'); monkeypatch.setattr('torch.version.cuda', None)
     f = doctor.check_torch()
     assert "Windows wheel is CPU only" in f.found and f.remedy.startswith('pip install torch --index-url')
 
