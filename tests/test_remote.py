@@ -453,14 +453,17 @@ def test_budgets(nano, femur, door, tmp_path):
     with pytest.raises(FadaError, match='cannot be used'): service(d, tmp_path, remote_budget='much')
     images = [Image.fromarray(make_phantom('Abdomen', (k, 1, 0)).image) for k in range(3)]
     for unit, cap in (('tokens', 2000), ('USD', .005)):
-        d = door(of_model(nano), faults=.3, kinds=('dropped', '500', 'malformed', 'empty'), seed=3)
-        out = tmp_path/unit
-        for _ in range(3):
-            vlm = service(d, out, remote_budget=f'{cap} {unit}', table=dict(price=PRICE))
-            a = [x for im in images for x in vlm.ask(im)]
-            assert vlm.meter.worth(vlm.journal.took) <= cap
-        assert {x.stage for x in a if x.error} == {'budget'} and sum(not x.error for x in a) >= 4
-        assert len(d.answered) == len(set(d.answered))
+        for faults, least in ((0, 18), (.3, 1)):   # faults take of the budget too: how much hangs on the order of threads
+            d = door(of_model(nano), faults=faults, kinds=('dropped', '500', 'malformed', 'empty'), seed=3)
+            out = tmp_path/f'{unit} {faults}'; kept = {}
+            for _ in range(3):
+                vlm = service(d, out, remote_budget=f'{cap} {unit}', table=dict(price=PRICE))
+                a = [(k, x) for k, im in enumerate(images) for x in vlm.ask(im)]
+                assert vlm.meter.worth(vlm.journal.took) <= cap
+                said = {(k, x.question): x.text for k, x in a if not x.error}; assert kept.items() <= said.items(); kept = said
+            stages = {x.stage for _, x in a if x.error}; assert len(kept) >= least
+            assert stages == {'budget'} if faults else stages <= {'budget'}
+            assert len(d.answered) == len(set(d.answered))
 
 def test_two_jobs_share_one_journal(nano, femur, door, tmp_path):
     "What one job answered another does not ask; the budget counts both"
