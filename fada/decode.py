@@ -529,8 +529,9 @@ def record(self:Tape)->bool:
         graph.capture_begin(capture_error_mode='thread_local')
         try: logits = self.step()
         except RuntimeError as e: why = e
-        try: graph.capture_end()
-        except RuntimeError as e: why = why or e
+        finally:   # also where Stop is felt in a layer
+            try: graph.capture_end()
+            except RuntimeError as e: why = why or e
     here.wait_stream(side)
     if why is None: self.graph,self.logits = graph,logits; return True
     self.refused = f'{type(why).__name__}: {why}'

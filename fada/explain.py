@@ -67,7 +67,9 @@ def explain(
         raise FadaError(f'no map by {method!r}', vlm.spec.name if hasattr(vlm, 'spec') else '', ', '.join(able)
                         or 'a model whose weights are at hand', nearest(method, able) if able else '')
     if hasattr(vlm, 'explain'): return vlm.explain(image, question, answer, method, stop)
-    with may_stop(stop): m = EXPLAIN[method](vlm, image, question, answer)
+    with may_stop(stop):
+        if hasattr(vlm, 'by'): vlm = vlm.by(image)   # the image proposes its adapter
+        m = EXPLAIN[method](vlm, image, question, answer)
     m.badge = badge(vlm, method); return m
 
 # %% ../nbs/12g_explain.ipynb #7fc5a19d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_AXES', 'FILE', 'look', 'Likeness', 'fit_likeness', 'save_likeness', 'load_likeness', 'adapters_below', 'Route',
-           'Router']
+           'Router', 'trained_here', 'Routed']
 
 # %% ../nbs/09j_route.ipynb #da83badb
 from dataclasses import dataclass
@@ -167,3 +167,37 @@ def ask(self:Router, image, questions=tuple(range(1, 9)), category:str=None)->li
     answers = self.vlm.ask(image, list(questions))
     for a in answers: a.more['route'] = dict(adapter=r.adapter, why=r.why, category=r.category, unlike=r.unlike)
     return answers
+
+# %% ../nbs/09j_route.ipynb #a51d0e02
+def trained_here(
+    output,          # [output] folder
+):                   # (weights folder or None, {category: adapter folder})
+    "The newest base trained below `output`, with the adapters that were trained on it"
+    from fada.models import weights_digest
+    bases = sorted(Path(output).glob('*/base/model/fada.json'), key=lambda p: p.stat().st_mtime)
+    if not bases: return None, {}
+    base = bases[-1].parent; mine = weights_digest(base); adapters = {}
+    for f in sorted(base.parents[1].glob('lora-*/adapter/fada.json')):
+        about = read_json(f)
+        if about.get('base') == mine: adapters.update({c: f.parent for c in about['categories']})
+    return base, adapters
+
+# %% ../nbs/09j_route.ipynb #a51d0e04
+class Routed:
+    "A base with adapters, asked as one model: each image goes to the one whose training images are nearest"
+    def __init__(self, vlm,
+        folders,   # adapter bundles of this base
+    ):
+        self.router,self.route = Router(vlm, list(dict.fromkeys(folders))),None
+        self.core,self.spec,self.base = vlm.core,vlm.spec,vlm.base
+    @property
+    def adapter(self): return self.router.vlm.adapter
+    @property
+    def why(self): return self.route.why if self.route else ''
+    def by(self, image):
+        "The model with the adapter that the image proposes; `route` says which, and why"
+        self.route = self.router.route(image); self.router.use(self.route.adapter); return self.router.vlm
+    def ask(self, image, *args): return self.by(image).ask(image, *args)
+    def stream(self, image, questions): return self.by(image).stream(image, questions)
+    def choose(self, image, *args, **kw): return self.by(image).choose(image, *args, **kw)
+    def __getattr__(self, name): return getattr(self.router.vlm, name)

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .settings import FadaError, NOTICE, load_settings, nearest
 from .clinical import QUESTIONS
 from .choices import Choice, Stopped, may_stop
+from .route import Route, Routed, trained_here
 
 # %% ../nbs/15a_serve.ipynb #f0656b31
 BEAT = .5   # seconds after which a reader hears that the order still waits
@@ -65,6 +66,12 @@ class Offer:
     model: str; adapter: str = ''; weights: str = ''
     adapters: tuple = ()   # (category, folder) each: the image proposes one of them
 
+    def open(self, s):
+        "The loaded model; s: Settings"
+        from fada.vlm import load
+        vlm = load(self.model, self.adapter or None, self.weights or None, s.precision, s.device, s.max_new_tokens)
+        return Routed(vlm, dict(self.adapters).values()) if self.adapters else vlm
+
 BY_IMAGE = 'adapter by image'
 
 def label(name:str, offer:Offer)->str:
@@ -73,7 +80,6 @@ def label(name:str, offer:Offer)->str:
 
 def offers(s)->dict:     # {name: Offer}
     "The model of the settings, as trained here last where it was, the adapters trained on it, each and by image"
-    from fada.ask import trained_here
     weights,adapters = trained_here(s.output) if s.model == 'blip2-nano' else (None, {})
     base = str(weights or '')
     pairs = tuple((c, str(a)) for c,a in adapters.items())
@@ -176,8 +182,6 @@ def maps(self:Worker, name:str)->list:
 @patch
 def model(self:Worker, offer:Offer, tell=lambda *a, **k: None):
     "The loaded model of an offer; others go, longest unused first, where they would not fit beside it"
-    from fada.ask import Routed
-    from fada.vlm import load
     if offer not in self.loaded:
         tell('loading'); need = self.need(offer)
         if need > self.memory:
@@ -185,9 +189,7 @@ def model(self:Worker, offer:Offer, tell=lambda *a, **k: None):
                             f'at most {self.memory/2**30:.1f} GiB', 'take a smaller model or precision')
         while self.loaded and sum(v[1] for v in self.loaded.values())+need > self.memory:
             del self.loaded[min(self.loaded, key=lambda k: self.loaded[k][2])]
-        s = self.s; paths = offer.adapter or None,offer.weights or None
-        vlm = load(offer.model, *paths, s.precision, s.device, s.max_new_tokens)
-        self.loaded[offer] = [Routed(vlm, dict(offer.adapters), {}) if offer.adapters else vlm, need, 0.]
+        self.loaded[offer] = [offer.open(self.s), need, 0.]
     self.loaded[offer][2] = time.monotonic()
     return self.loaded[offer][0]
 
@@ -533,7 +535,6 @@ def follow(self:Served, path, image, given:dict,
 def note(self:Served, e:dict):
     "Keep what an event says of the model that answers"
     if e['event'] != 'by': return
-    from fada.route import Route
     self.precision,self.adapter,self.route = e['precision'],e['adapter'],e['route'] and Route(**e['route'])
 
 @patch
@@ -574,7 +575,6 @@ def choose(self:Served, image, question,
 @patch
 def propose(self:Served, image):
     "Which adapter an image belongs to: a `route.Route`"
-    from fada.route import Route
     return Route(**self.task('route', '/route', image, {}))
 
 # %% ../nbs/15a_serve.ipynb #188ea6c3

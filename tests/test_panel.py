@@ -241,11 +241,13 @@ def _send(url, body):
 
 def test_the_adapter_that_an_image_proposed_is_asked_again(tmp_path):
     "A session with adapters by image says of each answer which adapter gave it"
-    from fada.ask import Routed
-    class Router: on = 'Femur'
-    r = Routed.__new__(Routed); r.router, r.folders, r.given = Router(), {'Femur': tmp_path/'f'}, dict(name='blip2-nano', adapter=None)
-    assert r.again() == dict(name='blip2-nano', adapter=str(tmp_path/'f'))
-    Router.on = 'base'; assert r.again()['adapter'] is None
+    from types import SimpleNamespace as Of
+    from fada.ask import again_of
+    from fada.serve import Offer
+    s = load_settings(model='blip2-nano', device='cpu', precision='fp32'); again = again_of(Offer('blip2-nano', '', 'w', (('Femur', 'f'), ('Abdomen', 'a'))), s)
+    given = dict(name='blip2-nano', weights='w', precision='fp32', device='cpu')
+    for name, folder in (('Femur', 'f'), ('Abdomen+Thorax', 'a'), ('base', None)): assert again(Of(route=Of(adapter=name))) == given | dict(adapter=folder)
+    assert again_of(Offer('blip2-nano', 'f', 'w'), s) == given | dict(adapter='f')
 
 LONG = 300   # frames of a cine
 
