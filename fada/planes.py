@@ -39,7 +39,7 @@ def plane_of(answer:str)->str:
 
 # %% ../nbs/09b_planes.ipynb #92ebf291
 def small_cnn(classes:int, width:int):
-    "A stem of stride 2 and three convolutions with pooling, about 0.07 M parameters"
+    "A stem of stride 2 and three convolutions with pooling, about 0.06 M parameters"
     from torch import nn
     w = [width, 2*width, 4*width, 4*width]
     block = lambda a, b: (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))

@@ -37,6 +37,25 @@ def test_loss_and_gradients_of_separate_rows(architecture, folder, small_data):
     assert float((g-h).abs().max()) < 1e-5*scale and float((k-h).abs().max()) < 1e-5*scale
     assert m.count([0, 3, 5]) == n.count([0, 3, 5]) > 0
 
+@pytest.mark.parametrize('architecture', ['llava', 'gemma3', 'internvl', 'smolvlm'])
+def test_words_and_features_of_a_chat_prefix(architecture, folder, small_data):
+    "The head ends with the image; its placeholders take the features in their order, every other place its own word"
+    import torch
+    name, _, weights = tiny(architecture, folder)
+    vlm = load(name, weights=weights, device='cpu', precision='fp32', max_new_tokens=4)
+    m = Material(vlm, small_data, load_table(small_data, ['Femur'], 'train'), LoraRecipe(cache=False))
+    assert m.heads[0] is None; m.lay_out(0, m.picture(0)); m.lay_out(3, m.picture(3))
+    image = vlm.core.config.image_token_id; head = m.heads[0]; here = torch.tensor(head) == image
+    assert image in head and vlm.image_end(head) == len(head) and head == m.heads[3]
+    assert not any(image in prompt for prompt, _ in m.tokens[0])
+    for (prompt, answer), (_, said) in zip(m.tokens[0], m.rows[0]):
+        assert said in vlm.tokenizer.decode(prompt+answer) and said not in vlm.tokenizer.decode(prompt)
+    words = vlm.words(); features = torch.randn(2, int(here.sum()), words.embed.weight.shape[1])
+    with torch.no_grad(): x, together = m.chat_prefix([0, 3], features)
+    assert torch.equal(x[0, here], features[0]) and torch.equal(x[1, here], features[1])
+    with torch.no_grad(): assert torch.equal(x[0, ~here], words.embed(torch.tensor(head)[~here]))
+    assert (together is None) == (architecture != 'gemma3') and (together is None or torch.equal(together[1], here))
+
 def test_nothing_leaks_between_questions():
     "The mask of two images with ragged questions: image, own question up to here, nothing else; padding is seen by nobody"
     p = pack([[([5, 6], [7]), ([8], [9, 2])], [([1], [2])]]); sees = block_mask(p, 3)
