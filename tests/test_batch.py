@@ -390,3 +390,17 @@ def test_settings_that_decide_a_result_change_the_job(tmp_path, root, monkeypatc
     plain, loss = digests('[train]\nbalance = draw\n'), digests('[train]\nbalance = loss\n'); assert plain[0] != loss[0] and plain[1] == loss[1]
     assert digests(f'[scores]\nsentence_model = {tmp_path}\n')[1] != plain[1]
     assert _words(dict(seed=0, patience=0, rank=0, steps=3, augment=False)) == ['--seed', '0', '--patience', '0', '--steps', '3']
+
+def test_clusters_that_are_not_here_are_named(monkeypatch, tmp_path):
+    "No Slurm, no way to a machine: a sentence before anything is started; a scheduler's slots and executor make a `Joined`"
+    from fada.cluster import Joined, cluster_of, slurm_workers, ssh_workers
+    from fada.settings import load_settings
+    monkeypatch.setenv('PATH', str(tmp_path))
+    for there in (lambda: slurm_workers(load_settings(), print), lambda: cluster_of(load_settings(cluster_jobqueue='slurm'))):
+        with pytest.raises(FadaError, match='Slurm is not here.*login node'), there(): pass
+    with pytest.raises(FadaError, match='gpu1 cannot be reached by ssh .*no command nossh'):
+        with ssh_workers(load_settings(cluster_hosts='gpu1', cluster_ssh='nossh'), print): pass
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(2) as pool:   # what `run_jobs` takes of it, with any executor
+        there = Joined(2, pool, 0, lambda: None)
+        assert there.threads == 0 and by_state(run_jobs([job(tmp_path, 'a', n=1)], there.slots, executor=there.executor, look=there.look)) == dict(a='done')

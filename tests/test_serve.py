@@ -229,3 +229,15 @@ def test_a_server_that_crashes_is_started_again_and_given_up(tmp_path, monkeypat
             assert runs.read_text().splitlines() == [f'{os.getpid()} secret']*times
     finally: signal.signal(signal.SIGTERM, before)
     assert said == ['the server ended with status 3: started again']*4+['error: the server crashed 5 times within a minute, the last time with status 3']
+
+def test_a_page_at_a_taken_port_is_not_started(root, monkeypatch):
+    "Neither the page's port nor the model's next to it may be somebody else's; an unknown model is said before"
+    from fada.app import run_app
+    from fada.cli import web_app
+    notebook = root/'nbs'/'app'/'ask.ipynb'; monkeypatch.setenv('FADA_QUIET', '1'); monkeypatch.chdir(root)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(); port = s.getsockname()[1]
+        for first in (port, port-1):
+            with pytest.raises(FadaError, match=f'port {port} is taken'): run_app(notebook, first, False, say=pytest.fail)
+        with pytest.raises(FadaError, match=f'port {port} is taken'): web_app(port, False, quiet=True)
+    with pytest.raises(FadaError, match='blip2-nanno'): web_app(port, False, model='blip2-nanno', quiet=True)
