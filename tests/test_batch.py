@@ -124,6 +124,7 @@ def test_a_group_ends_with_what_it_started(tmp_path):
     while not gone() and time.monotonic() < end: time.sleep(.05)
     assert gone()
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop,second', [(batch.stop_running, 'done'), (batch.end_jobs, 'cancelled')])
 def test_what_runs_is_ended_and_what_waits_goes_on_or_not(tmp_path, stop, second):
     jobs = [job(tmp_path, 'a', n=1000, pause=.1), job(tmp_path, 'b', n=1)]; found = []
@@ -404,3 +405,14 @@ def test_clusters_that_are_not_here_are_named(monkeypatch, tmp_path):
     with ThreadPoolExecutor(2) as pool:   # what `run_jobs` takes of it, with any executor
         there = Joined(2, pool, 0, lambda: None)
         assert there.threads == 0 and by_state(run_jobs([job(tmp_path, 'a', n=1)], there.slots, executor=there.executor, look=there.look)) == dict(a='done')
+
+@pytest.mark.slow
+def test_a_demonstration_stops_at_a_failed_job_and_names_it(tmp_path, monkeypatch):
+    "The stage after it is not begun, and what is done is kept"
+    from fada import demo
+    first, later = [job(tmp_path, 'a', n=1), job(tmp_path, 'b', n=1, fail=True)], [job(tmp_path, 'c', n=1)]; said = []
+    monkeypatch.setattr(demo, 'demo_stages', lambda *a: iter([('first', first), ('later', later)]))
+    with pytest.raises(FadaError, match='b failed.*no such picture.*what is done is kept'):
+        demo.run_demo(tmp_path/'demo', tmp_path/'data', small=True, say=said.append)
+    assert (tmp_path/'out'/'a'/'metrics.json').is_file() and not later[0].folder.exists()
+    assert any('first (2 jobs)' in l for l in said) and not any('later' in l for l in said)

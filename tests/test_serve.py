@@ -241,3 +241,8 @@ def test_a_page_at_a_taken_port_is_not_started(root, monkeypatch):
             with pytest.raises(FadaError, match=f'port {port} is taken'): run_app(notebook, first, False, say=pytest.fail)
         with pytest.raises(FadaError, match=f'port {port} is taken'): web_app(port, False, quiet=True)
     with pytest.raises(FadaError, match='blip2-nanno'): web_app(port, False, model='blip2-nanno', quiet=True)
+
+def test_a_server_without_its_packages_says_what_to_install(monkeypatch):
+    from fada import serve
+    monkeypatch.setattr(serve, 'find_spec', lambda name: None)
+    with pytest.raises(FadaError, match=r"fastapi or uvicorn is not installed.*fada\[app\]"): serve.run_server(free_port())
