@@ -113,6 +113,37 @@ def test_a_kernel_killed_by_somebody_goes_on_as_it_was(tmp_path, monkeypatch):
     counted = iter(range(9)); monkeypatch.setattr(batch, '_memory_kills', lambda: next(counted))
     r = run_jobs([job(tmp_path, 'b', kill=True)])[0]; assert r.state == 'done' and r.retried and rows('b')[0][2] == 8 and next(counted) == 3
 
+def test_a_group_ends_with_what_it_started(tmp_path):
+    code = ('import subprocess, sys\nfrom fada.batch import end_group\n'
+            'p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]); print(p.pid, flush=True)\n'
+            'end_group(); print("still here")')
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert r.returncode == 128+signal.SIGTERM and r.stdout.strip().isdigit(), (r.returncode, r.stdout, r.stderr)
+    child = int(r.stdout); end = time.monotonic()+10
+    gone = lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    while not gone() and time.monotonic() < end: time.sleep(.05)
+    assert gone()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stop,second', [(batch.stop_running, 'done'), (batch.end_jobs, 'cancelled')])
+def test_what_runs_is_ended_and_what_waits_goes_on_or_not(tmp_path, stop, second):
+    jobs = [job(tmp_path, 'a', n=1000, pause=.1), job(tmp_path, 'b', n=1)]; found = []
+    t = threading.Thread(target=lambda: found.extend(run_jobs(jobs, 1))); t.start()
+    end = time.monotonic()+60; log = jobs[0].part/'answers.jsonl'; log2 = jobs[0].folder/'answers.jsonl'
+    while not (log.exists() or log2.exists()) and time.monotonic() < end: time.sleep(.05)
+    stop(); t.join(60)
+    assert not t.is_alive() and not kernels(tmp_path)
+    states = by_state(found); assert states['a'] != 'done' and states['b'] == second, states
+
+def test_a_heartbeat_says_the_bars_of_what_runs_and_ends_with_its_work(tmp_path):
+    jobs = [job(tmp_path, k) for k in 'ab']; said = []
+    jobs[0].folder.mkdir(parents=True); jobs[1].part.mkdir(parents=True)
+    (jobs[1].part/'run.log').write_text('begin\n 10%|#   | 1/10\r 20%|##  | 2/10')
+    assert batch.heartbeat(lambda: time.sleep(.5) or 'its result', jobs, said.append, .1) == 'its result'
+    assert said[:2] == ['  1 of 2 done', '  b: 20%|##  | 2/10']
+    n = len(said); time.sleep(.3); assert len(said) == n
+    with pytest.raises(ZeroDivisionError): batch.heartbeat(lambda: 1/0, jobs, said.append, .1)
+
 def test_processes_take_slots(tmp_path):
     "A job of two processes runs alone on two slots; one of three never will"
     jobs = [job(tmp_path, k, pause=.3) for k in 'abc']; jobs[1].slots = 2; jobs[2].slots = 3
@@ -360,3 +391,28 @@ def test_settings_that_decide_a_result_change_the_job(tmp_path, root, monkeypatc
     plain, loss = digests('[train]\nbalance = draw\n'), digests('[train]\nbalance = loss\n'); assert plain[0] != loss[0] and plain[1] == loss[1]
     assert digests(f'[scores]\nsentence_model = {tmp_path}\n')[1] != plain[1]
     assert _words(dict(seed=0, patience=0, rank=0, steps=3, augment=False)) == ['--seed', '0', '--patience', '0', '--steps', '3']
+
+def test_clusters_that_are_not_here_are_named(monkeypatch, tmp_path):
+    "No Slurm, no way to a machine: a sentence before anything is started; a scheduler's slots and executor make a `Joined`"
+    from fada.cluster import Joined, cluster_of, slurm_workers, ssh_workers
+    from fada.settings import load_settings
+    monkeypatch.setenv('PATH', str(tmp_path))
+    for there in (lambda: slurm_workers(load_settings(), print), lambda: cluster_of(load_settings(cluster_jobqueue='slurm'))):
+        with pytest.raises(FadaError, match='Slurm is not here.*login node'), there(): pass
+    with pytest.raises(FadaError, match='gpu1 cannot be reached by ssh .*no command nossh'):
+        with ssh_workers(load_settings(cluster_hosts='gpu1', cluster_ssh='nossh'), print): pass
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(2) as pool:   # what `run_jobs` takes of it, with any executor
+        there = Joined(2, pool, 0, lambda: None)
+        assert there.threads == 0 and by_state(run_jobs([job(tmp_path, 'a', n=1)], there.slots, executor=there.executor, look=there.look)) == dict(a='done')
+
+@pytest.mark.slow
+def test_a_demonstration_stops_at_a_failed_job_and_names_it(tmp_path, monkeypatch):
+    "The stage after it is not begun, and what is done is kept"
+    from fada import demo
+    first, later = [job(tmp_path, 'a', n=1), job(tmp_path, 'b', n=1, fail=True)], [job(tmp_path, 'c', n=1)]; said = []
+    monkeypatch.setattr(demo, 'demo_stages', lambda *a: iter([('first', first), ('later', later)]))
+    with pytest.raises(FadaError, match='b failed.*no such picture.*what is done is kept'):
+        demo.run_demo(tmp_path/'demo', tmp_path/'data', small=True, say=said.append)
+    assert (tmp_path/'out'/'a'/'metrics.json').is_file() and not later[0].folder.exists()
+    assert any('first (2 jobs)' in l for l in said) and not any('later' in l for l in said)

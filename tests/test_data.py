@@ -509,3 +509,22 @@ def test_two_builders_of_one_pixel_cache(tmp_path, monkeypatch):
     px._cache_files(here, s, ['h1', 'h2']); px._settle(here, *first[0])
     pixels, done = px._cache_files(here, s, ['h1', 'h2'])
     assert done.tolist() == [True, False] and (pixels[0] == 7).all() and sorted(p.name for p in tmp_path.iterdir()) == ['c']
+
+def test_the_data_commands_say_what_they_found(tmp_path, capsys, monkeypatch):
+    "A workbook's rows, a check, an export and no change; then a change, and a set that is not published"
+    import typer
+    from fada.cli import data_check, data_export, data_get, data_template, data_verify
+    monkeypatch.setenv('FADA_QUIET', '1'); own = tmp_path/'own'; folder = str(own); (own/'Femur').mkdir(parents=True)
+    def said(command, *words, **more): command(*words, json=True, quiet=True, **more); return json.loads(capsys.readouterr().out)
+    for k in range(5): picture(own/'Femur'/f'{k}.png', k)
+    r = said(data_template, folder, 'empty.xlsx'); assert r['images'] == 5 and (own/'empty.xlsx').is_file(); (own/'empty.xlsx').unlink()
+    (own/'answers.csv').write_text('Folder Name,Image Name,Q6\n'+''.join(f'Femur,{k}.png,good\n' for k in range(5)))
+    report = tmp_path/'found.csv'; r = said(data_check, folder, 'auto', 'first', str(report))
+    with open(report) as f: assert sum(1 for _ in csv.DictReader(f)) == len(r['findings'])
+    prepare(own, 0, None, source='folder'); assert said(data_verify, folder)['changes'] == []
+    r = said(data_export, folder, str(tmp_path/'share'), 'csv', None, True); assert (r['images'], r['answers']) == (5, 5)
+    (own/'Femur'/'3.png').unlink()
+    with pytest.raises(typer.Exit) as e: data_verify(folder, json=True, quiet=True)
+    assert e.value.exit_code == 1 and [c['file'] for c in json.loads(capsys.readouterr().out)['changes']] == ['Femur/3.png']
+    with pytest.raises(FadaError, match='hc19.*hc18'): data_get('hc19', str(tmp_path/'hc'), False, quiet=True)
+    assert not (tmp_path/'hc').exists()

@@ -334,3 +334,14 @@ def test_a_long_cine_in_jupyterlab(browser, lab, shots, tmp_path):
     stood = seen(); assert shown() == stood != 285; page.wait_for_selector(f'.fada-answers small:has-text("frame {stood+1} of 300")'); page.close()
     turns = [json.loads(l) for l in (tmp_path/'session'/'turns.jsonl').read_text().splitlines()]; assert [t['frame'] for t in turns] == [285, stood]
     for t in turns: assert number_of(np.asarray(Image.open(tmp_path/'session'/'images'/f'{t["pixels_sha256"][:16]}.png').convert('L'))) == t['frame']
+
+def test_an_upload_comes_into_view_or_is_said(nano, settings, tmp_path):
+    "What cannot be read is a sentence, and the image in view stays; no upload changes nothing"
+    path = write_dicom(tmp_path/'a.dcm', cine()); panel = AskPanel(nano, [uploaded(path.name, path.read_bytes())], Session(tmp_path/'s')); seen = panel.picture
+    buffer = io.BytesIO(); Image.new('L', (40, 30), 90).save(buffer, 'PNG'); before = panel.state.value
+    from datetime import datetime, timezone
+    now = datetime.now(timezone.utc); panel.open_upload(); assert panel.picture is seen and panel.state.value == before
+    panel.upload.value = (dict(name='bad.png', type='image/png', size=3, content=b'bad', last_modified=now),)
+    assert panel.picture is seen and 'bad.png' in panel.state.value
+    panel.upload.value = (dict(name='own.png', type='image/png', size=3, content=buffer.getvalue(), last_modified=now),)
+    assert panel.picture is not seen and panel.image.size == (40, 30) and 'unlike the training images' in panel.state.value

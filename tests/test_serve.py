@@ -189,3 +189,60 @@ def test_killed_in_the_middle_and_back(server, picture):
     assert told or e['event'] == 'done'          # it may have been quicker than the kill
     child.wait(10); wait_for(int(url.rsplit(':', 1)[1])); assert m.ask(picture, 6).text and len(m.history()) == 1
     assert 'started again' in (server[2]/'err').read_text()
+
+def test_sessions_keep_the_newest_and_their_last_rows():
+    "The longest unused session goes beyond `most`; a history keeps its last rows"
+    from fada.serve import Desk, Sessions
+    s = Sessions(most=2, rows=3); a = s.open(); b = s.open(); s.of(a).extend(range(5)); c = s.open()   # a was used after b
+    assert s.of(a) == [2, 3, 4] and s.of(c) == [] and len({a, b, c}) == 3
+    with pytest.raises(FadaError, match='no such session'): s.of(b)
+    with pytest.raises(FadaError, match='no such session'): Desk(None).sessions.of('')
+
+def test_a_served_stream_puts_the_events_together():
+    "Pieces are yielded with their question's number, whole answers replace them, what was not answered is called cancelled"
+    from fada.serve import ServedStream, answer_record
+    from fada.vlm import Answer
+    whole = answer_record(Answer('How is the image quality?', 'good', 6))
+    sent = [dict(event='token', number=0, text='go'), dict(event='token', number=1, text='th'), dict(event='token', number=0, text='od'),
+            dict(event='answer', **whole), dict(event='cancelled')]
+    class Served:
+        def events(self, image, questions, stop):
+            for e in sent:
+                if stop(): return
+                yield e
+    told = []; s = ServedStream(Served(), None, [6, 'Why?'], False); s.tell = told.append
+    assert list(s) == [(0, 'go'), (1, 'th'), (0, 'od')] and told == sent
+    assert s.answer.text == 'good' and s.answers[1].text == 'th' and [a.error for a in s.answers] == ['', 'cancelled']
+    s = ServedStream(Served(), None, [6], True); pieces = []
+    for p in s: pieces.append(p); s.cancel()
+    assert pieces == ['go'] and s.answer.error == 'cancelled'
+
+def test_a_server_that_crashes_is_started_again_and_given_up(tmp_path, monkeypatch):
+    "Five crashes within a minute are enough; an ordinary error is not tried again"
+    from fada.serve import supervise
+    program = tmp_path/'server'; runs = tmp_path/'runs'; monkeypatch.setattr(sys, 'executable', str(program)); said = []
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for code, times in ((3, 5), (1, 1), (0, 1)):
+            runs.write_text(''); program.write_text(f'#!/bin/sh\necho "$4 $FADA_TOKEN" >> {runs}\nexit {code}\n'); program.chmod(0o755)
+            assert supervise(9, 'secret', say=said.append) == (0 if code == 0 else 1)
+            assert runs.read_text().splitlines() == [f'{os.getpid()} secret']*times
+    finally: signal.signal(signal.SIGTERM, before)
+    assert said == ['the server ended with status 3: started again']*4+['error: the server crashed 5 times within a minute, the last time with status 3']
+
+def test_a_page_at_a_taken_port_is_not_started(root, monkeypatch):
+    "Neither the page's port nor the model's next to it may be somebody else's; an unknown model is said before"
+    from fada.app import run_app
+    from fada.cli import web_app
+    notebook = root/'nbs'/'app'/'ask.ipynb'; monkeypatch.setenv('FADA_QUIET', '1'); monkeypatch.chdir(root)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(); port = s.getsockname()[1]
+        for first in (port, port-1):
+            with pytest.raises(FadaError, match=f'port {port} is taken'): run_app(notebook, first, False, say=pytest.fail)
+        with pytest.raises(FadaError, match=f'port {port} is taken'): web_app(port, False, quiet=True)
+    with pytest.raises(FadaError, match='blip2-nanno'): web_app(port, False, model='blip2-nanno', quiet=True)
+
+def test_a_server_without_its_packages_says_what_to_install(monkeypatch):
+    from fada import serve
+    monkeypatch.setattr(serve, 'find_spec', lambda name: None)
+    with pytest.raises(FadaError, match=r"fastapi or uvicorn is not installed.*fada\[app\]"): serve.run_server(free_port())
