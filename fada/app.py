@@ -23,6 +23,7 @@ _FOLLOW = """<script>{ const dark = matchMedia('(prefers-color-scheme: dark)'),
   tell = () => { document.body.dataset.jpThemeLight = String(!dark.matches); }; tell(); dark.addEventListener('change', tell); }
 </script>"""
 
+# %% ../nbs/15b_app.ipynb #b21c0002
 def _installed(*parts):
     "A file or folder of Jupyter's shared data; `FadaError` where it is not installed"
     from jupyter_core.paths import jupyter_path
@@ -48,6 +49,7 @@ def page_template(folder):
         said = said.replace(at, more+at)
     page.write_text(said, encoding='utf-8')
 
+# %% ../nbs/15b_app.ipynb #b21c0004
 def page_settings(
     token:str, port:int,
     idle:int=600,              # seconds after which the kernel of a page that does nothing is ended

@@ -355,6 +355,7 @@ def _reason(self:AskPanel, question_id, text)->str:
     if about_sex(text) and not self.fetal_sex: return SEX_WHY
     return cannot_be_known(question_id, text, bool(self.picture.mm_per_px), self.picture.dated)
 
+# %% ../nbs/15_ask.ipynb #b21a0004
 @patch
 def _keep(self:AskPanel, k, side, name, a, image, frame):
     "Fill in an answer, and put it into the session"
@@ -381,6 +382,7 @@ def _keep(self:AskPanel, k, side, name, a, image, frame):
                                         f'<b>{html.escape(t.error or t.shown)}</b></li>'
                                         for t in self.session.turns)+'</ol>'
 
+# %% ../nbs/15_ask.ipynb #b21a0002
 @patch
 def _closed(self:AskPanel, name, image, a)->str:
     "The probability of each allowed answer, where that is wanted and there is a closed set"

@@ -232,15 +232,17 @@ class Steps:
             self.make_way()
         return out
 
-    def make_way(self):
-        "Rows that have ended leave once they are a part of the batch that pays"
-        import torch
-        on = [i for i,r in enumerate(self.rows) if r is not None]
-        if not on or len(on) > self.leave*len(self.rows): return
-        self.rows = [self.rows[i] for i in on]; on = torch.tensor(on, device=self.words.device)
-        self.last = self.last[on]
-        if self.history is not None: self.history = self.history[on]
-        self.keep(on)
+# %% ../nbs/07f_decode.ipynb #b21d0002
+@patch
+def make_way(self:Steps):
+    "Rows that have ended leave once they are a part of the batch that pays"
+    import torch
+    on = [i for i,r in enumerate(self.rows) if r is not None]
+    if not on or len(on) > self.leave*len(self.rows): return
+    self.rows = [self.rows[i] for i in on]; on = torch.tensor(on, device=self.words.device)
+    self.last = self.last[on]
+    if self.history is not None: self.history = self.history[on]
+    self.keep(on)
 
 # %% ../nbs/07f_decode.ipynb #2a95b117
 def finish(steps)->list:

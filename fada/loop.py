@@ -132,11 +132,13 @@ class Material:
         image = read_image(self.folder/self.names[i])
         return self.augment(image) if self.augment else image
 
-    def tokens_of(self, rows)->list:
-        "(prompt ids, answer ids) of an image's questions, as `train.collate` lays them out"
-        tok = self.vlm.processor.tokenizer
-        return [(tok(p)['input_ids'], tok(' '+a, add_special_tokens=False)['input_ids']+[tok.eos_token_id])
-                for p,a in rows]
+# %% ../nbs/09i_loop.ipynb #b21e0002
+@patch
+def tokens_of(self:Material, rows)->list:
+    "(prompt ids, answer ids) of an image's questions, as `train.collate` lays them out"
+    tok = self.vlm.processor.tokenizer
+    return [(tok(p)['input_ids'], tok(' '+a, add_special_tokens=False)['input_ids']+[tok.eos_token_id])
+            for p,a in rows]
 
 # %% ../nbs/09i_loop.ipynb #69c17cdc
 @patch

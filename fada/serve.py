@@ -45,19 +45,21 @@ class Order:
             try: loop.call_soon_threadsafe(bell.set)
             except RuntimeError: self.readers.remove((loop, bell))   # its loop is closed: the reader is gone
 
-    async def follow(self):
-        "The events as they come, None every `BEAT` without one; whoever stops reading cancels the order"
-        mine = asyncio.get_running_loop(),asyncio.Event(); self.readers.append(mine); k = 0
-        try:
-            while True:
-                mine[1].clear()
-                while k < len(self.events): k += 1; yield self.events[k-1]
-                if self.ended and k == len(self.events): return
-                try: await asyncio.wait_for(mine[1].wait(), BEAT)
-                except TimeoutError: yield None
-        finally:
-            if mine in self.readers: self.readers.remove(mine)
-            if not self.ended: self.stopped.set()
+# %% ../nbs/15a_serve.ipynb #b21b0004
+@patch
+async def follow(self:Order):
+    "The events as they come, None every `BEAT` without one; whoever stops reading cancels the order"
+    mine = asyncio.get_running_loop(),asyncio.Event(); self.readers.append(mine); k = 0
+    try:
+        while True:
+            mine[1].clear()
+            while k < len(self.events): k += 1; yield self.events[k-1]
+            if self.ended and k == len(self.events): return
+            try: await asyncio.wait_for(mine[1].wait(), BEAT)
+            except TimeoutError: yield None
+    finally:
+        if mine in self.readers: self.readers.remove(mine)
+        if not self.ended: self.stopped.set()
 
 # %% ../nbs/15a_serve.ipynb #613165ea
 @dataclass(frozen=True)
@@ -502,10 +504,13 @@ class Served:
         except (URLError, ConnectionError) as e:
             raise FadaError('the server does not answer', self.url, 'a running `fada serve`',
                             str(getattr(e, 'reason', e))) from None
-    def call(self, method, path, body=None):
-        "The JSON of a reply"
-        with self.open(method, path, {} if body is None and method == 'POST' else body) as r:
-            return json.loads(r.read())
+
+# %% ../nbs/15a_serve.ipynb #b21b0006
+@patch
+def call(self:Served, method, path, body=None):
+    "The JSON of a reply"
+    with self.open(method, path, {} if body is None and method == 'POST' else body) as r:
+        return json.loads(r.read())
 
 # %% ../nbs/15a_serve.ipynb #2949158f
 @patch
@@ -531,6 +536,7 @@ def follow(self:Served, path, image, given:dict,
             raise FadaError('the server went away in the middle of an answer', self.url, '', 'ask again')
         if last == 'failed': raise FadaError(e['error'], self.url)
 
+# %% ../nbs/15a_serve.ipynb #b21b0002
 @patch
 def note(self:Served, e:dict):
     "Keep what an event says of the model that answers"
