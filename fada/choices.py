@@ -178,7 +178,8 @@ def __iter__(self:Stream):
     except GeneratorExit: self._stop = True; raise
     finally:
         for n,(ids,logp) in enumerate(said): self._close(n, ids, logp, seen[0], self._stop and n in left, start)
-        del steps; release(v.device)
+        del steps   # a full collection takes tenths of a second: only where a card's memory is waited for
+        if str(v.device).startswith('cuda'): release(v.device)
 
 # %% ../nbs/07g_choices.ipynb #75ddc30e
 @patch
