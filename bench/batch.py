@@ -16,6 +16,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import psutil
 from fada.settings import environment, write_json
+sys.path.insert(0, str(Path(__file__).parents[1]/'tests'))
+from processes import below
 
 GRID = '''data = "{data}"
 categories = ["Femur", "Abdomen"]
@@ -45,15 +47,6 @@ def batch(grid, out, **kw):
 def quiet(words, **kw): return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **kw)
 
 def findable(d): return dict(os.environ, JUPYTER_RUNTIME_DIR=str(d/'runtime'))   # a kernel has the path of its connection file on its command line
-
-def below(d):
-    "Processes that have to do with a folder, but for this one"
-    found = []
-    for p in psutil.process_iter():
-        try:
-            if p.pid != os.getpid() and str(d) in ' '.join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE: found.append(p)
-        except psutil.Error: pass   # gone meanwhile
-    return found
 
 def nothing_left(d, seconds=20.):
     "Prove that no process has to do with a folder any more, or has not for long"

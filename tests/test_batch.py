@@ -6,6 +6,7 @@ import pytest
 from fada import batch
 from fada.batch import Job, run_jobs
 from fada.settings import FadaError
+from processes import below
 
 STUB = '''from pathlib import Path
 import json, os, time
@@ -43,15 +44,6 @@ def runtime(tmp_path, monkeypatch):
 
 def by_state(results): return {r.job.name: r.state for r in results}
 
-def kernels(tmp_path):
-    "Processes that have to do with a folder"
-    found = []
-    for p in psutil.process_iter():
-        try:
-            if p.pid != os.getpid() and str(tmp_path) in ' '.join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE: found.append(p)
-        except psutil.Error: pass   # gone meanwhile
-    return found
-
 def test_order_failures_and_a_second_run(tmp_path):
     "What comes after a failed job is not run, all else is; the second run does what is missing, in no time"
     jobs = [job(tmp_path, 'b', ['a']), job(tmp_path, 'a'), job(tmp_path, 'bad', fail=True), job(tmp_path, 'c', ['bad']), job(tmp_path, 'd', ['c'])]
@@ -76,7 +68,7 @@ def test_limits_of_time_and_memory(tmp_path):
     jobs = [job(tmp_path, 'slow', pause=60., seconds=6), job(tmp_path, 'hungry', eat=700, limit=600 << 20), job(tmp_path, 'good')]
     r = {x.job.name: x for x in run_jobs(jobs, 2)}
     assert 'longer than 6 s' in r['slow'].reason and 'GiB of main memory' in r['hungry'].reason and r['good'].state == 'done'
-    time.sleep(1.5); assert not kernels(tmp_path)
+    time.sleep(1.5); assert not below(tmp_path)
 
 @pytest.mark.fault
 def test_what_hangs_and_what_changes_meanwhile(tmp_path, monkeypatch):
@@ -87,7 +79,7 @@ def test_what_hangs_and_what_changes_meanwhile(tmp_path, monkeypatch):
             for c in psutil.Process().children():
                 if 'fada.batch' in c.cmdline() and (j.part/'answers.jsonl').exists(): c.suspend(); return
     t = threading.Thread(target=deafen); t.start(); r = run_jobs([j])[0]; told.set(); t.join()
-    assert r.state == 'failed' and 'longer than 8 s' in r.reason and not kernels(tmp_path)
+    assert r.state == 'failed' and 'longer than 8 s' in r.reason and not below(tmp_path)
     table = tmp_path/'table'; table.write_text('1'); j = job(tmp_path, 'a', n=20, pause=.1); j.inputs = [table]
     change = threading.Timer(4, lambda: table.write_text('2')); change.start(); r = run_jobs([j])[0]; change.join()
     if r.state == 'failed': assert 'changed while it ran' in r.reason; r = run_jobs([j])[0]   # else it was done before the change
@@ -132,7 +124,7 @@ def test_what_runs_is_ended_and_what_waits_goes_on_or_not(tmp_path, stop, second
     end = time.monotonic()+60; log = jobs[0].part/'answers.jsonl'; log2 = jobs[0].folder/'answers.jsonl'
     while not (log.exists() or log2.exists()) and time.monotonic() < end: time.sleep(.05)
     stop(); t.join(60)
-    assert not t.is_alive() and not kernels(tmp_path)
+    assert not t.is_alive() and not below(tmp_path)
     states = by_state(found); assert states['a'] != 'done' and states['b'] == second, states
 
 def test_a_heartbeat_says_the_bars_of_what_runs_and_ends_with_its_work(tmp_path):
@@ -193,7 +185,7 @@ def test_killed_anywhere_and_run_again(tmp_path, seed):
     for k in range(4):
         rows = [json.loads(l) for l in (tmp_path/'out'/f'j{k}'/'answers.jsonl').read_text().splitlines()]
         assert [x[:2] for x in rows] == [[f'j{k}', i] for i in range(12)]
-    assert not list((tmp_path/'out').glob('*.part')); time.sleep(1); assert not kernels(tmp_path)
+    assert not list((tmp_path/'out').glob('*.part')); time.sleep(1); assert not below(tmp_path)
 
 @pytest.mark.fault
 def test_a_full_disk_fails_the_job_and_loses_nothing(tmp_path):
@@ -290,7 +282,7 @@ def test_the_scheduler_killed_and_all_done_by_the_next_run(tmp_path, cluster):
     with pytest.raises(FadaError, match='the scheduler is gone in tcp.*what is done is kept'):
         with joined(address, lambda line: None) as c: run_jobs(jobs, c.slots, executor=c.executor, look=c.look)
     t.join(); end = time.monotonic()+30
-    while any('ipykernel_launcher' in p.cmdline() for p in kernels(tmp_path)) and time.monotonic() < end: time.sleep(.2)
+    while any('ipykernel_launcher' in p.cmdline() for p in below(tmp_path)) and time.monotonic() < end: time.sleep(.2)
     assert time.monotonic() < end; begun = sum((j.part/'answers.jsonl').exists() for j in jobs); assert begun
     (tmp_path/'stop').unlink(); assert set(by_state(run_jobs(jobs, 2)).values()) <= {'done', 'reused'}   # one may just have ended
     for j in jobs: assert [json.loads(l)[1] for l in (j.folder/'answers.jsonl').read_text().splitlines()] == list(range(100))

@@ -7,7 +7,8 @@ import psutil
 import pytest
 from fada.batch import run_jobs
 from fada.settings import FadaError, load_settings
-from test_batch import by_state, job, kernels, stub
+from processes import below
+from test_batch import by_state, job, stub
 
 PATH = os.environ['PATH']+':/usr/sbin'; SSHD = shutil.which('sshd', path=PATH)
 ABSENT = [n for n in ('sshd', 'ssh', 'ssh-keygen') if not shutil.which(n, path=PATH)]
@@ -57,7 +58,7 @@ def until(happens, seconds=60):
 
 def answers(ssh, host): return lambda: subprocess.run([*ssh.split(), host, 'true'], capture_output=True).returncode == 0
 
-def none_left(tmp_path): until(lambda: not [p for p in kernels(tmp_path) if 'sshd' not in p.name()], 30)
+def none_left(tmp_path): until(lambda: not [p for p in below(tmp_path) if 'sshd' not in p.name()], 30)
 
 @pytest.mark.slow
 def test_a_batch_on_a_machine_of_settings_ini(tmp_path, root, small_data, keys):
