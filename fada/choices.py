@@ -16,7 +16,6 @@ from .settings import FadaError
 from .clinical import CATEGORIES, GRADES
 from .linears import quick_linears
 from .guard import guard
-from .decode import release
 from .vlm import VLM, Answer, Request, _prepare, image_hash, wording
 
 # %% ../nbs/07g_choices.ipynb #67298419
@@ -178,8 +177,7 @@ def __iter__(self:Stream):
     except GeneratorExit: self._stop = True; raise
     finally:
         for n,(ids,logp) in enumerate(said): self._close(n, ids, logp, seen[0], self._stop and n in left, start)
-        del steps   # a full collection takes tenths of a second: only where a card's memory is waited for
-        if str(v.device).startswith('cuda'): release(v.device)
+        del steps   # nothing refers to them: keys and values are free at once
 
 # %% ../nbs/07g_choices.ipynb #75ddc30e
 @patch
