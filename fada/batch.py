@@ -363,9 +363,7 @@ def run_jobs(
         threads = threads or max(1, (os.cpu_count() or 1)//max(1, min(workers, sum(j.slots for j in jobs))))
     def add(r):
         w.results[r.job.name] = r
-        if say:
-            say(f'{r.job.name}: {r.state}' + (f' in {r.seconds:.0f} s' if r.seconds else '')
-                + (' at half the batch' if r.retried else '') + (f': {r.reason}' if r.reason else ''))
+        if say: say(_line(r))
         if tell: tell(w.results)
     pool = executor or ThreadPoolExecutor(max(1, workers))
     try:
@@ -377,11 +375,7 @@ def run_jobs(
             if look: look()   # a scheduler that is gone takes its futures along: that is no failure of their jobs
             for f in ended: add(_result(f, w.running.pop(f)))
     except BaseException:  # Ctrl-C above all: nothing may be left running
-        _stop.set()
-        for j in jobs:
-            if j.stop: j.stop.touch()
-        for f in w.running: f.cancel()
-        stop_running(); raise
+        _end_all(jobs, w.running); raise
     finally:
         if not executor: pool.shutdown()
     return [w.results[j.name] for j in jobs]
@@ -392,6 +386,19 @@ def _result(future, job:Job)->Result:
     try: return future.result()
     except FadaError as e: return Result(job, 'failed', 0., str(e))
     except Exception as e: return Result(job, 'failed', 0., f'{type(e).__name__}: {e}')
+
+def _line(r:Result)->str:
+    "What is said of a job that has ended"
+    return (f'{r.job.name}: {r.state}' + (f' in {r.seconds:.0f} s' if r.seconds else '')
+            + (' at half the batch' if r.retried else '') + (f': {r.reason}' if r.reason else ''))
+
+def _end_all(jobs, running):
+    "Nothing new begins, what runs ends"
+    _stop.set()
+    for j in jobs:
+        if j.stop: j.stop.touch()
+    for f in running: f.cancel()
+    stop_running()
 
 def _threads()->int: return max(1, (os.cpu_count() or 1)//2)
 

@@ -174,14 +174,6 @@ class Slots:
             kept[:,:,self.end:end] = new; out.append(kept[:,:,:end])
         return tuple(out)
 
-    def fill(self, layers, at):
-        "Begin with copies of a prefix's keys and values, row i from `at[i]`; taken out of `layers` one by one"
-        self.end = layers[0][0].shape[2] if layers else 0
-        for i in range(len(layers)):
-            pair = layers.pop(0)
-            self.layers[i] = tuple(x.new_empty(len(at), x.shape[1], self.size, x.shape[3]) for x in pair)
-            for kept,x in zip(self.layers[i], pair): kept[:,:,:self.end] = x[at]
-
     @property
     def nbytes(self)->int:
         "Memory laid out"
@@ -194,6 +186,16 @@ class Slots:
     def get_seq_length(self, layer_idx=0): return self.before+self.end
     def get_query_offset(self, layer_idx=0): return self.before+self.end
     def get_mask_sizes(self, query_length, layer_idx=0): return self.before+self.end+query_length, 0
+
+# %% ../nbs/07f_decode.ipynb #b22a0002
+@patch
+def fill(self:Slots, layers, at):
+    "Begin with copies of a prefix's keys and values, row i from `at[i]`; taken out of `layers` one by one"
+    self.end = layers[0][0].shape[2] if layers else 0
+    for i in range(len(layers)):
+        pair = layers.pop(0)
+        self.layers[i] = tuple(x.new_empty(len(at), x.shape[1], self.size, x.shape[3]) for x in pair)
+        for kept,x in zip(self.layers[i], pair): kept[:,:,:self.end] = x[at]
 
 # %% ../nbs/07f_decode.ipynb #e49b4225
 class Steps:

@@ -16,6 +16,22 @@ from .batch import DECIDING, Job, heartbeat, run_jobs, run_notebooks
 # enough to run every step, too little to learn
 SMALL = dict(phantoms=200, vision_steps=60, answer_steps=60, steps=12, images=24)
 
+# %% ../nbs/13a_demo.ipynb #b23a0002
+def _evaluations(job, out, common, read, small, phantoms)->list:
+    "Jobs that answer the test questions: base, int8 and adapters, and twins"
+    # all test images: intervals per category need them
+    few = dict(images=40, control_images=40) if small else dict(control_images=phantoms)
+    evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False),
+                   *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), True)
+                     for c in DEMO_CATEGORIES)]
+    twins = job('twins', 'twins', dict(common, output=str(out/'twins'), categories=','.join(DEMO_CATEGORIES),
+                                       pairs=1, images=5 if small else 20),
+                read, [out/'twins'/'twins.json'])
+    return [job(name, 'evaluate',
+                dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few),
+                [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])],
+                [out/name/'metrics.json']) for name,c,p,a,k in evaluations] + [twins]
+
 # %% ../nbs/13a_demo.ipynb #94a4e220
 def demo_stages(
     out, data,              # folders of the run and of the phantoms
@@ -47,19 +63,7 @@ def demo_stages(
               dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32',
                    **short('steps','images')),
               read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES)]
-    # all test images: intervals per category need them
-    few = dict(images=40, control_images=40) if small else dict(control_images=phantoms)
-    evaluations = [('evaluate-base', 'all', 'fp32', '', True), ('evaluate-int8', 'all', 'int8', '', False),
-                   *((f'evaluate-lora-{c}', c, 'fp32', str(out/f'lora-{c}'/'adapter'), True)
-                     for c in DEMO_CATEGORIES)]
-    twins = job('twins', 'twins', dict(common, output=str(out/'twins'), categories=','.join(DEMO_CATEGORIES),
-                                       pairs=1, images=5 if small else 20),
-                read, [out/'twins'/'twins.json'])
-    yield 'evaluation with controls, and twins', [
-        job(name, 'evaluate',
-            dict(common, output=str(out/name), categories=c, precision=p, adapter=a, controls=k, **few),
-            [*read, *([Path(a)/'adapter_model.safetensors'] if a else [])],
-            [out/name/'metrics.json']) for name,c,p,a,k in evaluations] + [twins]
+    yield 'evaluation with controls, and twins', _evaluations(job, out, common, read, small, phantoms)
     yield 'report', [
         job('compare', 'compare', dict(run=str(out), title='FADA demonstration'),
             [table, code_digest(('attention','compare','pairs','report')), out/'planes'/'metrics.json',

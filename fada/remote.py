@@ -406,26 +406,6 @@ class Meter:
     def under_way(self): return self.journal.held()
     def worth(self, tokens): return float(sum(tokens)) if self.unit == 'tokens' else money(tokens, self.price)
 
-    def reserve(self, job,
-        longest:int,     # tokens of an answer
-        mine:str,        # name of the reservation
-        spent=(0,0),     # tokens that earlier tries took
-    ):                   # tokens (in, out); the record where it was answered; None while another asks it
-        "Set aside what a question may take; `Trouble` where the budget has no room"
-        j = self.journal; image = job.sha is not None
-        with j.locked():
-            j.refresh()
-            if mine not in j.open:
-                if known := j.answers.get(job.key): return dict(known, replayed=True)
-                if j.asked_elsewhere(job.key): return None
-            need = np.array([j.most.get(image) or math.ceil(job.size), longest]); taken = self.worth(j.took)
-            if taken+self.worth(j.held(mine))+self.worth(need+spent) > self.amount:
-                raise Trouble(f'the budget of {self.amount:,.6g} {self.unit} has no room for another question: '
-                              f'{taken:,.6g} taken, as {j.path.name} says; raise [remote] budget in '
-                              'settings.ini', stage='budget')
-            j.add(_reservation(job, mine, need+spent))
-            return need
-
     def settle(self, job, mine, spent):
         "Hold what tries took in place of what they might have"
         with self.journal.locked(): self.journal.add(_reservation(job, mine, spent))
@@ -433,6 +413,28 @@ class Meter:
     def close(self, record):
         "What a question took, in place of its reservation"
         with self.journal.locked(): self.journal.add(record)
+
+# %% ../nbs/07c_remote.ipynb #b22b0002
+@patch
+def reserve(self:Meter, job,
+    longest:int,     # tokens of an answer
+    mine:str,        # name of the reservation
+    spent=(0,0),     # tokens that earlier tries took
+):                   # tokens (in, out); the record where it was answered; None while another asks it
+    "Set aside what a question may take; `Trouble` where the budget has no room"
+    j = self.journal; image = job.sha is not None
+    with j.locked():
+        j.refresh()
+        if mine not in j.open:
+            if known := j.answers.get(job.key): return dict(known, replayed=True)
+            if j.asked_elsewhere(job.key): return None
+        need = np.array([j.most.get(image) or math.ceil(job.size), longest]); taken = self.worth(j.took)
+        if taken+self.worth(j.held(mine))+self.worth(need+spent) > self.amount:
+            raise Trouble(f'the budget of {self.amount:,.6g} {self.unit} has no room for another question: '
+                          f'{taken:,.6g} taken, as {j.path.name} says; raise [remote] budget in '
+                          'settings.ini', stage='budget')
+        j.add(_reservation(job, mine, need+spent))
+        return need
 
 # %% ../nbs/07c_remote.ipynb #39dcbb79
 class Pace:
