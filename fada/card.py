@@ -56,6 +56,20 @@ def _scores(metrics)->str:
             +('' if n['sensitivity'] is None else f"\n\nAbnormal images found: {n['found']} of {n['abnormal']}; "
                                                   f"normal ones cleared: {n['cleared']} of {n['normal']}."))
 
+# %% ../nbs/09m_card.ipynb #b24a0002
+def _classes(about, kept)->str:
+    "Answer classes that were balanced: how often drawn, how often found in validation"
+    found = lambda q, c: '{} of {}'.format(*kept['recall'][q][c]) if c in kept.get('recall', {}).get(q, ()) else ''
+    return _table(['question','class','images','share drawn','weight in the loss','found in validation'],
+                  [[q, _plain(c), v['images'], v['drawn'], v.get('weight', 1), found(q, c)]
+                   for q,cs in about['classes'].items() for c,v in cs.items()])
+
+def _validated(about, kept)->str:
+    "What stands in the place of scores before an evaluation"
+    return ('Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was '
+            f"kept, validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); "
+            'no controls stand beside that.')
+
 # %% ../nbs/09m_card.ipynb #5b1c3618
 def model_card(
     about:dict,         # fada.json of the bundle
@@ -66,15 +80,7 @@ def model_card(
     spec = model_spec(about['model']); r = about['recipe']
     settings = _table(['setting','value'], [[k, _plain(v)] for k,v in r.items()])
     kept = next(c for c in about['checks'] if c['step'] == about['kept_step'])
-    found = lambda q, c: '{} of {}'.format(*kept['recall'][q][c]) if c in kept.get('recall', {}).get(q, ()) else ''
-    classes = _table(['question','class','images','share drawn','weight in the loss','found in validation'],
-                     [[q, _plain(c), v['images'], v['drawn'], v.get('weight', 1), found(q, c)]
-                      for q,cs in about['classes'].items() for c,v in cs.items()])
-    scores = _scores(metrics) if metrics else (
-        'Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was '
-        'kept, '
-        f"validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); no "
-        f"controls stand beside that.")
+    classes,scores = _classes(about, kept),_scores(metrics) if metrics else _validated(about, kept)
     limits = '\n'.join(f'- {l}' for l in _limits(about, spec))
     return f"""---
 library_name: peft
