@@ -128,8 +128,8 @@ def check_coverage(r):
     "What was asked and not answered, and what was set aside"
     n,failed,left = len(r.plain)+len(r.missing),len(r.plain)-len(r.answered),len(r.missing)
     if failed:
-        why = _shares(r.plain[r.plain.error.fillna('').ne('')].error.str.replace(r'\S*/', '…/', regex=True).str[:60],
-                      failed)
+        errors = r.plain.error[r.plain.error.fillna('').ne('')]
+        why = _shares(errors.str.replace(r'\S*/', '…/', regex=True).str[:60], failed)   # no folder of this machine
         yield Finding('failed', 'red' if failed > .05*n else 'amber', None, None,
                       f'{failed} of {n} questions failed and have no score: {why}')
     if left:

@@ -111,8 +111,8 @@ def by_patch(maps, side:int, structures:int):
 
 # %% ../nbs/09c_base.ipynb #fbf66d96
 def taught(targets:VisionTargets, at, rng, side:int):
-    """Moves of the images `at` and what is true afterwards: (matrices, classes, seen, patches). What went far has no orientation;
-    where a structure left the picture, nothing that follows from structures is taught"""
+    """Moves of the images `at` and what is true afterwards: (matrices, classes, seen, patches). What went far has no
+    orientation; where a structure left the picture, nothing that follows from structures is taught"""
     import torch
     far = rng.random(len(at)) < .5; m,mirrored = draw_moves(rng, far); far = torch.from_numpy(far)
     patches = by_patch(moved(targets.maps[at], m, labels=True), side, targets.seen.shape[1])
@@ -134,7 +134,8 @@ def vision_loss(heads, hidden, classes, seen, patches, patch_weight:float):
 
 # %% ../nbs/09c_base.ipynb #291bc340
 def train_vision(
-    model, pixels,             # pixels: n × 1 × side × side; phantoms are grey, so one channel is moved and shown thrice
+    model,
+    pixels,                    # n × 1 × side × side; phantoms are grey, so one channel is moved and shown thrice
     targets:VisionTargets, recipe:NanoRecipe,
     p=None,                    # probability of drawing each image; None: all alike
 )->list:                       # losses

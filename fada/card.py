@@ -43,8 +43,8 @@ def _limits(about, spec)->list:
 # %% ../nbs/09m_card.ipynb #6a596a9c
 def _scores(metrics)->str:
     "Test scores with their controls"
-    cell = lambda s: '' if s['mean'] is None else f"{s['mean']:.2f}"+(''
-                                                                      if s['low'] is None else f" [{s['low']:.2f}, {s['high']:.2f}]")
+    span = lambda s: '' if s['low'] is None else f" [{s['low']:.2f}, {s['high']:.2f}]"
+    cell = lambda s: '' if s['mean'] is None else f"{s['mean']:.2f}"+span(s)
     names = sorted({k for m in metrics['questions'].values() for k in m['controls']})
     rows = [[QUESTIONS[int(q)].key, m['measure'], cell(m['score']),
              *(cell(m['controls'][n]) if n in m['controls'] else '' for n in names)]
@@ -66,9 +66,18 @@ def _classes(about, kept)->str:
 
 def _validated(about, kept)->str:
     "What stands in the place of scores before an evaluation"
-    return ('Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that was '
-            f"kept, validation answers scored {kept['score']:.3f} (untouched base: {about['checks'][0]['score']:.3f}); "
+    base = about['checks'][0]['score']
+    return ('Not evaluated on test images yet: run `fada evaluate --adapter`, then `fada card`. At the check that '
+            f"was kept, validation answers scored {kept['score']:.3f} (untouched base: {base:.3f}); "
             'no controls stand beside that.')
+
+def _training(about)->str:
+    "What it was trained on, how far, and by which settings"
+    r = about['recipe']
+    return (f"Base `{_plain(about['base'])}`, precision {about['precision']}, "
+            f"prompt version {_plain(about['prompt_version'])}, seed {r['seed']}; "
+            f"kept from step {about['kept_step']} of {r['steps']}.\n{_plain(about['why'])}.\n\n"
+            +_table(['setting','value'], [[k, _plain(v)] for k,v in r.items()]))
 
 # %% ../nbs/09m_card.ipynb #5b1c3618
 def model_card(
@@ -77,8 +86,7 @@ def model_card(
 )->str:
     "The card in Markdown"
     from fada.registry import model_spec
-    spec = model_spec(about['model']); r = about['recipe']
-    settings = _table(['setting','value'], [[k, _plain(v)] for k,v in r.items()])
+    spec = model_spec(about['model'])
     kept = next(c for c in about['checks'] if c['step'] == about['kept_step'])
     classes,scores = _classes(about, kept),_scores(metrics) if metrics else _validated(about, kept)
     limits = '\n'.join(f'- {l}' for l in _limits(about, spec))
@@ -102,10 +110,7 @@ license: other
 {classes}
 
 ## Training
-Base `{_plain(about['base'])}`, precision {about['precision']}, prompt version {_plain(about['prompt_version'])}, seed {r['seed']}; kept from step {about['kept_step']} of {r['steps']}.
-{_plain(about['why'])}.
-
-{settings}
+{_training(about)}
 
 Made {_plain(about['made'])} with {_plain(', '.join(f'{k} {v}' for k,v in about['versions'].items()))}.
 """

@@ -331,8 +331,8 @@ def _count(spec, tensors)->int:
     return sum(math.prod(shape) for name,shape in tensors.items() if _relevant(spec, [name]))
 
 def _relevant(spec, keys):
-    """Keys of a load report that matter: a text model leaves the vision half of its checkpoint alone, and counters that
-    earlier releases of transformers saved are no weights"""
+    """Keys of a load report that matter: a text model leaves the vision half of its checkpoint alone, and counters
+    that earlier releases of transformers saved are no weights"""
     return sorted(str(k) for k in keys if not _COUNTERS.search(str(k))
                   and not (spec.architecture == 'gemma3-text' and _GEMMA_VISION.search(str(k))))
 

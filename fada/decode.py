@@ -45,7 +45,7 @@ def read_prefix(
     forward,        # called with `past_key_values` and `use_cache`; its output has `last_hidden_state`
     valid,          # n × tokens, bool
     head=None,      # with it, logits of the last token are kept
-    ahead=0,        # how far positions are ahead of the count of tokens: a number, or a function for after the reading
+    ahead=0,        # how far positions are ahead of the tokens' count: a number, or a function for after the reading
 )->Prefix:
     "Read prefixes with `forward`"
     from transformers import DynamicCache
@@ -166,7 +166,7 @@ class Slots:
         "Write new keys and values; gives the ones so far"
         if layer_idx not in self.layers:
             self.layers[layer_idx] = tuple(x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in (keys, values))
-        if self.cursor is not None:   # the place lies on the card: one token is written there, and all slots are given
+        if self.cursor is not None:   # the place lies on the card: a token is written there, and all slots are given
             for kept,new in zip(self.layers[layer_idx], (keys, values)): kept.index_copy_(2, self.cursor, new)
             return self.layers[layer_idx]
         end = self.end+keys.shape[2]; out = []
@@ -266,7 +266,7 @@ class Rows(Steps):
     "Questions about prefixes, answered side by side by a decoder"
     def __init__(self, words:Words, prefix:Prefix,
                  at:list,          # the prefix of each row
-                 tails:list,       # token ids that each row reads after it; all empty where the prefix is the whole prompt
+                 tails:list,       # token ids that each row reads after it; all empty: the prefix is the whole prompt
                  most,             # new tokens a row may say: a number, or one for each row
                  heads:list=None,  # token ids of the prefixes, for rules about repetition
                  share:bool=None): # whether a prefix has one copy for all its rows; None: where it is long
@@ -484,11 +484,12 @@ def keep(self:Rows, on):
 
 # %% ../nbs/07f_decode.ipynb #7a1de002
 class Tape:
-    """The step to the next token with all its sizes fixed, recorded once (a CUDA graph) and played for each token. The place in the
-    slots lies on the card, so that one recording serves for all: later slots are hidden by the mask"""
+    """The step to the next token with all its sizes fixed, recorded once (a CUDA graph) and played for each token.
+    The place in the slots lies on the card, so that one recording serves for all: later slots are hidden by the mask"""
     def __init__(self, rows:Rows):
         import torch
-        self.rows,self.graph,self.logits,self.refused = rows,None,None,None; on = rows.words.device; s = rows.slots; P = rows.prefix.tokens
+        self.rows,self.graph,self.logits,self.refused = rows,None,None,None
+        on,s,P = rows.words.device,rows.slots,rows.prefix.tokens
         self.at = torch.tensor([s.end-rows.begins], device=on); self.ids = rows.last.clone()
         for pair in s.layers.values():
             for kept in pair: kept[:,:,s.end:] = 0   # what is hidden is multiplied by zero, and must be a number
@@ -516,7 +517,8 @@ class Tape:
 # %% ../nbs/07f_decode.ipynb #7a1de003
 @patch
 def play(self:Tape):
-    "Logits of the next token: the first time by a step that is taken, then by one that is recorded, then by the recording"
+    """Logits of the next token: the first time by a step that is taken, then by one that is recorded, then by the
+    recording"""
     self.ids.copy_(self.rows.last); self.rows.slots.end += 1
     if self.logits is None or self.ids.device.type != 'cuda': self.logits = self.step(); return self.logits
     if self.refused or self.graph is None and not self.record(): return self.step()
@@ -525,7 +527,8 @@ def play(self:Tape):
 
 @patch
 def record(self:Tape)->bool:
-    "Record a step; False where it holds what a recording cannot, remembered for this decoder, or where memory is short"
+    """Record a step; False where it holds what a recording cannot, remembered for this decoder, or where memory is
+    short"""
     import torch
     graph,side,here = torch.cuda.CUDAGraph(),torch.cuda.Stream(),torch.cuda.current_stream(); why = None
     side.wait_stream(here)

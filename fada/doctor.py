@@ -91,6 +91,7 @@ def check_driver()->Finding:
     return ok('driver', ', '.join(f'{n}, driver {d}, {t/2**30:.1f} GiB of which {u/2**30:.1f} GiB are taken'
                                   for n,d,t,u in found))
 
+# %% ../nbs/06b_doctor.ipynb #c22b0002
 def check_torch()->Finding:
     "torch, with CUDA or not, against the cards that are here"
     try: import torch

@@ -72,18 +72,19 @@ class DryRun(TorchDispatchMode):
         "End a phase: its peak joins `peaks`"
         self.peaks.append(self.peak); self.peak = self.now
 
-    def _see(self, t, free:bool=False, source=None):
-        "Count a tensor: nothing where it is `free`, or beside a card in main memory; `source` lives as long as it"
-        if not isinstance(t, torch.Tensor): return
-        storage = t.untyped_storage(); key = storage._cdata
-        if key in self.alive: return
-        elsewhere = self.on_card and not t.is_meta and not _whole(t.dtype)
-        n = self.alive[key] = 0 if free or elsewhere else storage.nbytes()
-        self.now += n; self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, source)
-
     def _gone(self, key, source): self.now -= self.alive.pop(key)
 
+# %% ../nbs/06a_dry.ipynb #c22a0002
+@patch
+def _see(self:DryRun, t, free:bool=False, source=None):
+    "Count a tensor: nothing where it is `free`, or beside a card in main memory; `source` lives as long as it"
+    if not isinstance(t, torch.Tensor): return
+    storage = t.untyped_storage(); key = storage._cdata
+    if key in self.alive: return
+    elsewhere = self.on_card and not t.is_meta and not _whole(t.dtype)
+    n = self.alive[key] = 0 if free or elsewhere else storage.nbytes()
+    self.now += n; self.peak = max(self.peak, self.now)
+    weakref.finalize(storage, self._gone, key, source)
 
 # %% ../nbs/06a_dry.ipynb #cf9ce846
 def _gives_whole(func, args, kwargs, tensors)->bool:

@@ -292,8 +292,8 @@ def inputs(self:Chat, images, texts, **more):
 # %% ../nbs/07a_families.ipynb #54ffea76
 @patch
 def count_image_tokens(self:Chat, t)->list:
-    """Image tokens per row; `FadaError` where a row has none, or fewer than its tiles stand for: an answer without the
-    image must not pass for one with it"""
+    """Image tokens per row; `FadaError` where a row has none, or fewer than its tiles stand for: an answer without
+    the image must not pass for one with it"""
     n = (t['input_ids'] == self.core.config.image_token_id).sum(1).tolist()
     if not all(n):
         raise FadaError('the image is not in the prompt', self.spec.name, 'image tokens in every row',
@@ -310,8 +310,8 @@ def count_image_tokens(self:Chat, t)->list:
 # %% ../nbs/07a_families.ipynb #65579941
 @patch
 def layout(self:Chat, image, texts)->tuple:
-    """(what the processor makes of an image with the first of its texts, token ids of every text); the image is processed
-    once"""
+    """(what the processor makes of an image with the first of its texts, token ids of every text); the image is
+    processed once"""
     t = self.inputs([image], texts[:1], return_text_replacement_offsets=True)
     place = t.pop('text_replacement_offsets')[0][0]
     head = t['input_ids'][0].tolist(); special = self.adds_special(texts)
@@ -334,8 +334,8 @@ _NO_PIXELS = ('input_ids','attention_mask','token_type_ids','mm_token_type_ids',
 
 @patch
 def features(self:Chat, images, inputs)->list:
-    """What the language model reads of each image, [tokens × width, deep features …]: kept for images seen before, the vision
-    tower takes pictures of one shape together"""
+    """What the language model reads of each image, [tokens × width, deep features …]: kept for images seen before,
+    the vision tower takes pictures of one shape together"""
     import torch
     keys = [image_hash(i) for i in images]; groups = {}
     for k,t in zip(keys, inputs):
@@ -486,8 +486,8 @@ def on_grid(self:Chat, rows, grid=None):
 
 # %% ../nbs/07a_families.ipynb #ecfb7644
 class PaliGemma(Chat):
-    """PaliGemma 2: one task prompt, one answer. Its image tokens see the question (prefix-LM), so prompts are read whole, and
-    only the vision tower's work is shared"""
+    """PaliGemma 2: one task prompt, one answer. Its image tokens see the question (prefix-LM), so prompts are read
+    whole, and only the vision tower's work is shared"""
     lists_features,first_position,shares_prefix = False,1,False
     said_kind = 1   # type 0 sees in both directions: an answer must not see what it is yet to say
 

@@ -28,13 +28,15 @@ from .vlm import PROMPT_VERSION, adapter_digest, attach, load, summary
 from .watch import class_counts
 
 # %% ../nbs/09k_finetune.ipynb #31fba148
+_MAY_BE_0 = ('images','patience','seed','weight_decay','augment','cache','packing','checkpointing')   # options
+
 def lora_recipe(spec, **given)->LoraRecipe:
     """The recipe of a model's family with what is `given`; `FadaError` names an option that is none or a value out
     of range"""
     known = {f.name: f.type for f in fields(LoraRecipe)}; h = hyper(spec)
     for k,v in given.items():
         if k not in known: raise FadaError(f'unknown option {k!r} of a training', '', nearest(k, known), '')
-        least = 0 if k in ('images','patience','seed','weight_decay','augment','cache','packing','checkpointing') else None
+        least = 0 if k in _MAY_BE_0 else None
         if isinstance(v, (int,float)) and (v < 0 or (least is None and not v)):
             raise FadaError(f'{k} = {v}', '', 'a number above 0' if least is None else 'a number of at least 0', '')
     if given.get('balance', 'draw') not in BALANCES:
@@ -200,6 +202,29 @@ def _own_card(device:str)->str:
     from fada.checkpoints import resolve_device
     return f"cuda:{os.environ['LOCAL_RANK']}" if resolve_device(device).startswith('cuda') else device
 
+# %% ../nbs/09k_finetune.ipynb #c22g0002
+def _checked_options(s, task:str, options:dict)->dict:
+    "`options` that were given, after task, options and question tables proved fit"
+    if task not in ('lora','base','planes'):
+        raise FadaError(f'unknown task {task!r}', '', 'lora, base or planes', '')
+    options = {k: v for k,v in options.items() if v is not None}; spec = model_spec(s.model)
+    if task == 'lora':
+        options = dict(balance=s.balance, abnormal_weight=float(s.rare_weight)) | options
+        lora_recipe(spec, **{k: v for k,v in options.items() if k not in ('replace','skip_preflight')})
+    for split in ('train', *(['val'] if task == 'lora' else [])): load_table(s.data, s.categories, split)
+    return options
+
+def _train(s, out, task:str, weights, recipe, options:dict)->dict:
+    "Train what `task` names; what is known of the result"
+    if task == 'planes':
+        from fada.planes import train_planes
+        return train_planes(s.data, s.categories, out, seed=s.seed)
+    if task == 'base':
+        from fada.base import train_base
+        return train_base(s.data, out/'model', recipe or NanoRecipe(seed=s.seed))
+    return finetune(load(s.model, weights=weights or None, precision=s.precision, device=s.device),
+                    s.data, s.categories, out/'adapter', seed=s.seed, **options)
+
 # %% ../nbs/09k_finetune.ipynb #9644b3fc
 def train_job(
     s,                    # Settings
@@ -212,26 +237,12 @@ def train_job(
 )->dict:
     """Train by the settings and describe the job; `FadaError` before any model is loaded where the data do
     not fit"""
-    if task not in ('lora','base','planes'):
-        raise FadaError(f'unknown task {task!r}', '', 'lora, base or planes', '')
-    options = {k: v for k,v in options.items() if v is not None}; spec = model_spec(s.model)
-    if task == 'lora': options = dict(balance=s.balance, abnormal_weight=float(s.rare_weight)) | options
-    if task == 'lora': lora_recipe(spec, **{k: v for k,v in options.items() if k not in ('replace','skip_preflight')})
-    for split in ('train', *(['val'] if task == 'lora' else [])): load_table(s.data, s.categories, split)
-    out = writable_folder(out)
+    options = _checked_options(s, task, options); out = writable_folder(out)
     if processes > 1 and 'WORLD_SIZE' not in os.environ:
         if task != 'lora':
             raise FadaError(f'{processes} processes for task {task!r}', '', 'lora', 'train it with one')
         return start_processes(processes, s, out, weights, options)
-    if task == 'planes':
-        from fada.planes import train_planes
-        about = train_planes(s.data, s.categories, out, seed=s.seed)
-    elif task == 'base':
-        from fada.base import train_base
-        about = train_base(s.data, out/'model', recipe or NanoRecipe(seed=s.seed))
-    else:
-        about = finetune(load(s.model, weights=weights or None, precision=s.precision, device=s.device),
-                         s.data, s.categories, out/'adapter', seed=s.seed, **options)
+    about = _train(s, out, task, weights, recipe, options)
     write_json(out/'config.json', dict(kind='train', task=task, model=s.model, weights=str(weights or ''),
                                        precision=s.precision, categories=list(s.categories),
                                        seed=s.seed, data=str(s.data), seconds=about['seconds'],

@@ -216,7 +216,8 @@ def dicom_facts(
 _PLAIN = set(
     '''img image frame plane patient pat case fetus fetal abdomen aorta crl view cervical cervix femur nt non
 standard public symphysis head thorax brain trans cerebellum thalamic ventricular hc ac fl bpd of us scan
-annotation page slice copy dcm heart spine left right test train val images frames planes set data dza egy gha mwi uga'''.split()
+annotation page slice copy dcm heart spine left right test train val images frames planes set data dza egy gha mwi
+uga'''.split()
 )
 
 _COUNTED = re.compile(r'(?i)(?<![^\W\d_])(img|image|frame|f|plane|slice|page|view|scan|copy|of)[ _.#-]*$')

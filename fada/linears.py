@@ -69,6 +69,7 @@ def _forward_of(layer):
         return learning_linear().apply(x, w, b) if learns else onednn_linear(x, w, b)
     return forward
 
+# %% ../nbs/07h_linears.ipynb #c22e0002
 _known = WeakKeyDictionary()   # {model: [(layer, its quick forward)]}
 
 def _quick_layers(model)->list:

@@ -113,13 +113,6 @@ class Material:
                      for ns,ws in zip(self.said, self.weights)]
         if keeps: self.keep(cache)
 
-    def keep(self, path):
-        "Compute what the vision tower gives of each image, once, into the file `path`"
-        self.features,self.cache_seconds = keep_features(path, len(self), self.read)
-        if not self.chat: return
-        for i,t in enumerate(self.tokens):
-            if t is None: self.lay_out(i, self.picture(i))   # the file was there
-
     def __len__(self): return len(self.names)
     @property
     def kept(self)->bool:
@@ -131,6 +124,15 @@ class Material:
         if self.vlm.trains_on == 'nothing': return None
         image = read_image(self.folder/self.names[i])
         return self.augment(image) if self.augment else image
+
+# %% ../nbs/09i_loop.ipynb #c22f0002
+@patch
+def keep(self:Material, path):
+    "Compute what the vision tower gives of each image, once, into the file `path`"
+    self.features,self.cache_seconds = keep_features(path, len(self), self.read)
+    if not self.chat: return
+    for i,t in enumerate(self.tokens):
+        if t is None: self.lay_out(i, self.picture(i))   # the file was there
 
 # %% ../nbs/09i_loop.ipynb #b21e0002
 @patch
@@ -382,7 +384,8 @@ def skip(self:Fit, loss, norm):
     parts = sorted({part_of(named[id(p)]) for p in self.parameters if not torch.isfinite(p.grad).all()})
     self.skips.append(dict(step=self.step+1, loss=str(loss), norm=str(norm), parts=parts))
     if len(self.skips) >= MOST_SKIPS:
-        advice = 'bf16, or fp32 for the part' if self.vlm.precision in ('fp16','int8','nf4') else 'a lower learning rate'
+        short = self.vlm.precision in ('fp16','int8','nf4')
+        advice = 'bf16, or fp32 for the part' if short else 'a lower learning rate'
         raise FadaError(f'the loss or its gradient was no number in {len(self.skips)} steps',
                         ', '.join(parts) or 'the loss',
                         'finite numbers', f'try {advice}; the last good checkpoint stays')
@@ -435,6 +438,7 @@ def save(self:Fit):
                          schedule=schedule, lost=self.material.lost, cache_seconds=self.material.cache_seconds,
                          seconds=self.seconds+time.perf_counter()-self.start, made=now()))
 
+# %% ../nbs/09i_loop.ipynb #c22f0004
 @patch
 def resume(self:Fit, found):
     "Take over the notes of a checkpoint (see `resume.read_checkpoint`); tensors follow when their optimiser is there"

@@ -79,8 +79,8 @@ def _cpu_peak(prof)->int:
 
 @contextmanager
 def allocator_peak(device:str='cpu'):
-    """Yields a dict that holds `bytes`, the most that torch allocated inside the block beyond what was there before, and
-    `peak`, that with what was there; None on a CPU, where nobody counts it"""
+    """Yields a dict that holds `bytes`, the most that torch allocated inside the block beyond what was there
+    before, and `peak`, that with what was there; None on a CPU, where nobody counts it"""
     import torch
     out = dict(peak=None)
     if device.startswith('cuda'):

@@ -471,8 +471,8 @@ def _fewer(batch:int, questions:int)->list:
     return out
 
 def ladder(p:Plan)->list:
-    """Settings that take ever less, the plan's own first. A training step keeps its images and an image its questions:
-    the step goes through in more parts, then with checkpointing besides"""
+    """Settings that take ever less, the plan's own first. A training step keeps its images and an image its
+    questions: the step goes through in more parts, then with checkpointing besides"""
     if p.task == 'answer': return [dict(batch=b, questions=q) for b,q in _fewer(p.batch, p.questions)]
     parts = dict.fromkeys(max(p.accumulate, math.ceil(p.batch/b)) for b,_ in _fewer(p.batch, 1))
     return [dict(batch=p.batch, questions=p.questions, accumulate=a, checkpointing=c)

@@ -47,6 +47,7 @@ def small_cnn(classes:int, width:int):
                          *(layer for a,b in zip(w, w[1:]) for layer in block(a, b)),
                          nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9*w[-1], classes))
 
+# %% ../nbs/09b_planes.ipynb #c22h0004
 def fit_cnn(x, y, classes, width, epochs, batch, lr, seed=0):
     "Train `small_cnn` with small shifts as the one augmentation: (model in eval mode, losses)"
     import torch
@@ -57,8 +58,8 @@ def fit_cnn(x, y, classes, width, epochs, batch, lr, seed=0):
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     x,y = torch.from_numpy(x),torch.from_numpy(y)
     for _ in progress(range(steps), 'plane classifier', unit='step'):
-        at = torch.from_numpy(rng.choice(len(x), min(batch, len(x)), replace=False)); dx,dy = rng.integers(-4,
-                5, 2)
+        at = torch.from_numpy(rng.choice(len(x), min(batch, len(x)), replace=False))
+        dx,dy = rng.integers(-4, 5, 2)
         loss = F.cross_entropy(model(torch.roll(x[at], (int(dy),int(dx)), (2,3))), y[at])
         opt.zero_grad(); loss.backward(); opt.step(); schedule.step(); losses.append(float(loss.detach()))
     return model.eval(), losses
@@ -76,6 +77,29 @@ def fit_probe(vlm, data, train, test):
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features[0], train.answer)
     return probe.predict(features[1]), probe.predict_proba(features[1]).max(1)
 
+# %% ../nbs/09b_planes.ipynb #c22h0002
+def _plane_shares(said, truth, taught, patients)->dict:
+    "Shares of right planes, with intervals over patients: of `said`, and of the plane commonest among `taught`"
+    from fada.metrics import mean_interval
+    plane = lambda answers: np.array([plane_of(a) for a in answers])
+    over = lambda right: mean_interval(pd.Series(right.astype(float), patients.index), patients)
+    common = pd.Series(plane(taught)).value_counts().idxmax()
+    return dict(accuracy=over(plane(said) == plane(truth)), majority=over(plane(truth) == common))
+
+
+# %% ../nbs/09b_planes.ipynb #36439cf8
+def _answer_cnn(x, y, tx, names, o, seed, out):
+    "Fit the CNN, keep its weights, answer `tx`: (planes, probabilities, losses)"
+    import torch
+    from safetensors.torch import save_file
+    model,losses = fit_cnn(x, np.array([names.index(v) for v in y]), len(names), o['width'], o['epochs'],
+                           o['batch'], o['lr'], seed)
+    save_file({k: v.contiguous() for k,v in model.state_dict().items()}, out/'model.safetensors')
+    with torch.inference_mode():
+        p = torch.cat([model(torch.from_numpy(tx[i:i+256])).softmax(1)
+                       for i in range(0, len(tx), 256)]).numpy()
+    return np.array(names)[p.argmax(1)], p.max(1), losses
+
 # %% ../nbs/09b_planes.ipynb #30d05219
 def train_planes(
     data, categories, out,    # data folder, category names, folder of the result
@@ -90,8 +114,8 @@ def train_planes(
     if kind == 'probe' and vlm is None:
         raise FadaError('a probe needs a model', '', 'a loaded BLIP-2 as `vlm`', '')
     o = {**CLASSIFIER, **options}; out = writable_folder(out); start = time.perf_counter(); use_threads()
-    x,y,train = plane_images(data, categories, 'train', o['side']); tx,ty,test = plane_images(data,
-            categories, split, o['side'])
+    x,y,train = plane_images(data, categories, 'train', o['side'])
+    tx,ty,test = plane_images(data, categories, split, o['side'])
     names = sorted(set(y))
     if len({plane_of(n) for n in names}) < 2:
         raise FadaError('one plane only', ', '.join(categories), 'categories of at least two planes',
@@ -99,30 +123,14 @@ def train_planes(
     said,sure,losses = (*fit_probe(vlm, data, train, test), []) if kind == 'probe' else _answer_cnn(
         x, y, tx, names, o, seed, out)
     scored = score_table(test.assign(prediction=said, error=''))
-    plane = lambda answers: np.array([plane_of(a) for a in answers])
-    common = pd.Series(plane(y)).value_counts().idxmax(); truth = plane(ty)
-    over = lambda right: mean_interval(pd.Series(right.astype(float), test.index), test.patient)
     metrics = dict(kind='fada plane classifier', model='plane-classifier', method=kind, classes=names,
                    base=vlm.base if vlm else None, options=o if kind == 'cnn' else {}, split=split,
                    losses=loss_curve(losses), images=len(test), train_images=len(train),
-                   accuracy=over(plane(said) == truth),
-                   majority=over(truth == common), score=mean_interval(scored.score, scored.patient),
+                   **_plane_shares(said, ty, y, test.patient),
+                   score=mean_interval(scored.score, scored.patient),
                    trained_on_sha256=table_digest(train), seed=seed,
                    seconds=round(time.perf_counter()-start, 1), made=now(), versions=environment())
     keep = ['image','patient','category','answer','prediction','confidence','score']
     scored.assign(confidence=sure)[keep].to_parquet(out/'planes.parquet', index=False)
     write_json(out/'metrics.json', metrics)
     return metrics
-
-# %% ../nbs/09b_planes.ipynb #36439cf8
-def _answer_cnn(x, y, tx, names, o, seed, out):
-    "Fit the CNN, keep its weights, answer `tx`: (planes, probabilities, losses)"
-    import torch
-    from safetensors.torch import save_file
-    model,losses = fit_cnn(x, np.array([names.index(v) for v in y]), len(names), o['width'], o['epochs'],
-                           o['batch'], o['lr'], seed)
-    save_file({k: v.contiguous() for k,v in model.state_dict().items()}, out/'model.safetensors')
-    with torch.inference_mode():
-        p = torch.cat([model(torch.from_numpy(tx[i:i+256])).softmax(1)
-                       for i in range(0, len(tx), 256)]).numpy()
-    return np.array(names)[p.argmax(1)], p.max(1), losses

@@ -204,7 +204,8 @@ def training_bytes(
 
 def row_lengths(m:Material)->dict:
     "Tokens of a question (in the mean of the first image) and of an answer (in the mean of all)"
-    rows = read_rows(m, 0); answers = sum(map(sum, m.said))/sum(map(len, m.rows))-(not m.chat)   # without the end that follows
+    rows = read_rows(m, 0); end = 0 if m.chat else 1   # the token that follows an answer
+    answers = sum(map(sum, m.said))/sum(map(len, m.rows))-end
     prompts = sum(len(r.prompt)-r.image_tokens*m.chat for r in rows)/len(rows)
     return dict(prompt=math.ceil(prompts), answer=math.ceil(answers))
 

@@ -64,7 +64,8 @@ class Hyper:
     rank: int; lr: float; batch: int   # batch: images a step, each with all its questions
     why: str
 
-_QLORA = '2e-4 is the rate of QLoRA up to 13 B (Dettmers et al. 2023, arXiv:2305.14314) and of LLaVA-1.5\'s own LoRA script'
+_QLORA = ('2e-4 is the rate of QLoRA up to 13 B (Dettmers et al. 2023, arXiv:2305.14314) '
+          "and of LLaVA-1.5's own LoRA script")
 HYPER = {
     'nano': Hyper(8, 2e-3, 16, 'tried on the five categories of the demonstration: a model of 1.4 M parameters '
                                'wants large steps'),

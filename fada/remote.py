@@ -334,15 +334,17 @@ class Journal:
         if r['told'] and r['question'] != PROBE: self.most[image] = max(self.most.get(image, 0), r['told'][0])
         if r['final']: self.answers[r['key']] = r
 
-    def add(self, record:dict):
-        "Write one record and flush it to the disk before returning"
-        with self._lock:
-            self.refresh(); torn = self.path.exists() and self.path.stat().st_size > self._at
-            line = ('\n' if torn else '')+json.dumps(record)+'\n'
-            fd = os.open(self.path, os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600)
-            try: os.write(fd, line.encode()); os.fsync(fd)
-            finally: os.close(fd)
-            self.refresh()
+# %% ../nbs/07c_remote.ipynb #c22d0002
+@patch
+def add(self:Journal, record:dict):
+    "Write one record and flush it to the disk before returning"
+    with self._lock:
+        self.refresh(); torn = self.path.exists() and self.path.stat().st_size > self._at
+        line = ('\n' if torn else '')+json.dumps(record)+'\n'
+        fd = os.open(self.path, os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600)
+        try: os.write(fd, line.encode()); os.fsync(fd)
+        finally: os.close(fd)
+        self.refresh()
 
 # %% ../nbs/07c_remote.ipynb #86197c58
 @patch

@@ -112,7 +112,8 @@ class Settings:
     push: bool; remote: bool; remote_text: bool; remote_budget: str
     remote_rate: int; remote_parallel: int; remote_timeout: int; remote_retries: int
     cluster_scheduler: str; cluster_hosts: str; cluster_ssh: str; cluster_jobqueue: str; cluster_queue: str
-    cluster_workers: int; cluster_cores: int; cluster_memory: str; cluster_cards: int; cluster_hours: int; source: dict
+    cluster_workers: int; cluster_cores: int; cluster_memory: str; cluster_cards: int; cluster_hours: int
+    source: dict
 
 # %% ../nbs/00_settings.ipynb #5f0a2791
 def _convert(name, text, base, where):

@@ -149,7 +149,8 @@ def train_answers(
         except (RuntimeError, MemoryError) as e:
             if not no_memory(e): raise
             raise FadaError(f'memory ran out with {len(at)} images a step', desc, 'a step that fits',
-                            'lower the batch, or choose a lower precision or a smaller model of `fada models`') from None
+                            'lower the batch, or choose a lower precision or a smaller model of `fada models`'
+                            ) from None
         if check and every and (s+1) % every == 0: core.eval(); check(s+1); core.train()
     core.eval()
     return losses

@@ -151,12 +151,14 @@ def other_engine(spec, settings, adapter=None, weights=None)->VLM:
 # %% ../nbs/07_vlm.ipynb #e5438bb7
 def _inside(folder, part:str):
     "A job's folder stands for the model or the adapter in it"
-    return folder/part if folder and (folder := Path(folder)).name != part and (folder/part/'fada.json').is_file() else folder
+    if not folder: return folder
+    folder = Path(folder)
+    return folder/part if folder.name != part and (folder/part/'fada.json').is_file() else folder
 
 def load(
     name:str=None,        # registry name; None: from settings.ini
     adapter=None,         # folder of an adapter bundle, or of the job that trained it
-    weights=None,         # folder that takes the checkpoint's place (a model trained here), or of the job that trained it
+    weights=None,         # folder in the checkpoint's place (a model trained here), or of the job that trained it
     precision:str=None, device:str=None, max_new_tokens:int=None,
     features=None,        # folder in which features of images are kept from one day to the next
 )->VLM:
@@ -275,7 +277,8 @@ def feature_file(self:VLM, key:str):
     nowhere"""
     if self.store is None: return None
     i = self.identity()
-    return Path(self.store)/f"{digest([key, *(i.get(k) for k in ('processor','processor_backend','tiles')), self.base, self.adapter, self.precision])}.safetensors"
+    read = [i.get(k) for k in ('processor','processor_backend','tiles')]
+    return Path(self.store)/f'{digest([key, *read, self.base, self.adapter, self.precision])}.safetensors'
 
 @patch
 def recall(self:VLM, key:str):
@@ -344,6 +347,7 @@ def token_ids(self:VLM, prompts)->list:
     if new: self._ids.update(zip(new, self.processor.tokenizer(new)['input_ids']))
     return [self._ids[p] for p in prompts]
 
+# %% ../nbs/07_vlm.ipynb #c22c0002
 def begin_features(vlm, features, at, prompts, most):
     "Answers to `prompts` about `features[at[i]]` (n × queries × width), before their first step"
     import torch
@@ -467,15 +471,7 @@ def in_batches(items, n:int, work):
     items = iter(items)
     while batch := list(islice(items, n)): yield from work(batch)
 
-# %% ../nbs/07_vlm.ipynb #78f10d63
-UNLIKE = 'unlike training'   # flag of an answer about an image that looks like none of the adapter's training images
-
-def strangers(vlm, images)->list:
-    "Flags of images that look like nothing the adapter was trained on; [] each where that is not known"
-    if vlm.likeness is None: return [[]]*len(images)
-    from fada.route import look
-    return [[] if i is None or vlm.likeness.unlike(look(vlm, [i]))[0] <= 1 else [UNLIKE] for i in images]
-
+# %% ../nbs/07_vlm.ipynb #c22c0006
 def _answer_batch(vlm, batch):
     "Answers of a few requests; a request that fails does not fail its neighbours"
     start,ready,done = time.perf_counter(),[],{}
@@ -504,6 +500,15 @@ def _answer_batch(vlm, batch):
                 done[k] = [Answer(t, question_id=i, id=batch[k].id, pixels_sha256=sha,
                                   error=f'{type(e).__name__}: {e}', stage=stage) for i,t,_ in qs]
     for k in range(len(batch)): yield from done[k]
+
+# %% ../nbs/07_vlm.ipynb #78f10d63
+UNLIKE = 'unlike training'   # flag of an answer about an image that looks like none of the adapter's training images
+
+def strangers(vlm, images)->list:
+    "Flags of images that look like nothing the adapter was trained on; [] each where that is not known"
+    if vlm.likeness is None: return [[]]*len(images)
+    from fada.route import look
+    return [[] if i is None or vlm.likeness.unlike(look(vlm, [i]))[0] <= 1 else [UNLIKE] for i in images]
 
 # %% ../nbs/07_vlm.ipynb #436db130
 @patch

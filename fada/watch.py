@@ -58,8 +58,8 @@ def answer_weights(
 
 # %% ../nbs/09h_watch.ipynb #35ee4509
 def class_counts(table:pd.DataFrame, p=None, weights=None)->dict:
-    """{question: {class: images}} of what is trained on, with the drawing probability `p` of each image ({image: p}) the share
-    with which a class is drawn, and with `weights` of the rows how much it counts in the loss"""
+    """{question: {class: images}} of what is trained on, with the drawing probability `p` of each image ({image:
+    p}) the share with which a class is drawn, and with `weights` of the rows how much it counts in the loss"""
     out = {}; w = np.ones(len(table)) if weights is None else np.asarray(weights)
     for q,classes in answer_classes(table).items():
         images = table[table.question_id == q].image.tolist()
