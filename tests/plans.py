@@ -1,13 +1,13 @@
-"""Plan every model anew, keep the plans in fada/assets/plans.json, and put table and picture into README:
+"""Plan every model anew, keep the plans in fada/assets/plans.json, and put the table into the page of models:
 python tests/plans.py (minutes; `show`: table and picture alone)"""
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-import nbformat
+from ticks import put_table
 from fada.plan import all_plans, kept_plans, plan_figure, plan_table
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADING = '**predicted, not measured on a card: peak in GiB → smallest of 8, 16, 24 and 80 GiB**'
+HEADING = '**predicted: peak in GiB → smallest of 8, 16, 24 and 80 GiB**'
 
 def main():
     kept = [{k: v for k, v in asdict(p).items() if k not in ('nearest', 'hours',
@@ -17,11 +17,8 @@ def main():
     show()
 
 def show():
-    "Put the table into the index notebook, from where `make readme` takes it, and draw the picture beside it"
+    "Put the table into the page of models, and draw README's picture"
     plan_figure(kept_plans(), ROOT/'nbs'/'plan.png')
-    path = ROOT/'nbs'/'index.ipynb'; nb = nbformat.read(path, 4)
-    cell = next(c for c in nb.cells if c.cell_type == 'markdown' and (HEADING in c.source or c.source == 'PLANS'))
-    cell.source = ('<details><summary>The same as a table</summary>\n\n'
-                   f'{HEADING}\n\n{plan_table(kept_plans())}\n\n</details>'); nbformat.write(nb, path)
+    put_table('What each needs', f'{HEADING}\n\n{plan_table(kept_plans())}')
 
 if __name__ == '__main__': show() if sys.argv[1:] == ['show'] else main()
