@@ -79,13 +79,14 @@ def tick_row(spec:ModelSpec)->dict:
             or s in spec.capabilities}
 
 def tick_table()->str:
-    "Markdown table of all rows: a tick only where a test ran and passed, with the test's name"
-    lines = [f'**{HEADING}**', '', '| model | '+' | '.join(STEPS)+' | test |', '|---'*(len(STEPS)+2)+'|']
+    "Markdown table of all rows, a tick only where a test ran and passed; below it the tests by their names"
+    lines = [f'**{HEADING}**', '', '| model | '+' | '.join(STEPS)+' |', '|---'*(len(STEPS)+1)+'|']; names = {}
     for m in MODELS.values():
-        t = tick_row(m); names = sorted({n.split('[')[0] for n in t.values()})
-        lines.append(f'| {m.name} | '+' | '.join('✓' if s in t else '' for s in STEPS)
-                     +f' | {", ".join(f"`{n}`" for n in names)} |')
-    return '\n'.join(lines)
+        t = tick_row(m)
+        lines.append(f'| {m.name} | '+' | '.join('✓' if s in t else '' for s in STEPS)+' |')
+        for s,n in t.items(): names.setdefault(s, {})[f"`{n.split('[')[0]}`"] = True
+    said = '; '.join(f'{s}: {", ".join(names[s])}' for s in STEPS if s in names)
+    return '\n'.join([*lines, '', f'Tests, each by architecture: {said}.'])
 
 # %% ../nbs/09a_trial.ipynb #34b1d1c6
 _STATE = {True: 'downloaded', False: 'not on this machine', None: 'no download'}

@@ -262,9 +262,9 @@ def fresh(names):
     kept = {(p.model, p.task, p.precision): p for p in kept_plans()}
     return [(p, plan(*k, gpu='8GiB', batch=1, checkpointing=k[1] == 'train', find=False)) for k, p in kept.items() if k[0] in names]
 
-def test_page_and_kept_plans_are_current():
-    "The page's table is made of plans.json, which holds every local model; three are predicted anew (more: slow test)"
-    assert plan_table(kept_plans()) in (ROOT/'nbs/pages/models.md').read_text(), 'run python tests/plans.py'
+def test_readme_and_kept_plans_are_current():
+    "README's table is made of plans.json, which holds every local model; three are predicted anew (more: slow test)"
+    assert plan_table(kept_plans()) in (ROOT/'README.md').read_text(), 'run python tests/plans.py and make readme'
     assert {p.model for p in kept_plans()} == {m.name for m in MODELS.values() if m.architecture}
     for old, new in fresh(('blip2-nano', 'smolvlm-256m', 'blip2-opt-2.7b')): _same(old, new)
 

@@ -74,14 +74,14 @@ def test_licences_forbid_what_they_forbid():
                                                            'gemma-3-4b', 'paligemma2-3b'}
 
 def test_ticks_stand_for_tests():
-    """The page's table is made of ticks.json, every tick names a test that is there; each architecture answers
+    """The table of README is made of ticks.json, every tick names a test that is there; each architecture answers
     and trains"""
     import json, re
     from pathlib import Path
     from fada.registry import ARCHITECTURES, ASSETS
     from fada.trial import HEADING, tick_table
     root = Path(__file__).resolve().parents[1]
-    assert tick_table() in (root/'nbs/pages/models.md').read_text(), 'run python tests/ticks.py'
+    assert tick_table() in (root/'README.md').read_text(), 'run python tests/ticks.py and make readme'
     assert HEADING == 'architecture tested with random weights; real weights: run `fada models test NAME`'
     found = set(re.findall(r'def (test_\w+)', (root/'tests/test_families.py').read_text()
                            +(root/'tests/test_planes.py').read_text()

@@ -1,5 +1,5 @@
-"""Run the tests of every architecture and keep which passed in fada/assets/ticks.json, from where the page of models
-takes its ticks: python tests/ticks.py (about five minutes; `show`: the table alone)"""
+"""Run the tests of every architecture and keep which passed in fada/assets/ticks.json, from where README and
+the page of models take their ticks: python tests/ticks.py (about five minutes; `show`: the table alone)"""
 import json, re, subprocess, sys, tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -30,16 +30,16 @@ def main():
 
     show()
 
-def put_table(heading, table):
-    "Put `table` in the place of the one under a heading of the page of models"
-    page = ROOT/'nbs'/'pages'/'models.md'; text = page.read_text(); start = text.index(f'\n## {heading}\n')
-    end = text.find('\n## ', start+1); section = text[start:end] if end > 0 else text[start:]
-    old = re.search(r'\*\*.*?\*\*\n\n(\|.*\n)+', section)[0]
-    page.write_text(text.replace(old, table.rstrip('\n')+'\n'))
+def put_folded(heading, name, summary, table):
+    "Put a table into the cell of the index notebook that has `heading` (or says `name`), folded"
+    import nbformat
+    path = ROOT/'nbs'/'index.ipynb'; nb = nbformat.read(path, 4)
+    cell = next(c for c in nb.cells if c.cell_type == 'markdown' and (heading in c.source or c.source == name))
+    cell.source = f'<details><summary>{summary}</summary>\n\n{table}\n\n</details>'; nbformat.write(nb, path)
 
 def show():
-    "Put the ticks into the page of models"
-    from fada.trial import tick_table
-    put_table('What each can do', tick_table())
+    "Put the ticks into the index notebook, from where `make readme` takes them"
+    from fada.trial import HEADING, tick_table
+    put_folded(HEADING, 'TICKS', 'Which model can do what, and the test that showed it', tick_table())
 
 if __name__ == '__main__': show() if sys.argv[1:] == ['show'] else main()
