@@ -9,6 +9,7 @@ __all__ = ['NAMES', 'AnswersLog', 'asked_question', 'read_answers', 'beside_tabl
 import json, os, re
 from pathlib import Path
 import pandas as pd
+from fastcore.basics import patch
 from .settings import FadaError
 from .clinical import ASKED, QUESTIONS, category
 from .sheets import read_delimited
@@ -43,13 +44,15 @@ class AnswersLog:
             else: damaged += 1
         return records, damaged
 
-    def answered(self)->dict:
-        "{key: record} of all that was answered; what failed is asked again"
-        return {r['key']: r for r in self.read()[0] if not r.get('error')}
-
     def share(self, rows, batch:int):
         "The rows that are asked into this log: all of them"
         return rows
+
+# %% ../nbs/10b_answers.ipynb #c22k0002
+@patch
+def answered(self:AnswersLog)->dict:
+    "{key: record} of all that was answered; what failed is asked again"
+    return {r['key']: r for r in self.read()[0] if not r.get('error')}
 
 # %% ../nbs/10b_answers.ipynb #78707a39
 def _lock(fd):

@@ -20,7 +20,8 @@ POLICY = ("default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect
 
 # what the widgets ask which style the page has: the system's, and it may change while the page is open
 _FOLLOW = """<script>{ const dark = matchMedia('(prefers-color-scheme: dark)'),
-  tell = () => { document.body.dataset.jpThemeLight = String(!dark.matches); }; tell(); dark.addEventListener('change', tell); }
+  tell = () => { document.body.dataset.jpThemeLight = String(!dark.matches); };
+  tell(); dark.addEventListener('change', tell); }
 </script>"""
 
 # %% ../nbs/15b_app.ipynb #b21c0002
@@ -43,7 +44,8 @@ def page_template(folder):
                                 encoding='utf-8')
     page = to/'index.html.j2'
     said = ''.join(l for l in page.read_text(encoding='utf-8').splitlines(True) if 'href="https:' not in l)
-    for at,more in (('{%- endblock notebook_css -%}', '{% include "dark.html" %}\n'), ('{{ spinner.html() }}', _FOLLOW)):
+    for at,more in (('{%- endblock notebook_css -%}', '{% include "dark.html" %}\n'),
+                    ('{{ spinner.html() }}', _FOLLOW)):
         if said.count(at) != 1:
             raise FadaError(f"Voila's template has no {at}", str(page), 'voila 0.5', 'install the pinned version')
         said = said.replace(at, more+at)

@@ -73,7 +73,7 @@ def uploaded(name:str, content:bytes)->Picture:
 class Offered:
     "A model that can be picked"
     open: object                                   # function that returns it
-    again: object = field(default_factory=dict)    # what `fada.vlm.load` takes, or a function of the model that says it
+    again: object = field(default_factory=dict)    # what `fada.vlm.load` takes, or a function of the model that tells
     receivers: list = field(default_factory=list)  # hosts that an image is sent to
 
 def again_of(offer, s):
@@ -145,7 +145,8 @@ def _controls(self:AskPanel):
     self.send = w.Button(description='Send it', button_style='warning')
     self.keep_back = w.Button(description='Do not send')
     self.views = [Viewer(width=480), Viewer(width=480)]; self.answers = AnswerTable(self.told)
-    self.method = w.Dropdown(description='map by', options=[]); self.method.layout.display = 'none'   # until one is known
+    self.method = w.Dropdown(description='map by', options=[])
+    self.method.layout.display = 'none'   # until one is known
     self.colours = w.Dropdown(description='colours', options=['viridis', 'magma', 'cividis', 'gray'])
     self.who = w.Text(description='judged by', placeholder='your name or initials', continuous_update=False)
     self.export = w.Button(description='Export the session', layout=wide(160)); self.file = w.HTML()
@@ -470,7 +471,8 @@ def write(self:AskPanel):
     try: path = self.session.export()
     except FadaError as e: return self.say(str(e))
     data = base64.b64encode(path.read_bytes()).decode()
-    self.file.value = f'<a download="fada-session.zip" href="data:application/zip;base64,{data}">download</a> <small>{html.escape(str(path.parent))}</small>'
+    self.file.value = (f'<a download="fada-session.zip" href="data:application/zip;base64,{data}">download</a> '
+                       f'<small>{html.escape(str(path.parent))}</small>')
     self.say(f'{len(self.session.turns)} answers written: CSV, JSON lines, images, and a notebook that asks again')
 
 # %% ../nbs/15_ask.ipynb #6db49db6

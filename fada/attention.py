@@ -18,8 +18,7 @@ LABEL = 'attention is not evidence'
 _caught,_keep,_carry = [],None,None
 
 def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0., position_bias=None,
-             softcap=None,
-             **kwargs):
+             softcap=None, **kwargs):
     "Plain attention that keeps its weights (batch × heads × rows × columns) with their gradient"
     scaling = scaling or query.shape[-1]**-.5
     if _carry is not None: return _carry.attend(query, key, value, attention_mask, scaling, position_bias, softcap)
@@ -35,6 +34,7 @@ def _capture(module, query, key, value, attention_mask, scaling=None, dropout=0.
     _caught.append((module, weights))
     return (weights@value).transpose(1,2).contiguous(), weights
 
+# %% ../nbs/12_attention.ipynb #c22k0006
 def _part(module, query, key, value, mask, scaling, bias, softcap):
     """Fused attention; weights are formed for the rows that `_keep` names alone: heads × rows × columns, half, on
     the CPU"""
@@ -56,7 +56,7 @@ def _part(module, query, key, value, mask, scaling, bias, softcap):
 @contextmanager
 def captured(
     core,
-    keep=None,  # (module, rows, columns) → (slice of rows, columns kept) or None; not given: everything, with gradients
+    keep=None,  # (module, rows, columns) → (slice of rows, columns kept) or None; not given: all, with gradients
     carry=None, # a `Carried`: nothing is kept, relevancy is carried down as the gradient passes
 ):
     "Within this block the model's attention weights are caught; yields the list of (module, weights)"

@@ -150,8 +150,8 @@ def _reason(log:Path)->str:
 _running = set(); _stop = threading.Event()
 
 def _claim(job:Job)->int:
-    """Lock a job; waits while another run holds it. The notebook's process inherits the lock, so that it is held as long
-    as anything writes there, even where the run that started it was killed."""
+    """Lock a job; waits while another run holds it. The notebook's process inherits the lock, so that it is held
+    as long as anything writes there, even where the run that started it was killed."""
     fd = os.open(writable_folder(job.folder.parent)/f'.{job.folder.name}.lock', os.O_RDWR|os.O_CREAT)
     if os.name != 'posix': return fd  # Windows ends a job's processes with the run that started them
     import fcntl
@@ -171,9 +171,10 @@ def _clear(part:Path):
         if p.name != 'answers.jsonl': shutil.rmtree(p) if p.is_dir() else p.unlink()
 
 def _open_part(job:Job)->str:
-    """Make ready the folder that a job works in; returns the digest of what it begins with. What an interrupted run of the same
-    job left there stays, so that it goes on; of other settings only the answers log stays, in which each answer carries what it
-    depends on, that of an older result too. An older result itself stays until the new one is whole."""
+    """Make ready the folder that a job works in; returns the digest of what it begins with. What an interrupted
+    run of the same job left there stays, so that it goes on; of other settings only the answers log stays, in
+    which each answer carries what it depends on, that of an older result too. An older result itself stays until
+    the new one is whole."""
     part = writable_folder(job.part); (part/'done.json').unlink(missing_ok=True); now_digest = job.digest()
     order,log = part/'job.json',job.folder/'answers.jsonl'
     ours = order.is_file() and read_json(order).get('digest') == now_digest
@@ -212,6 +213,7 @@ def _memory(p)->int:
         except psutil.Error: pass
     return total
 
+# %% ../nbs/13_batch.ipynb #c22k0008
 def _watch(p, job:Job, every:float=.2):
     "(exit status, why it was ended) of process `p`; ends it at its limits and where the run is to stop"
     end = time.monotonic()+job.seconds if job.seconds else float('inf'); why,asked = '',0.
@@ -266,8 +268,9 @@ def _smaller(parameters:dict, known:dict)->dict:
     return dict(parameters, batch=known['batch']//2) if known.get('batch', 0) > 1 else parameters
 
 def _attempt(job:Job, known:dict, env:dict, lock:int)->tuple:
-    """(exit status, why, retried): run a notebook; for want of memory a second time, at half the batch where it has one. A kernel
-    that was killed while the system killed nothing for want of memory first goes on as it was, to the same bytes."""
+    """(exit status, why, retried): run a notebook; for want of memory a second time, at half the batch where it
+    has one. A kernel that was killed while the system killed nothing for want of memory first goes on as it was,
+    to the same bytes."""
     log,parameters,retried,killed = job.part/'run.log',job.parameters,False,False
     for _ in range(5):
         kills = _memory_kills(); code,why = _execute(job, parameters, env, lock)
@@ -425,9 +428,10 @@ def run_notebooks(start='.')->Path:
 # %% ../nbs/13_batch.ipynb #9dd69ab7
 # modules whose code decides a result
 DECIDING = ('biometry','clinical','phantom','scenes','phantoms','images','sheets','readers','data','registry',
-            'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','parse','stats','metrics',
-            'scores','train','base','planes','packing','resume','watch','loop','preflight','augment','route','finetune',
-            'answers','shards','controls','audit','twins','evaluate','vocabulary','public','annotate','remote','refine','ensemble')
+            'checkpoints','compose','models','vlm','families','decode','linears','guard','canary','parse','stats',
+            'metrics','scores','train','base','planes','packing','resume','watch','loop','preflight','augment',
+            'route','finetune','answers','shards','controls','audit','twins','evaluate','vocabulary','public',
+            'annotate','remote','refine','ensemble')
 
 # %% ../nbs/13_batch.ipynb #290f3243
 def heartbeat(

@@ -265,8 +265,8 @@ def name_index(found)->dict:
             if k != s.name or count[k] == 1}
 
 # %% ../nbs/17_book.ipynb #13cd5e12
-PAGES = ('install', 'words', 'own-data', 'training', 'scores', 'models', 'panel', 'commands', 'ethics', 'card-phantoms',
-         'card-nano', 'card-mini')   # of nbs/pages, as they stand in the book
+PAGES = ('install', 'words', 'own-data', 'training', 'scores', 'models', 'panel', 'commands', 'ethics',
+         'card-phantoms', 'card-nano', 'card-mini')   # of nbs/pages, as they stand in the book
 
 def _index_page(found)->str:
     "All public symbols by name"

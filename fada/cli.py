@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Quiet', 'Seed', 'Data', 'Model', 'Weights', 'Categories', 'Precision', 'Device', 'UNLIKE_TEXT',
            'data_app', 'Folder', 'Reader', 'models_app', 'Name', 'Task', 'Questions', 'Batch', 'NewTokens', 'Config',
-           'Checkpointing', 'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit', 'twins', 'runs',
-           'paper', 'batch', 'card', 'push', 'compare', 'ask', 'serve', 'web_app', 'biometry', 'data_check',
-           'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test', 'show', 'plan',
-           'measure', 'doctor', 'notebooks']
+           'Checkpointing', 'Figure', 'Side', 'main', 'demo', 'phantom', 'prepare', 'train', 'evaluate', 'audit',
+           'twins', 'runs', 'paper', 'batch', 'card', 'push', 'compare', 'ask', 'serve', 'web_app', 'biometry',
+           'data_check', 'data_verify', 'data_template', 'data_export', 'data_get', 'models', 'get', 'access', 'test',
+           'show', 'plan', 'measure', 'doctor', 'notebooks']
 
 # %% ../nbs/16_cli.ipynb #01e171f6
 import json as _json, os, sys
@@ -154,6 +154,11 @@ _Rank = Annotated[Optional[int],
     typer.Option(help="Of the LoRA layers. Default, as of --lr and --batch: the family's.")]
 _Lr = Annotated[Optional[float], typer.Option(help='Learning rate.')]
 _Batch = Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]
+_Paid = Annotated[bool, typer.Option('--paid-controls', help='Ask the controls of a paid service too.')]
+_Answers = Annotated[Optional[str],
+    typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]
+_Merge = Annotated[Optional[list[str]],
+    typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]
 _Accumulate = Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]
 _Images = Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]
 _Balance = Annotated[Optional[str],
@@ -217,17 +222,13 @@ def evaluate(
     images:Annotated[int, typer.Option(help='A stratified subset; 0: all.')]=0,
     control_images:Annotated[int, typer.Option(help="Images of the controls' sample.")]=100,
     controls:bool=True,
-    paid_controls:Annotated[bool, typer.Option('--paid-controls',
-                                               help='Ask the controls of a paid service too.')]=False,
+    paid_controls:_Paid=False,
     out:Annotated[Optional[str], typer.Option(help='Job folder.')]=None,
     preset:Annotated[str, typer.Option(help='seed45: five categories, three images of each, three questions.')]='',
     examples:Annotated[int, typer.Option(help='Training answers before each question, for chat models.')]=0,
-    answers:Annotated[Optional[str],
-                      typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model '
-                                        'is asked.')]=None,
+    answers:_Answers=None,
     shard:Annotated[str, typer.Option(help='2/4: answer the second of four parts only, for --merge.')]='',
-    merge:Annotated[Optional[list[str]],
-                    typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]=None,
+    merge:_Merge=None,
     seed:Seed=None, json:Json=False, quiet:Quiet=False,
 ):
     """Answer the test questions, log, score, and set the controls beside.
@@ -341,7 +342,9 @@ def runs(
 @app.command()
 def paper(run:Annotated[str, typer.Argument(help='Folder with one folder per job.')], data:Data=None,
           title:Annotated[str, typer.Option(help='Title of the paper.')]='', json:Json=False, quiet:Quiet=False):
-    "Fill methods, data, results, citations and a checklist of a paper from a run.\n\nExample: fada paper outputs/demo"
+    """Fill methods, data, results, citations and a checklist of a paper from a run.
+
+    Example: fada paper outputs/demo"""
     s = _settings(quiet, data=data)
     from fada.paper import write_paper
     path = write_paper(run, s.data if data else None, title)
@@ -509,7 +512,7 @@ def serve(
     port:Annotated[int, typer.Option(help='Port on 127.0.0.1.')]=8750,
     model:Model=None, precision:Precision=None, device:Device=None, quiet:Quiet=False,
 ):
-    """Hold the model for panels, pages and scripts on this machine: a small HTTP interface, OpenAI's protocol among it.
+    """Hold the model for panels, pages and scripts on this machine: a small HTTP interface, OpenAI's protocol too.
     The token is FADA_TOKEN of the environment, else a new one, which is printed.
 
     Example: fada serve --port 8750"""
@@ -582,7 +585,8 @@ def data_check(
     json: Json = False,
     quiet: Quiet = False,
 ):
-    """Say everything odd about a folder, the gravest first; no table is written. Exit status 1 where `fada prepare` would stop.
+    """Say everything odd about a folder, the gravest first; no table is written. Exit status 1 where `fada prepare`
+    would stop.
 
     Example: fada data check /scans --report findings.csv"""
     s = _settings(quiet)
@@ -766,6 +770,7 @@ NewTokens = Annotated[Optional[int],
 Config = Annotated[Optional[str], typer.Option(help="A config.json that takes the place of the row's shape.")]
 Checkpointing = Annotated[bool, typer.Option('--checkpointing/--no-checkpointing',
                                              help='Train with gradient checkpointing: less memory, more arithmetic.')]
+Figure = Annotated[Optional[str], typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]
 Side = Annotated[Optional[int], typer.Option(help='Pixels a side, for models that take images of any size.')]
 
 # %% ../nbs/16_cli.ipynb #e0e0c0bf
@@ -784,9 +789,7 @@ def plan(
     accumulate:Annotated[int, typer.Option(help="Parts that a training step's images go through in.")]=1,
     checkpointing:Checkpointing=False, new_tokens:NewTokens=None,
     side:Side=None, config:Config=None,
-    figure:Annotated[Optional[str],
-                     typer.Option(help='Draw stacked bars into this PNG, PDF or SVG file.')]=None,
-    json:Json=False, quiet:Quiet=False,
+    figure:Figure=None, json:Json=False, quiet:Quiet=False,
 ):
     """Predict memory by part and training hours before any download, and what would fit.
 

@@ -116,7 +116,8 @@ def _everywhere(client, address, what, *args)->dict:
         if isinstance(e, Exception) and not isinstance(e, OSError): bad[w] = e
     if bad:
         w,e = next(iter(bad.items()))
-        raise FadaError(f'{len(bad)} of {len(said)} workers cannot run FADA', w, 'the same installation on all machines',
+        raise FadaError(f'{len(bad)} of {len(said)} workers cannot run FADA', w,
+                        'the same installation on all machines',
                         (str(e) or type(e).__name__).splitlines()[0])
     return {w: v for w,v in said.items() if not isinstance(v, OSError)}
 
@@ -189,7 +190,8 @@ class _Worker:
     def __init__(self, ssh, host, command):
         self.host,self.out = host,tempfile.TemporaryFile()
         self.p = subprocess.Popen(   # Ctrl-C is the batch's, which ends its jobs first
-            _ssh(ssh, host, command), stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out, start_new_session=True)
+            _ssh(ssh, host, command), stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out,
+            start_new_session=True)
 
     def last(self)->str:
         "The last line it said"

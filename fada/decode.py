@@ -485,7 +485,7 @@ def keep(self:Rows, on):
 # %% ../nbs/07f_decode.ipynb #7a1de002
 class Tape:
     """The step to the next token with all its sizes fixed, recorded once (a CUDA graph) and played for each token.
-    The place in the slots lies on the card, so that one recording serves for all: later slots are hidden by the mask"""
+    The place in the slots lies on the card, so that one recording serves for all: the mask hides later slots"""
     def __init__(self, rows:Rows):
         import torch
         self.rows,self.graph,self.logits,self.refused = rows,None,None,None

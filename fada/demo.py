@@ -45,10 +45,9 @@ def demo_stages(
     def job(name, notebook, parameters, inputs=(), outputs=()):
         return Job(name, nb/f'{notebook}.ipynb', dict(data=str(data), **parameters), out/name,
                    [code, *inputs], list(outputs))
-    yield 'phantoms', [
-        job('prepare', 'prepare',
-            dict(source='phantoms', categories=','.join(DEMO_CATEGORIES), phantoms=n, seed=seed),
-            outputs=[table])]
+    every = ','.join(DEMO_CATEGORIES)
+    yield 'phantoms', [job('prepare', 'prepare', dict(source='phantoms', categories=every, phantoms=n, seed=seed),
+                           outputs=[table])]
     yield 'base model from scratch', [
         job('base', 'train',
             dict(output=str(out/'base'), task='base', model='blip2-nano', categories='all', seed=seed,
@@ -56,12 +55,10 @@ def demo_stages(
             [table], [base/'model.safetensors'])]
     common = dict(model='blip2-nano', weights=str(base), seed=seed); read = [table, base/'model.safetensors']
     yield 'LoRA per category, and a plain plane classifier', [
-        job('planes', 'train', dict(output=str(out/'planes'), task='planes', seed=seed,
-                                    categories=','.join(DEMO_CATEGORIES)),
+        job('planes', 'train', dict(output=str(out/'planes'), task='planes', seed=seed, categories=every),
             [table], [out/'planes'/'metrics.json']),   # the longest of them first
         *(job(f'lora-{c}', 'train',
-              dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32',
-                   **short('steps','images')),
+              dict(common, output=str(out/f'lora-{c}'), categories=c, precision='fp32', **short('steps','images')),
               read, [out/f'lora-{c}'/'adapter'/'adapter_model.safetensors']) for c in DEMO_CATEGORIES)]
     yield 'evaluation with controls, and twins', _evaluations(job, out, common, read, small, phantoms)
     yield 'report', [

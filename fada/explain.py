@@ -39,7 +39,8 @@ def badge(vlm, method:str)->str:
     about = read_json(paths[0]) if paths else {}
     if method not in about.get('not_beaten', {}): return 'never checked for this model'
     missing = about['not_beaten'][method]; n = f'{about["kept"]} pairs of phantoms'
-    return f'{BADGE} ({n})' if not missing else f'not verified for this model: does not beat {", ".join(dict.fromkeys(c for c,_ in missing))} ({n})'
+    if not missing: return f'{BADGE} ({n})'
+    return f'not verified for this model: does not beat {", ".join(dict.fromkeys(c for c,_ in missing))} ({n})'
 
 # %% ../nbs/12g_explain.ipynb #668f7e8c
 EXPLAIN = {**MAP_METHODS, 'raw attention, sinks hidden': partial(MAP_METHODS['raw attention'], hide_sinks=True)}

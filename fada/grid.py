@@ -205,8 +205,8 @@ def machine_memory(device:str)->int:
 BESIDE = 700_000_000   # bytes of a process that has imported torch and transformers, measured on Linux
 
 def model_memory(name:str, task:str, precision:str, device:str, **how)->tuple:
-    """(bytes, hours of training, bytes of the adapter) that a model is planned to take, None for what is not known; a service
-    loads nothing here"""
+    """(bytes, hours of training, bytes of the adapter) that a model is planned to take, None for what is not
+    known; a service loads nothing here"""
     from fada.plan import plan
     spec = model_spec(name)
     if spec.family == 'api': return 0, None, 0
@@ -266,8 +266,8 @@ def totals_text(m:dict)->str:
 
 # %% ../nbs/13c_grid.ipynb #2e18dff1
 def plan_jobs(jobs, device:str='cpu')->list:
-    """Note on each job the memory that its model is planned to need, on a processor for each of its processes; returns
-    [{hours, disk}]: of training, None where not known here, and bytes of the adapter"""
+    """Note on each job the memory that its model is planned to need, on a processor for each of its processes;
+    returns [{hours, disk}]: of training, None where not known here, and bytes of the adapter"""
     found,kind = [],device.split(':')[0]
     for j in jobs:
         p = {**notebook_parameters(j.notebook), **j.parameters}
@@ -319,8 +319,9 @@ def dry_run(
 
 # %% ../nbs/13c_grid.ipynb #d21a78d2
 def _plan_missing(g, jobs, s)->int:
-    """Plan the jobs that are to be done and prove that the question table has their categories, once for the whole grid; returns
-    the memory they may take together. Where all is done nothing heavy is imported: a second run is over in seconds."""
+    """Plan the jobs that are to be done and prove that the question table has their categories, once for the
+    whole grid; returns the memory they may take together. Where all is done nothing heavy is imported: a second
+    run is over in seconds."""
     jobs = [j for j in jobs if not j.done()]
     if not jobs: return 0
     from fada.checkpoints import resolve_device
@@ -378,6 +379,7 @@ def _note(out, g, results, jobs, start, figure=False)->dict:
     if figure: batch_figure(about).savefig(out/'batch.png', dpi=110)
     return dict(about, folder=str(out))
 
+# %% ../nbs/13c_grid.ipynb #c22k000c
 COLOURS = dict(done='#55a868', reused='#8c8c8c', failed='#c44e52', cancelled='#dd8452', **{'not run': '#937860'})
 
 def batch_figure(about:dict):
@@ -395,6 +397,7 @@ def batch_figure(about:dict):
     ax.legend(bars, [f"{s} {about['states'][s]}" for s in there], fontsize=7)
     return fig
 
+# %% ../nbs/13c_grid.ipynb #c22k000a
 def batch_text(about:dict)->str:
     "The outcome in a few lines: counts, then every job that is not done, with its reason"
     head = ', '.join(f'{n} {s}' for s,n in about['states'].items())

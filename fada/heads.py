@@ -28,7 +28,7 @@ def passing_bytes(heads:int, tokens:int, positions:int, size:int=2)->int:
 # %% ../nbs/12c_heads.ipynb #f348dd76
 def forced(vlm, image,
     prompt:str, ids:list,  # what is asked, and token ids of the answer
-)->tuple:                  # (run, columns, rows): `partial` of the pass to its pixels, image columns (bool), rows of the answer
+)->tuple:  # (run, columns, rows): `partial` of the pass to its pixels, image columns (bool), rows of the answer
     "The pass in which a model of any family is made to say an answer"
     import torch
     core,n = vlm.core,len(ids)

@@ -334,6 +334,7 @@ def _completion(order, model, text=None, finish=None, whole=None)->dict:
     return dict(id=f'chatcmpl-{order.id}', object=kind, created=int(time.time()), model=model,
                 choices=[dict(index=0, finish_reason=finish, **body)])
 
+# %% ../nbs/15a_serve.ipynb #c22k000e
 async def _chat_chunks(order, model):
     "Server-sent chunks of a chat completion"
     async for e in order.follow():

@@ -110,7 +110,8 @@ def judgements(self:Session)->list:
     return self.judged.read()[0]
 
 # %% ../nbs/15c_session.ipynb #6e582089
-_COLUMNS = ('n','when','image','pixels_sha256','frame','question_id','question','answer','shown','reason','confidence','reference','flags','error')
+_COLUMNS = ('n','when','image','pixels_sha256','frame','question_id','question','answer','shown','reason',
+            'confidence','reference','flags','error')
 
 def _cell(v)->str:
     "A value for a spreadsheet: what begins like a formula is text"

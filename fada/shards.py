@@ -85,6 +85,7 @@ class LoggedModel:
                         str(self.parts[0]['folder'].parent), 'parts of the same images, seed and controls',
                         'run the parts again with these settings')
 
+# %% ../nbs/10e_shards.ipynb #c22k0004
 class MergedLog(AnswersLog):
     "The log of a whole evaluation, made of its parts' logs"
     def __init__(self, path, folders): super().__init__(path); self.parts = read_shards(folders)

@@ -62,10 +62,10 @@ def colour_table(name:str)->bytes:
         raise FadaError(f'unknown colour map {name!r}', '', 'one of matplotlib, as viridis', '') from None
     return (m(np.arange(256))[:,:3]*255).round().astype(np.uint8).tobytes()
 
-# %% ../nbs/14_viewer.ipynb #80c7cb3a
 # chosen on the page, which moves on while the kernel hears of it: an echo would turn it back
 CHOSEN = dict(sync=True, echo_update=False)
 
+# %% ../nbs/14_viewer.ipynb #80c7cb3a
 class Viewer(anywidget.AnyWidget):
     "A canvas for one image and the maps of an answer about it"
     _esm = ASSETS/'viewer.js'
