@@ -305,14 +305,12 @@ def relevancy(
 def _compose(layers, queries, patches, row):
     "Relevancy of every patch for the answer token predicted at text position `row`-1"
     import torch
-    text = None; qq,qp = torch.eye(queries),torch.zeros(queries, patches)
+    from fada.families import through_qformer
+    text,bridge = None,[]
     for a in (l.cpu() for l in layers):
-        if a.shape == (queries, patches):  # cross-attention reads the patches
-            qp = qp+a
-        elif a.shape == (queries, queries):  # queries exchange what they read
-            qp,qq = qp+a@qp,qq+a@qq
+        if len(a) == queries: bridge.append(a)                                           # Q-Former
         else: text = torch.eye(len(a)) if text is None else text; text = text+a@text     # language model
-    return text[queries+row-1,:queries]@(qq@qp)
+    return text[queries+row-1,:queries]@through_qformer(bridge, queries, patches)
 
 # %% ../nbs/12_attention.ipynb #6c868171
 def overlay(image, heat, ax=None, title='', alpha=.45, units='relevancy'):

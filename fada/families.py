@@ -123,15 +123,17 @@ def graph_from(module):
     finally: hook.remove()
 
 # %% ../nbs/07a_families.ipynb #908ab6f0
-def through_qformer(layers, queries:int, patches:int):
-    "Relevancy of patches for each query: queries × patches, from the Q-Former's layers"
+def through_qformer(
+    layers,                    # weighted attention, in the order of the layers: rows × columns
+    queries:int, patches:int,
+):                             # queries × patches
+    "Relevancy of patches for each query, by rules 6 and 7 of Chefer et al.; a reading is added as it is"
     import torch
-    size = max([queries, *(len(a) for n,a in layers if a.shape[0] == a.shape[1])])
-    mixed,read = torch.eye(size),torch.zeros(size, patches)
-    for _,a in layers:
-        if a.shape == (queries, patches): read[:queries] += a              # a query reads the patches
-        else: read,mixed = read+a@read,mixed+a@mixed                       # queries and words exchange
-    return (mixed@read)[:queries]
+    read = torch.zeros(max([queries, *map(len, layers)]), patches)
+    for a in layers:
+        if a.shape == (queries, patches): read[:queries] += a   # a query reads the patches
+        else: read = read+a@read                                # queries and words exchange what they read
+    return read[:queries]
 
 # %% ../nbs/07a_families.ipynb #6256ae90
 def qformer_maps(vlm, image, prompt, ids):
@@ -156,7 +158,7 @@ def qformer_maps(vlm, image, prompt, ids):
                             slice(first, first+len(ids)), ids, slopes)
     for said,slope in zip(rows, slopes):
         down = torch.autograd.grad(seen, weights, slope[:,:queries].to(seen.device), retain_graph=True)
-        layers = [('', _weighted(w, g).cpu()) for w,g in zip(weights, down)]
+        layers = [_weighted(w, g).cpu() for w,g in zip(weights, down)]
         maps.append(said[:queries]@through_qformer(layers, queries, patches.shape[1]))
     side = round((patches.shape[1]-1)**.5)
     return torch.stack(maps)[:,1:].reshape(-1, side, side).numpy()   # the class token, first, is no place

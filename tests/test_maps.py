@@ -204,7 +204,7 @@ def whole_relevancy(vlm, image, ids):
             else: said = said+a@said
         row = (said if two else read)[at]
         out.append(row[t['input_ids'][0] == core.config.image_token_id] if florence else
-                   row[:q]@through_qformer([l for l in layers if 'qformer' in l[0]], q, patches.shape[1]))
+                   row[:q]@through_qformer([a for name, a in layers if 'qformer' in name], q, patches.shape[1]))
     return torch.stack(out)
 
 BOUND = ('florence2', 'blip2-t5', 'instructblip-t5', 'instructblip-llama')
