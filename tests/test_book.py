@@ -3,17 +3,33 @@ import json, os, random, re, shutil, signal, socket, subprocess, sys, sysconfig,
 import zipfile
 from pathlib import Path
 import pytest
-from fada.book import (LOOK, PAGES, check_book, chapters, finding_ids, notebook_html, read_chapter, run_command,
-                       set_links, symbols, write_book)
+from fada.book import (LOOK, PAGES, Page, book_parts, check_book, chapters, finding_ids, notebook_html,
+                       read_chapter, run_command, set_links, symbols, write_book)
 from fada.settings import SETTINGS, FadaError
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((ROOT/'nbs'/'tutorials').glob('*.ipynb'))
 
 @pytest.fixture(scope='module')
-def book(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('book'); write_book(ROOT, folder)
-    return folder
+def written(tmp_path_factory):
+    "(folder of the book, what `book_parts` gave for it)"
+    import fada.book
+    folder, given = tmp_path_factory.mktemp('book'), []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(fada.book, 'book_parts', lambda root: given.append(book_parts(root)) or given[0])
+        write_book(ROOT, folder)
+    return folder, given[0]
+
+@pytest.fixture(scope='module')
+def book(written): return written[0]
+
+@pytest.mark.slow
+def test_parts_stand_in_the_order_of_somebody_new(written):
+    "Each part has pages, each page a title and a file of its own; public names lead to pages that are there"
+    folder, (parts, found) = written; pages = [p for _, ps in parts for p in ps]
+    assert [part for part, _ in parts] == ['Begin', 'Tutorials', 'Run and app notebooks', 'Reference', 'Chapters', 'Project']
+    assert all(isinstance(p, Page) and p.title and (folder/p.page).is_file() for p in pages)
+    assert len({p.page for p in pages}) == len(pages) and {page for _, page in found} <= {p.page for p in pages}
 
 @pytest.mark.slow
 def test_every_link_leads_somewhere(book): assert check_book(book) == []
