@@ -49,7 +49,7 @@ quarto: $(READY) ## the same by nbdev, where quarto is installed
 	@$(BIN)/nbdev-docs
 
 lint: $(READY)   ## ruff and mypy, over what they are set to in pyproject.toml
-	@$(BIN)/ruff check && $(BIN)/mypy
+	@$(BIN)/ruff check && $(BIN)/ruff format --check --quiet && $(BIN)/mypy
 
 wheel: $(READY)  ## dist/: a wheel and a source archive
 	@$(BIN)/python -m build --no-isolation --outdir dist
