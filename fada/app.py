@@ -115,7 +115,7 @@ def _ended(p):
     p.terminate(); _,alive = psutil.wait_procs(family, timeout=8)
     for q in alive: q.kill()
 
-def _keyless(env:dict)->dict:
+def _keyless(env)->dict:
     "An environment without what looks like a secret"
     return {k: v for k,v in env.items() if not any(w in k.upper() for w in ('KEY', 'TOKEN', 'SECRET', 'PASSWORD'))}
 

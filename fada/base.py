@@ -11,6 +11,7 @@ __all__ = ['MAP', 'NEAR', 'FAR', 'DECIDING', 'VisionTargets', 'mirror_text', 'vi
 import re, time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import numpy as np
 from .settings import (FadaError, code_digest, digest, environment, now, progress, read_json, seed_all, use_threads,
                        writable_folder)
@@ -30,8 +31,8 @@ class VisionTargets:
     "What n images teach; S structures are numbered in the order of the vocabulary"
     classes: dict   # 'group' or question: class of each image, n
     mirrored: dict  # the same: for each class that of the mirrored picture, IGNORE where no image shows it
-    seen: object    # visible structures, n × S, 0 or 1
-    maps: object    # 1 + number of the structure at each place, 0 for none: n × MAP × MAP, uint8
+    seen: Any    # visible structures, n × S, 0 or 1
+    maps: Any    # 1 + number of the structure at each place, 0 for none: n × MAP × MAP, uint8
 
 # %% ../nbs/09c_base.ipynb #2560c772
 def mirror_text(answer:str)->str:

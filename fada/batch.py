@@ -109,7 +109,7 @@ class Job:
     seconds: float = 0      # it may take; 0: as long as it likes
     limit: int = 0          # bytes of main memory it may take; 0: as much as it likes
     slots: int = 1          # processes that it starts: each takes a slot
-    stop: Path = None       # a file: when it appears, the job ends
+    stop: Path|None = None  # a file: when it appears, the job ends
     fresh: bool = False     # do it again, from the beginning, whatever is there
     known: bool = True      # whether its memory could be planned
 
@@ -155,10 +155,12 @@ def _claim(job:Job)->int:
     fd = os.open(writable_folder(job.folder.parent)/f'.{job.folder.name}.lock', os.O_RDWR|os.O_CREAT)
     if os.name != 'posix': return fd  # Windows ends a job's processes with the run that started them
     import fcntl
-    for waited in range(10**9):
+    waited = False
+    while True:
         try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB); return fd
         except BlockingIOError:
             if not waited:
+                waited = True
                 print(f'{job.name}: waiting for another run that still writes there',
                       file=sys.stderr, flush=True)
             if _stop.wait(.5) or job.stop and job.stop.exists():
@@ -237,9 +239,10 @@ def _execute(job:Job, parameters:dict, env:dict, lock:int)->tuple:
     part = job.part; order = part/'order.json'
     write_json(order, dict(parent=os.getpid(), notebook=str(job.notebook), output=str(part/'run.ipynb'),
                            parameters=_moved(job, parameters), cwd=os.getcwd()))
+    held:dict = {'pass_fds': [lock]} if os.name == 'posix' else {}
     with open(part/'run.log', 'wb') as out:
         p = subprocess.Popen([sys.executable, '-m', 'fada.batch', str(order)], stdout=out, stderr=subprocess.STDOUT,
-                             env=env, start_new_session=True, **({'pass_fds': [lock]} if os.name == 'posix' else {}))
+                             env=env, start_new_session=True, **held)
         _running.add(p)
         if _stop.is_set(): stop_running()  # stopped between the claim and the start
         try: return _watch(p, job)

@@ -57,7 +57,7 @@ class Formula:
     basis: str          # 'published range', or 'range of the data' where the publication names none
     source: str
     checked: str
-    sd: Callable = None # weeks → mm, for a size
+    sd: Callable|None = None # weeks → mm, for a size
 
 NAMES = {'CRL': 'crown–rump length', 'BPD': 'biparietal diameter', 'OFD': 'occipitofrontal diameter',
          'HC': 'head circumference', 'AC': 'abdominal circumference', 'FL': 'femur length',
@@ -67,7 +67,7 @@ SIZE, AGE = {}, {}  # (chart, parameter): Formula; (chart, inputs joined by '+')
 
 # %% ../nbs/01a_biometry.ipynb #4aa2b150
 _ln = math.log
-_LANCET = dict(low=14, high=40, unit='weeks', basis='published range',
+_LANCET:dict = dict(low=14, high=40, unit='weeks', basis='published range',
                source='Papageorghiou et al., Lancet 2014;384:869', checked='published tables of −3 to +3 SD')
 SIZE['intergrowth','HC'] = Formula(lambda g: -28.2849 + 1.69267*g**2 - 0.397485*g**2*_ln(g), **_LANCET,
     sd=lambda g: 1.98735 + 0.0136772*g**3 - 0.00726264*g**3*_ln(g) + 0.000976253*g**3*_ln(g)**2)
@@ -91,7 +91,7 @@ SIZE['intergrowth','CRL'] = Formula(lambda g: -50.6562 + 0.815118*(7*g) + 0.0053
     sd=lambda g: -2.21626 + 0.0984894*(7*g))
 
 # %% ../nbs/01a_biometry.ipynb #61b6cdde
-_LATE = dict(low=14, high=42, unit='weeks', basis='range of the data',
+_LATE:dict = dict(low=14, high=42, unit='weeks', basis='range of the data',
              source=f'Papageorghiou et al., {_UOG} 2016;48:719', checked='three transcriptions that agree')
 AGE['intergrowth','HC'] = Formula(
     lambda HC: math.exp(0.05970*_ln(HC)**2 + 6.409e-9*HC**3 + 3.3258)/7, **_LATE)
@@ -106,7 +106,7 @@ AGE['robinson','CRL'] = Formula(lambda CRL: (8.052*(1.037*CRL)**.5 + 23.73)/7,
     'a secondary copy of its table, 5 to 50 mm, within a day')
 
 # %% ../nbs/01a_biometry.ipynb #d3f08eae
-_RADIOLOGY = dict(low=14, high=42, unit='weeks', basis='range of the data',
+_RADIOLOGY:dict = dict(low=14, high=42, unit='weeks', basis='range of the data',
                   source='Hadlock et al., Radiology 1984;152:497',
                   checked='two or more transcriptions that agree')
 SIZE['hadlock','BPD'] = Formula(lambda g: 10*(-3.08 + 0.41*g - 0.000061*g**3), **_RADIOLOGY, sd=lambda g: 3.)
@@ -198,7 +198,7 @@ def size_from_age(
     if centile is None and z is None: return mean
     if centile is not None and z is not None:
         raise FadaError('a centile and a z-score', '', 'one of them', 'each gives a size of its own')
-    z = z_of_centile(centile) if z is None else _number(z)
+    z = _number(z) if centile is None else z_of_centile(centile)
     if math.isnan(z): raise FadaError('no z-score', '', 'a number', '')
     return mean + z*sd
 
@@ -396,7 +396,7 @@ def biometry_report(
     if len(params) > 1 and ga is not None:
         raise FadaError(f'centiles of {names}', '', 'one parameter beside an age', 'ask for each on its own')
     head = dict(parameter='+'.join(params), chart=CHARTS[_chart(chart)])
-    if ga is None:
+    if ga is None and values is not None:
         sizes = dict(zip(params, values))
         return {**head, 'mm': values if len(values) > 1 else values[0], **_age_report(sizes, chart)}
     return {**head, **_size_report(params[0], ga, values, chart)}

@@ -34,8 +34,8 @@ def probe(vlm)->tuple:
     try:
         seen = vlm.see([None if vlm.spec.family == 'text' else probe_picture()])
         with one_by_one():
-            out = [vlm.reply(seen, [0], [build_prompt(vlm.spec, q)])[0][0] for q in QUESTIONS
-                   if not caught.append(None)]
+            out = []
+            for q in QUESTIONS: caught.append(None); out.append(vlm.reply(seen, [0], [build_prompt(vlm.spec, q)])[0][0])
     finally: hook.remove(); vlm.max_new_tokens = kept
     first = [caught[i+1] for i,c in enumerate(caught) if c is None]
     return out, np.concatenate([f.numpy() for f in first])

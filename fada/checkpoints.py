@@ -442,8 +442,8 @@ def hub_files(spec:ModelSpec)->dict:
     try: info = HfApi().model_info(spec.checkpoint, revision=spec.revision, files_metadata=True)
     except _hub_errors() as e: raise hub_error(e, spec) from None
     files = {s.rfilename: dict(size=s.size or 0, sha256=s.lfs.sha256 if s.lfs else None)
-             for s in info.siblings}
-    names = wanted_files({k: v['size'] for k,v in files.items()}, f'{spec.checkpoint}@{info.sha[:12]}')
+             for s in info.siblings or ()}
+    names = wanted_files({k: v['size'] for k,v in files.items()}, f'{spec.checkpoint}@{str(info.sha)[:12]}')
     return dict(commit=info.sha, files={k: files[k] for k in names})
 
 # %% ../nbs/05b_checkpoints.ipynb #a5ad1141

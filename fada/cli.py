@@ -80,7 +80,8 @@ def demo(
     "The whole job on phantoms, from data to report.\n\nExample: fada demo"
     from fada.demo import run_demo
     s = _settings(quiet, seed=seed)
-    r = run_demo(out, data, small, s.seed, s.jobs, **({'say': lambda line: None} if quiet else {}))
+    silent:dict = dict(say=lambda line: None) if quiet else {}
+    r = run_demo(out, data, small, s.seed, s.jobs, **silent)
     _show(r, json, '\n'.join(['', *r['lines'], f"{r['total_seconds']:.0f} s in all. Report: {r['report']}"]))
 
 # %% ../nbs/16_cli.ipynb #0c2b3307
@@ -199,18 +200,20 @@ def train(
     s = _settings(quiet, data=data, categories=categories, model=model, precision=precision,
                   device=device, seed=seed)
     from fada.finetune import train_job
-    out = (Path(out) if out
-           else s.output/'run'/('base' if task == 'base' else f'{task}-'+'-'.join(s.categories)))
-    about = train_job(s, out, task, weights, processes=processes, **({} if task != 'lora' else dict(
+    name = 'base' if task == 'base' else f'{task}-'+'-'.join(s.categories)
+    folder = Path(out) if out else s.output/'run'/name
+    options:dict = {} if task != 'lora' else dict(
         rank=rank, lr=lr, steps=steps, batch=batch, accumulate=accumulate, images=images, balance=balance,
         abnormal_weight=abnormal_weight,
         checks=checks, patience=patience, keep_every=keep_every, packing=packing, cache=cache, augment=augment,
-        optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)))
+        optimiser=optimiser, checkpointing=checkpointing, skip_preflight=skip_preflight, replace=replace)
+    about = train_job(s, folder, task, weights, processes=processes, **options)
     if os.environ.get('RANK', '0') != '0': return   # one of several processes speaks
-    use = dict(lora=f'; ask and evaluate with --adapter {out}',
-               base=f'; ask, train and evaluate with --weights {out}')
+    use = dict(lora=f'; ask and evaluate with --adapter {folder}',
+               base=f'; ask, train and evaluate with --weights {folder}')
     _show(about, json,
-          f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: {out}"
+          f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: "
+          f'{folder}'
           + use.get(task, ''))
 
 # %% ../nbs/16_cli.ipynb #d7e8d8c0
@@ -445,7 +448,7 @@ def ask(
     s = _settings(quiet, model=model, precision=precision, device=device)
     from fada.data import read_image
     from fada.models import model_spec
-    model_spec(s.model); asked = [_a_question(q) for q in question or ()]; picture = read_image(image)
+    model_spec(s.model); asked:list = [_a_question(q) for q in question or ()]; picture = read_image(image)
     from fada.vlm import load
     vlm = load(s.model, adapter, weights, s.precision, s.device); asked = asked or list(range(1,9))
     if adapters:
@@ -758,7 +761,7 @@ def show(name:Annotated[Optional[str], typer.Argument(help='One model; none: all
                         '')
     spec = model_spec(name) if name else None
     if page: dossier_page(page, [spec] if spec else None)
-    _show(dict(page=page, dossier=dossier_rows(spec) if spec else []), json, page or dossier_text(spec))
+    _show(dict(page=page, dossier=dossier_rows(spec) if spec else []), json, page or spec and dossier_text(spec))
 
 # %% ../nbs/16_cli.ipynb #e3e92191
 Task = Annotated[str, typer.Option(help='answer or train.')]

@@ -94,8 +94,8 @@ def category(
     "The category called `name`; `FadaError` with the nearest names where there is none"
     typos = {'abodomen': 'Abdomen', 'pubic_symphysis_fetal_head': 'Public_Symphysis_fetal_head'}
     folded = {k.lower(): k for k in CATEGORIES}
-    key = str(name).strip().lower().replace(' ', '_')
-    key = typos.get(key) or folded.get(key) or folded.get(key.replace('_', '-'))
+    given = str(name).strip().lower().replace(' ', '_')
+    key = typos.get(given) or folded.get(given) or folded.get(given.replace('_', '-'))
     if key is None:
         raise FadaError(f'unknown category {name!r}', '', nearest(name, CATEGORIES), 'correct the name')
     return CATEGORIES[key]

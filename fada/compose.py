@@ -27,12 +27,12 @@ def compose(
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2QFormerModel
     torch.manual_seed(seed); width = vision.config.hidden_size
     if qformer is None:
-        config = Blip2QFormerConfig(hidden_size=width, num_hidden_layers=layers,
+        shape = Blip2QFormerConfig(hidden_size=width, num_hidden_layers=layers,
                                     num_attention_heads=width//64, intermediate_size=4*width,
                                     encoder_hidden_size=width,
                                     cross_attention_frequency=1, vocab_size=4, hidden_dropout_prob=0.,
                                     attention_probs_dropout_prob=0.)
-        qformer = Blip2QFormerModel(config), torch.nn.Parameter(torch.randn(1, queries, width)*.5)
+        qformer = Blip2QFormerModel(shape), torch.nn.Parameter(torch.randn(1, queries, width)*.5)
     q,tokens = qformer
     if q.config.encoder_hidden_size != width:
         raise FadaError(f'a Q-Former that reads features of width {q.config.encoder_hidden_size}', 'compose',

@@ -6,6 +6,7 @@
 __all__ = ['CONDITIONS', 'BLANK', 'KNOWS_FOLDER', 'mean_image', 'donors', 'majority', 'summary', 'knows_folder', 'beats_controls']
 
 # %% ../nbs/10a_controls.ipynb #3415d64e
+from functools import reduce
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ def mean_image(table, folder, most:int=200, side:int=224, seed:int=0):
     if not len(train):
         raise FadaError('no training images for the blank control', str(folder),
                         'a split with training rows', '')
-    total = sum(np.asarray(read_image(Path(folder)/p).resize((side,side)), np.float64) for p in train)
+    total = reduce(np.add, (np.asarray(read_image(Path(folder)/p).resize((side,side)), np.float64) for p in train))
     return Image.fromarray((total/len(train)).round().astype(np.uint8))
 
 # %% ../nbs/10a_controls.ipynb #a9d2d5cb

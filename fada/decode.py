@@ -12,6 +12,7 @@ __all__ = ['SHARE_FROM', 'RECORD_FROM', 'MOST_ROWS', 'Prefix', 'read_prefix', 'n
 import contextvars, threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 from fastcore.basics import patch
 from .settings import FadaError
@@ -21,9 +22,9 @@ from .settings import FadaError
 class Prefix:
     "What a language model keeps of `n` images, or whole prompts, that it has read"
     layers: list           # (keys, values) of each layer: n × heads × tokens × width
-    valid: object          # n × tokens, bool: False is padding, on the left
-    next: object           # n, the position of the token that comes next
-    logits: object = None  # n × vocabulary, of the last token; needed where nothing is read after it
+    valid: Any          # n × tokens, bool: False is padding, on the left
+    next: Any           # n, the position of the token that comes next
+    logits: Any = None  # n × vocabulary, of the last token; needed where nothing is read after it
 
     @property
     def tokens(self)->int:
@@ -80,13 +81,13 @@ def right_padded(rows, fill=0, device=None):
 @dataclass
 class Words:
     "The parts of a model that turn token ids into logits"
-    decoder: object          # the stack of layers: embeddings in, hidden states out
-    embed: object            # ids to embeddings
-    head: object             # hidden states to logits
+    decoder: Any          # the stack of layers: embeddings in, hidden states out
+    embed: Any            # ids to embeddings
+    head: Any             # hidden states to logits
     ends: frozenset          # ids that end an answer
     pad: int = 0
     mrope: bool = False      # positions have three coordinates
-    settings: object = None  # the checkpoint's generation settings
+    settings: Any = None  # the checkpoint's generation settings
 
     @property
     def config(self): return self.decoder.config

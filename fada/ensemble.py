@@ -8,6 +8,7 @@ __all__ = ['NEEDED', 'reading', 'most', 'majority_terms', 'lower_median', 'vote'
 
 # %% ../nbs/07e_ensemble.ipynb #a83394ec
 import sys
+from itertools import accumulate
 from dataclasses import asdict
 from fastcore.basics import patch
 from .settings import FadaError, Settings, digest, nearest
@@ -42,10 +43,8 @@ def majority_terms(votes)->list:
 
 def lower_median(votes)->float:
     "The weighted lower median: a value that was given"
-    votes,passed = sorted(votes),0.
-    for v,w in votes:
-        passed += w
-        if passed >= sum(w for _,w in votes)/2: return v
+    votes = sorted(votes); passed = list(accumulate(w for _,w in votes))
+    return next(v for (v,_),p in zip(votes, passed) if p >= passed[-1]/2)
 
 # %% ../nbs/07e_ensemble.ipynb #d3a3b53e
 def _slot(readings, k): return [(s[k], w) for s,w in readings if k in s]
@@ -72,7 +71,7 @@ def vote(
 
 def _vote_biometry(readings)->dict:
     "Parameters by majority, each with a size that a part gave"
-    out = dict(parameters=majority_terms(_slot(readings, 'parameters')))
+    out:dict = dict(parameters=majority_terms(_slot(readings, 'parameters')))
     for slot in ('mm', 'degrees', 'ratio'):
         given = {p: [(s[slot][p], w) for s,w in readings if p in s.get(slot, {})] for p in out['parameters']}
         if any(given.values()): out[slot] = {p: lower_median(v) for p,v in given.items() if v}
@@ -86,7 +85,7 @@ def combine(
     "What the parts say together"
     said = sorted(said, key=lambda x: -x[1]); own = most(said) if q is None else said[0][0]   # the heaviest first
     readings = [(r, w) for t,w in said if q and (r := reading(q, t))]
-    if not readings: return own, '', []
+    if q is None or not readings: return own, '', []
     s = vote(q, readings)
     # a size may be missing
     text = write_answer(q, s); more = [c for c in added(text, '\n'.join(t for t,_ in said)) if not c.startswith(ND)]

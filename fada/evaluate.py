@@ -19,7 +19,7 @@ from .data import load_table, read_image, subset, table_digest
 from .memory import measured, peak_bytes
 from .metrics import PRIMARY, coverage, normality, primary, score_table
 from .scores import question_scores
-from .shards import LoggedModel, log_of, write_shard
+from .shards import LoggedModel, ShardLog, log_of, write_shard
 from .stats import mean_interval
 from .topic import topic_folder, topic_model
 from .twins import seed45, what_45_can_show, with_examples
@@ -160,7 +160,7 @@ def evaluate(
     start = time.perf_counter(); asked = control_images if controls and (paid_controls or not vlm.paid) else 0
     parts = _ask_all(vlm, data, everything, rows, log, split, seed, asked)
     took = dict(seconds=round(time.perf_counter()-start, 2), peak_bytes=peak_bytes())
-    if shard: return write_shard(log, vlm, parts, took)
+    if isinstance(log, ShardLog): return write_shard(log, vlm, parts, took)
     if shards: log.write(parts); took = log.took()
     records,damaged = log.read(); found = _scored(out, parts, rows[:0], everything, damaged, Path(data))
     more = dict(damaged_lines=damaged, **took, **({'spending': spending(records)} if vlm.paid else {}))
@@ -172,7 +172,7 @@ def spending(
     records,      # of an answers log
 )->dict:          # tries, tokens_in, tokens_out, guessed (tokens no reply confirmed), cost {currency: amount}
     "What services took for the answers of a log, the parts and writers of ensembles too"
-    out = dict(tries=0, tokens_in=0, tokens_out=0, guessed=0, cost={})
+    out:dict = dict(tries=0, tokens_in=0, tokens_out=0, guessed=0, cost={})
     for r in records:
         more = r.get('more') or {}
         for m in (more, *(p['more'] for p in more.get('parts', [])), (more.get('refined') or {}).get('more') or {}):

@@ -274,7 +274,7 @@ def plan_jobs(jobs, device:str='cpu')->list:
         # a merge of parts
         if p.get('shards'): j.memory,j.known = 0,True; found.append(dict(hours=None, disk=0)); continue
         task = 'train' if p.get('task') == 'lora' else 'answer'
-        how = dict(batch=16)   # images that an evaluation asks about together
+        how:dict = dict(batch=16)   # images that an evaluation asks about together
         if task == 'train':
             how = {k: p[k] for k in ('steps','accumulate','checkpointing','augment','optimiser') if k in p}
             how.update(batch=p['batch'] or None, rank=p['rank'] or None)

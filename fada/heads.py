@@ -9,6 +9,7 @@ __all__ = ['SINK', 'kept_bytes', 'passing_bytes', 'forced', 'keeper', 'Heads', '
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 import numpy as np
 from .settings import FadaError
 from .attention import CROSS, captured
@@ -82,8 +83,8 @@ class Heads:
     # layers × heads × tokens × image columns: shares of a row that sums to 1 over everything read
     language: np.ndarray
     # layers × heads × queries × patches, without the class token; None where there is no Q-Former
-    qformer: np.ndarray
-    grid: object           # rows over columns or patches → maps
+    qformer: np.ndarray|None
+    grid: Any           # rows over columns or patches → maps
     tokens: list
     about: dict            # vlm, image, question, answer
     @property
@@ -134,9 +135,9 @@ def look(vlm, image, question,
     if not language:
         raise FadaError(f'no attention of {vlm.spec.name} could be caught', '', 'attention in separate steps',
                         'use occlusion')
-    bridge = np.stack(bridge) if bridge else None; tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
-    return Heads(np.stack(language), bridge,
-                 _grid_of(vlm, image, int(columns.sum()) if bridge is None else bridge.shape[-1]),
+    read = np.stack(bridge) if bridge else None; tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
+    return Heads(np.stack(language), read,
+                 _grid_of(vlm, image, int(columns.sum()) if read is None else read.shape[-1]),
                  [tok.decode([i]) for i in ids], dict(vlm=vlm, image=image, question=question, answer=answer))
 
 # %% ../nbs/12c_heads.ipynb #1d791e37

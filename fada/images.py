@@ -94,8 +94,8 @@ def dicom_scale(
     for r in getattr(ds, 'SequenceOfUltrasoundRegions', []):
         if not getattr(r, 'PhysicalUnitsXDirection', 0) == CM == getattr(r, 'PhysicalUnitsYDirection', 0):
             continue
-        box = [getattr(r, f'RegionLocation{k}', None) for k in ('MinX0', 'MaxX1', 'MinY0', 'MaxY1')]
-        step = [getattr(r, f'PhysicalDelta{k}', None) for k in 'XY']
+        box:list = [getattr(r, f'RegionLocation{k}', None) for k in ('MinX0', 'MaxX1', 'MinY0', 'MaxY1')]
+        step:list = [getattr(r, f'PhysicalDelta{k}', None) for k in 'XY']
         if None in box or None in step: return None
         inside = 0 <= box[0] < box[1] < cols and 0 <= box[2] < box[3] < rows
         if not inside or step[0] <= 0 or abs(step[0]-step[1]) > 1e-6: return None
@@ -203,7 +203,7 @@ def dicom_facts(
     try: ds = pydicom.dcmread(path, stop_before_pixels=True)
     except Exception as e:  # as in read_dicom
         raise FadaError('not a readable DICOM file', str(path), 'DICOM', f'{type(e).__name__}: {e}') from None
-    out = dict(frames=dicom_frames(ds), mm_per_px=dicom_scale(ds) if 'Rows' in ds else None)
+    out:dict = dict(frames=dicom_frames(ds), mm_per_px=dicom_scale(ds) if 'Rows' in ds else None)
     who = str(getattr(ds, 'PatientID', '') or getattr(ds, 'PatientName', '') or '').strip()
     for key,text,kind in (('patient', who, 'p'), ('site', getattr(ds, 'InstitutionName', ''), 's'),
                           ('operator', getattr(ds, 'OperatorsName', ''), 'o')):

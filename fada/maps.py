@@ -8,6 +8,7 @@ __all__ = ['MAP_METHODS', 'shown_box', 'to_pixels', 'Map', 'as_map', 'relevancy_
 # %% ../nbs/12a_maps.ipynb #aff80686
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 import numpy as np
 from .settings import FadaError
 from .attention import LABEL
@@ -50,18 +51,18 @@ def to_pixels(
 @dataclass
 class Map:
     "Where an answer depended on an image, by one method"
-    image: object        # height × width × 3, uint8, as it was given
-    heat: object         # rows × columns, of the answer as a whole
+    image: Any        # height × width × 3, uint8, as it was given
+    heat: Any         # rows × columns, of the answer as a whole
     box: tuple           # the pixels that the grid covers
     method: str
     units: str           # of `heat`
     question: str; answer: str; model: str
     tokens: list = field(default_factory=list)
-    per_token: object = None   # tokens × rows × columns, where the method tells tokens apart
+    per_token: Any = None   # tokens × rows × columns, where the method tells tokens apart
     note: str = ''             # what has to be said with it
     badge: str = ''            # whether the method was checked for this model, and what came of it
     # rows × columns, bool: places that draw attention from every token, where that was looked for
-    sinks: object = None
+    sinks: Any = None
     @property
     def size(self): return self.image.shape[1],self.image.shape[0]
     def pixels(self, token:int=None, smooth=True):
@@ -142,10 +143,11 @@ def save_map(m:Map, path):
     "Write a map as npz"
     from pathlib import Path
     path = Path(path); path = path if path.suffix == '.npz' else path.with_name(path.name+'.npz')
-    more = {k: v for k in ('per_token','sinks') if (v := getattr(m, k)) is not None}
+    more:dict = {k: v for k in ('per_token','sinks') if (v := getattr(m, k)) is not None}
+    more |= {k: np.array(getattr(m, k)) for k in _WORDS}
     np.savez_compressed(path, image=m.image, heat=m.heat, box=np.array(m.box, float),
                         tokens=np.array(m.tokens, str), pixels=m.pixels(),
-                        **more, **{k: np.array(getattr(m, k)) for k in _WORDS})
+                        **more)
     return path
 
 def load_map(path)->Map:

@@ -82,7 +82,7 @@ def allocator_peak(device:str='cpu'):
     """Yields a dict that holds `bytes`, the most that torch allocated inside the block beyond what was there
     before, and `peak`, that with what was there; None on a CPU, where nobody counts it"""
     import torch
-    out = dict(peak=None)
+    out:dict = dict(peak=None)
     if device.startswith('cuda'):
         torch.cuda.synchronize(device); before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -176,4 +176,4 @@ def normality(
     sens,spec = tp/p if p else None, tn/n if n else None
     return dict(abnormal=p, found=tp, sensitivity=sens, normal=n, cleared=tn, specificity=spec,
                 unread_answers=sum(s is None for _,s in pairs), unread_references=len(truth)-len(pairs),
-                balanced_accuracy=None if None in (sens,spec) else (sens+spec)/2)
+                balanced_accuracy=None if sens is None or spec is None else (sens+spec)/2)

@@ -67,10 +67,10 @@ def say(steps,
     if isinstance(steps, Rows) and len(ids) > 1:   # a decoder reads the whole answer at once
         logits = torch.cat([first, steps.words.head(steps.forward(token[:-1].expand(len(first), -1)))], 1)
     else:
-        logits = [first]
+        each = [first]
         for t in token[:-1]:
-            steps.last = t.expand(len(first), 1); steps.said += 1; logits.append(steps.logits()[:,None])
-        logits = torch.cat(logits, 1)
+            steps.last = t.expand(len(first), 1); steps.said += 1; each.append(steps.logits()[:,None])
+        logits = torch.cat(each, 1)
     return logits.float().log_softmax(-1).gather(2, token[None,:,None].expand(len(first), -1, 1))[...,0]
 
 # %% ../nbs/12b_occlude.ipynb #4a47ed74

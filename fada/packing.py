@@ -7,6 +7,7 @@ __all__ = ['PACKS', 'Pack', 'pack', 'block_mask', 'masks', 'packed_loss']
 
 # %% ../nbs/09f_packing.ipynb #491c5eb3
 from dataclasses import dataclass
+from typing import Any
 from .train import IGNORE
 
 # %% ../nbs/09f_packing.ipynb #ad91ec45
@@ -16,10 +17,10 @@ PACKS = ('blip2-opt','blip2-llama','blip2-gemma3','llava','gemma3','internvl','s
 @dataclass
 class Pack:
     "The questions and answers of n images, one row an image, without what the image brings: tensors n × longest"
-    ids: object      # tokens, padded on the right
-    block: object    # number of the question that a token belongs to, -1 for padding
-    offset: object   # place of a token in its question, from 0
-    labels: object   # the token where it carries loss, else IGNORE
+    ids: Any      # tokens, padded on the right
+    block: Any    # number of the question that a token belongs to, -1 for padding
+    offset: Any   # place of a token in its question, from 0
+    labels: Any   # the token where it carries loss, else IGNORE
 
 def pack(
     rows,            # per image a list of (prompt ids, answer ids)

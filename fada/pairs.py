@@ -57,7 +57,7 @@ def compare_pair(
         raise FadaError('no row that both systems answered', '', 'two evaluations of the same images', '')
     both = a.assign(score=b.score-a.score); rows,how = endpoint(both)
     mean,drawn = bootstrap_means(rows.score, rows.patient, **how)
-    out = dict(endpoint=dict(primary(both), p=permutation_test(b.score, a.score, a.patient, draws, seed, **how),
+    out:dict = dict(endpoint=dict(primary(both), p=permutation_test(b.score, a.score, a.patient, draws, seed, **how),
                              detectable=None if drawn is None else detectable(float(np.nanstd(drawn)))),
                rows=len(a), questions={})
     for q,g in b.groupby('question_id'):
@@ -178,7 +178,7 @@ def which_to_use(jobs, cards=CARDS, reserve:int=RESERVE)->pd.DataFrame:
             a,b = shared_rows([every[best], every[n]]); d = primary(b, a.score) if len(a) else dict(high=None)
             return d['high'] is None or d['high'] < 0
         alike = [best, *(n for n in fit if n != best and not told_apart(n))]
-        fast,small = min(alike, key=speed.get),min(alike, key=peak.get)
+        fast,small = min(alike, key=speed.__getitem__),min(alike, key=peak.__getitem__)
         plain = every[best][every[best].condition == 'plain']
         rows.append({'card': f'{card} GiB', 'best answers': f'{best} ({interval_text(primary(plain))})',
                      'not told from it': ', '.join(alike[1:]) or '–',

@@ -118,7 +118,7 @@ def checklist(jobs, data)->pd.DataFrame:
     "Each item: filled from the run, or left to the authors"
     m = next(j.metrics for j in jobs if j.metrics); path = Path(data)/'manifest.json'
     d = read_json(path) if path.is_file() else {}
-    said = [None if how == AUTHORS else how(m, d, jobs) for _,how in CHECKLIST]
+    said = [how(m, d, jobs) if callable(how) else None for _,how in CHECKLIST]
     return pd.DataFrame({'item': [i for i,_ in CHECKLIST],
                          'state': ['filled' if s else 'the authors must' for s in said],
                          'from the run': [s or '' for s in said]})

@@ -249,7 +249,7 @@ class Picture:
     "A square picture of `size` pixels, the whole sector or a magnified `view` of it"
     probe: Probe
     size: int = 224
-    view: tuple = None    # (x, z of the middle, width) in mm; None: the whole sector
+    view: tuple|None = None    # (x, z of the middle, width) in mm; None: the whole sector
     @property
     def window(self):
         "(x, z of the middle, width) in mm"

@@ -20,7 +20,7 @@ from .phantom import Machine, Picture, grey, scan_convert, simulate
 from .scenes import INJECTED, Plan, Scene, draw
 
 # %% ../nbs/03a_phantoms.ipynb #576d7ee7
-DEGRADED = {  # reason: (moderate, poor)
+DEGRADED:dict = {  # reason: (moderate, poor)
     'low gain': (dict(gain=-28.), dict(gain=-38.)),
     'noise': (dict(noise=-33.), dict(noise=-24.)),
     'acoustic shadow': (1, 2)}  # number of bands

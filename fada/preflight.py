@@ -157,7 +157,7 @@ def check_parts(vlm)->Finding:
 
 # %% ../nbs/09e_preflight.ipynb #0b6176db
 # steps, times the rate, highest rate; loss against the first, or so low that it is known already
-OVERFIT = dict(steps=40, faster=5., most=2e-2, fall=.8, known=.1)
+OVERFIT:dict = dict(steps=40, faster=5., most=2e-2, fall=.8, known=.1)
 
 def together(m:Material, recipe)->int:
     "Images that go through together"

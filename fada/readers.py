@@ -167,8 +167,8 @@ def index_images(
         cat = next((c for f in folders if (c := find_category(f))), None)
         if folders and cat is None:
             r.set_aside(n, 0, 'folder', f'folder {folders[0]!r} is no known category'); continue
-        if folders and fold(folders[0]).replace(' ', '_') not in (cat.lower(), cat.lower().replace('-',
-            '_')) and cat:
+        spelt = (cat.lower(), cat.lower().replace('-', '_')) if cat else ()
+        if cat and fold(folders[0]).replace(' ', '_') not in spelt:
             r.mapping.setdefault('folders', {})[folders[0]] = cat
         for key in dict.fromkeys((name_key(last), name_key(Path(last).stem))):
             index.setdefault((cat, key), []).append(n)
@@ -397,7 +397,7 @@ def chat_turns(
     pairs,asked = [],None
     for t in turns:
         if not isinstance(t, dict): continue
-        role = {'human': 'user', 'gpt': 'assistant'}.get(t.get(who), t.get(who))
+        said = t.get(who); role = 'user' if said == 'human' else 'assistant' if said == 'gpt' else said
         text = _parts(t.get(what, ''), inner)
         if role == 'user':
             if asked is not None: pairs.append((asked, ''))

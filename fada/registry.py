@@ -142,7 +142,7 @@ def _tuples(v): return tuple(_tuples(x) for x in v) if isinstance(v, list) else 
 
 def _check_row(row:dict, where:str):
     "Prove a row of a TOML or INI file field by field"
-    kinds = {f.name: f.type for f in fields(ModelSpec) if f.name not in ('name', 'like')}
+    kinds:dict = {f.name: f.type for f in fields(ModelSpec) if f.name not in ('name', 'like')}
     for k,v in row.items():
         if k not in kinds: raise FadaError(f'unknown field {k!r}', where, nearest(k, [*kinds, 'like']),
                                            'correct the field')

@@ -104,7 +104,7 @@ def _check_price(price, where):
 
 def read_service(spec:ModelSpec)->Service:
     "The `service` table of a row, proved field by field; `FadaError` names what cannot be used"
-    where = f'the service table of {spec.name}'; kinds = {f.name: f.type for f in fields(Service)}
+    where = f'the service table of {spec.name}'; kinds:dict = {f.name: f.type for f in fields(Service)}
     for k,v in spec.service.items():
         if k not in kinds: raise FadaError(f'unknown field {k!r}', where, nearest(k, kinds), '')
         if type(v) is not kinds[k]:

@@ -156,7 +156,7 @@ def route(self:Router, image, category:str=None)->Route:
                   f'no adapter for {c}: answered by {"the shared adapter" if self.shared else "the base"}', c)
     own = {n: v for n,v in far.items() if n != self.shared}
     if own and min(own.values()) <= 1:
-        c = min(own, key=own.get); return to(c, f'proposed: nearest to the training images of {c}', c)
+        c = min(own, key=own.__getitem__); return to(c, f'proposed: nearest to the training images of {c}', c)
     why = ('unlike the training images of every adapter' if own else
            'the adapters do not say what they were trained on')
     return to(fallback, f'{why}: answered by {"the shared adapter" if self.shared else "the base"}', None)

@@ -66,11 +66,11 @@ def list_runs(
     if since: t = t[t.made >= since]
     return t.sort_values('made', ascending=False, ignore_index=True)
 
-def size_text(n:int)->str:
+def size_text(n:float)->str:
     "Bytes for people"
-    for unit in ('B','kB','MB','GB'):
-        if n < 1000 or unit == 'GB': return f'{n:.0f} {unit}' if unit == 'B' or n >= 100 else f'{n:.1f} {unit}'
-        n /= 1000
+    units = ['B','kB','MB','GB']
+    while n >= 1000 and len(units) > 1: n /= 1000; units.pop(0)
+    return f'{n:.0f} {units[0]}' if units[0] == 'B' or n >= 100 else f'{n:.1f} {units[0]}'
 
 # %% ../nbs/11c_runs.ipynb #ae6e3143
 def runs_text(t)->str:

@@ -133,9 +133,9 @@ def quality_scores(rows, truth, found)->dict:
     far = [1-abs(at[a]-at[b])/2 if b in at else 0. for a,b in zip(t, f) if a in at]
     has = np.array([a in at for a in t])
     if not has.any(): return dict(ordinal=None, kappa=None)
-    pairs = [(a, b) for a,b in zip(t, f) if a in at]
+    graded,said = map(list, zip(*((a, b) for a,b in zip(t, f) if a in at)))
     return dict(ordinal=mean_interval(far, rows.patient[has]),
-                kappa=class_interval(*map(list, zip(*pairs)), rows.patient[has], quadratic_kappa, list(GRADES)))
+                kappa=class_interval(graded, said, rows.patient[has], quadratic_kappa, list(GRADES)))
 
 def normality_scores(rows, truth, found)->dict:
     "Balanced accuracy, sensitivity and specificity for abnormal with counts, prevalence, area under the ROC curve"

@@ -240,7 +240,7 @@ def _route(vlm, image, stop):
                         'see GET /v1/models')
     vlm.by(image); return asdict(vlm.route)
 
-TASKS = dict(map=_map, choice=_choice, route=_route)   # event: function of model, image, what is given, stop
+TASKS:dict = dict(map=_map, choice=_choice, route=_route)   # event: function of model, image, what is given, stop
 
 # %% ../nbs/15a_serve.ipynb #da1aa243
 LIMIT = 64_000_000   # bytes of a request
@@ -481,7 +481,7 @@ class Served:
         model:str='',       # name of GET /v1/models; empty: the first
     ):
         self.url,self.model,self.token = url.rstrip('/'),model,token or os.environ.get('FADA_TOKEN', '')
-        self.precision = self.adapter = ''; self.route = None   # of what answered last
+        self.precision = self.adapter = ''; self.route:Route|None = None   # of what answered last
         if not self.token:
             raise FadaError('no token', self.url, 'FADA_TOKEN in the environment', 'as `fada serve` printed it')
         self.session = self.call('POST', '/sessions')['session']
@@ -646,6 +646,7 @@ def run_server(port:int, s=None):
                 server_header=False, timeout_graceful_shutdown=3)
     w.close()
 
+# %% ../nbs/15a_serve.ipynb #c22w0002
 def supervise(
     port:int, token:str,
     args=(),                 # further words for `python -m fada.serve`
@@ -666,7 +667,9 @@ def supervise(
                 say(f'error: the server crashed {most} times within a minute, the last time with status {code}')
                 return 1
             say(f'the server ended with status {code}: started again')
-    except KeyboardInterrupt: child.terminate(); child.wait(20); return 130
+    except KeyboardInterrupt:
+        if child: child.terminate(); child.wait(20)
+        return 130
 
 # %% ../nbs/15a_serve.ipynb #2e6b7c5b
 def _main():

@@ -155,8 +155,8 @@ def find_settings(
 )->Path|None:   # path of the file that applies, or None
     "Find the `settings.ini` that applies: from `start` upward, else the user-level one"
     start = Path(start).resolve()
-    for p in [d/'settings.ini' for d in (start, *start.parents)] + [_user_level()]:
-        if p.is_file(): return p
+    candidates = [d/'settings.ini' for d in (start, *start.parents)] + [_user_level()]
+    return next((p for p in candidates if p.is_file()), None)
 
 # %% ../nbs/00_settings.ipynb #0d8fc63c
 def _read_ini(path):
@@ -229,7 +229,7 @@ def pixels_sha256(
     "sha256 of the decoded pixels, with their shape"
     import numpy as np
     a = np.ascontiguousarray(np.asarray(image))
-    h = hashlib.sha256(f'{a.shape}{a.dtype}'.encode()); h.update(a)
+    h = hashlib.sha256(f'{a.shape}{a.dtype}'.encode()); h.update(a.data)
     return h.hexdigest()
 
 # %% ../nbs/00_settings.ipynb #aa09729d

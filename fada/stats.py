@@ -97,7 +97,7 @@ def permutation_test(
         return float((np.abs(signs@v) >= abs(v.sum())-1e-12).mean())
     rng = np.random.default_rng(seed); more,size = 0,max(1, 2_000_000//len(v))   # 16 MB at a time
     for k in range(0, draws, size):
-        signs = 1.-2*rng.integers(0, 2, (min(size, draws-k), len(v)), dtype=np.int8)
+        signs:np.ndarray = 1.-2*rng.integers(0, 2, (min(size, draws-k), len(v)), dtype=np.int8)
         more += int(np.sum(np.abs(signs@v) >= abs(v.sum())-1e-12))
     return (more+1)/(draws+1)
 
@@ -119,7 +119,7 @@ def holm(
     p:dict,           # name: p
 )->dict:              # name: adjusted p
     "Holm's step-down correction"
-    names = sorted(p, key=p.get); out,worst = {},0.
+    names = sorted(p, key=p.__getitem__); out,worst = {},0.
     for k,name in enumerate(names): worst = max(worst, min(1., (len(names)-k)*p[name])); out[name] = worst
     return {k: out[k] for k in p}
 

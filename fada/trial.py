@@ -49,7 +49,7 @@ def try_model(
     from fada.vlm import load
     start = time.perf_counter()
     vlm = load(name, weights=weights, precision=precision, device=device, max_new_tokens=16)
-    out = dict(load_seconds=round(time.perf_counter()-start, 2), weights_bytes=sum(map(held_bytes, vlm.cores)))
+    out:dict = dict(load_seconds=round(time.perf_counter()-start, 2), weights_bytes=sum(map(held_bytes, vlm.cores)))
     (image,said),asked = _answers(vlm),time.perf_counter()-start-out['load_seconds']
     out.update(answer=True, answers=said, seconds_per_question=round(asked/len(said), 4))
     if 'attention' in vlm.spec.capabilities:

@@ -135,7 +135,7 @@ def with_examples(
                                  for q,text in zip(rows.question_id, rows.question)])
 
 # %% ../nbs/10d_twins.ipynb #e834a368
-SEED45 = dict(categories=5, images=3, questions=(1, 3, 6))
+SEED45:dict = dict(categories=5, images=3, questions=(1, 3, 6))
 
 def seed45(rows:pd.DataFrame, seed:int=0)->pd.DataFrame:
     "Five categories × three images × three questions of `rows`; `FadaError` where there are too few"

@@ -133,7 +133,7 @@ def samples_html(checks:list)->str:
     return f'<table><tr><th>question</th><th>reference</th>{head}</tr>{"".join(rows)}</table><p>{e(NOTICE)}</p>'
 
 # %% ../nbs/09h_watch.ipynb #1633c2b9
-def progress_figure(losses:list, checks:list, norms:list=()):
+def progress_figure(losses:list, checks:list, norms=()):
     "Loss and gradient norm of each step, loss of each kind of question, validation scores; a matplotlib figure"
     from matplotlib.figure import Figure
     fig = Figure(figsize=(11, 3), layout='constrained'); ax,bx,cx = fig.subplots(1, 3)
