@@ -31,8 +31,8 @@ class VisionTargets:
     "What n images teach; S structures are numbered in the order of the vocabulary"
     classes: dict   # 'group' or question: class of each image, n
     mirrored: dict  # the same: for each class that of the mirrored picture, IGNORE where no image shows it
-    seen: Any    # visible structures, n × S, 0 or 1
-    maps: Any    # 1 + number of the structure at each place, 0 for none: n × MAP × MAP, uint8
+    seen: Any       # visible structures, n × S, 0 or 1
+    maps: Any       # 1 + number of the structure at each place, 0 for none: n × MAP × MAP, uint8
 
 # %% ../nbs/09c_base.ipynb #2560c772
 def mirror_text(answer:str)->str:

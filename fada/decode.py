@@ -22,9 +22,9 @@ from .settings import FadaError
 class Prefix:
     "What a language model keeps of `n` images, or whole prompts, that it has read"
     layers: list           # (keys, values) of each layer: n × heads × tokens × width
-    valid: Any          # n × tokens, bool: False is padding, on the left
-    next: Any           # n, the position of the token that comes next
-    logits: Any = None  # n × vocabulary, of the last token; needed where nothing is read after it
+    valid: Any             # n × tokens, bool: False is padding, on the left
+    next: Any              # n, the position of the token that comes next
+    logits: Any = None     # n × vocabulary, of the last token; needed where nothing is read after it
 
     @property
     def tokens(self)->int:
@@ -50,7 +50,7 @@ def read_prefix(
 )->Prefix:
     "Read prefixes with `forward`"
     from transformers import DynamicCache
-    cache = DynamicCache(); hidden = forward(past_key_values=cache, use_cache=True).last_hidden_state
+    cache: Any = DynamicCache(); hidden = forward(past_key_values=cache, use_cache=True).last_hidden_state
     ahead = ahead() if callable(ahead) else ahead
     return Prefix([(l.keys, l.values) for l in cache.layers], valid.bool(), valid.sum(1)+ahead,
                   head(hidden[:,-1:])[:,0] if head else None)
@@ -81,13 +81,13 @@ def right_padded(rows, fill=0, device=None):
 @dataclass
 class Words:
     "The parts of a model that turn token ids into logits"
-    decoder: Any          # the stack of layers: embeddings in, hidden states out
-    embed: Any            # ids to embeddings
-    head: Any             # hidden states to logits
+    decoder: Any             # the stack of layers: embeddings in, hidden states out
+    embed: Any               # ids to embeddings
+    head: Any                # hidden states to logits
     ends: frozenset          # ids that end an answer
     pad: int = 0
     mrope: bool = False      # positions have three coordinates
-    settings: Any = None  # the checkpoint's generation settings
+    settings: Any = None     # the checkpoint's generation settings
 
     @property
     def config(self): return self.decoder.config
@@ -112,8 +112,8 @@ def processors_of(
 )->list:            # logits processors: (ids so far, logits) → logits
     "The rules for logits that a checkpoint's generation settings hold"
     from transformers.generation import logits_process as lp
-    g = lambda k: getattr(settings, k, None)
-    out = []
+    def g(k): return getattr(settings, k, None)
+    out: list = []
     if (g('repetition_penalty') or 1.) != 1.: out.append(lp.RepetitionPenaltyLogitsProcessor(g('repetition_penalty')))
     if g('no_repeat_ngram_size'): out.append(lp.NoRepeatNGramLogitsProcessor(g('no_repeat_ngram_size')))
     if g('suppress_tokens'): out.append(lp.SuppressTokensLogitsProcessor(g('suppress_tokens'), device))
@@ -207,7 +207,7 @@ class Steps:
         self.words,self.rows,self.said = words,list(range(n)),0
         self.most = list(most) if isinstance(most, (list, tuple)) else [most]*n
         self.processors = processors_of(words.settings, max(self.most), words.device)
-        self.history,self.last = None,None
+        self.history: Any = None; self.last: Any = None   # ids so far, ids of the last step: rows × tokens
 
     def going_on(self):
         "What several steps are taken in"
@@ -242,10 +242,10 @@ def make_way(self:Steps):
     import torch
     on = [i for i,r in enumerate(self.rows) if r is not None]
     if not on or len(on) > self.leave*len(self.rows): return
-    self.rows = [self.rows[i] for i in on]; on = torch.tensor(on, device=self.words.device)
-    self.last = self.last[on]
-    if self.history is not None: self.history = self.history[on]
-    self.keep(on)
+    self.rows = [self.rows[i] for i in on]; kept = torch.tensor(on, device=self.words.device)
+    self.last = self.last[kept]
+    if self.history is not None: self.history = self.history[kept]
+    self.keep(kept)
 
 # %% ../nbs/07f_decode.ipynb #2a95b117
 def finish(steps)->list:
@@ -283,7 +283,7 @@ class Rows(Steps):
         self.padded = min(lengths) < self.longest or not bool(prefix.valid.all())
         self.shared = one_copy(prefix.tokens, len(at)/len(set(at))) if share is None else share
         self.slots = Slots(size if self.shared else prefix.tokens+size, prefix.tokens if self.shared else 0)
-        self.hidden,self.plain,self.tape = None,is_plain_opt(words.decoder),None
+        self.hidden: Any = None; self.tape: Tape|None = None; self.plain = is_plain_opt(words.decoder)
         if self.shared: self.group()
         else: self.slots.fill(prefix.layers, self.at)
         if self.processors:
@@ -354,7 +354,7 @@ def mask(self:Rows, a:int, b:int, window:int=None):
     seen = torch.cat([self.prefix.valid[self.at], self.valid[:,:b]], 1)
     far = self.place[:,a:b,None]-place[:,None]
     ok = seen[:,None] & (far >= 0)
-    if narrow: ok &= far < window
+    if window is not None and narrow: ok &= far < window
     return self.added(ok)[:,None]
 
 @patch
@@ -489,7 +489,7 @@ class Tape:
     The place in the slots lies on the card, so that one recording serves for all: the mask hides later slots"""
     def __init__(self, rows:Rows):
         import torch
-        self.rows,self.graph,self.logits,self.refused = rows,None,None,None
+        self.rows = rows; self.graph: Any = None; self.logits: Any = None; self.refused = ''
         on,s,P = rows.words.device,rows.slots,rows.prefix.tokens
         self.at = torch.tensor([s.end-rows.begins], device=on); self.ids = rows.last.clone()
         for pair in s.layers.values():

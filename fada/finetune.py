@@ -125,7 +125,7 @@ def describe(fit:Fit, categories, parts, train, start)->dict:
 def cache_note(fit:Fit)->dict:
     "Whether features were kept, and how much that gained: what the draws would have cost against what keeping did"
     m,drawn = fit.material,fit.recipe.batch*fit.step
-    if not m.kept:
+    if m.features is None or fit.tower is None:
         return dict(kept=False,
                     why='pictures are changed' if fit.recipe.augment else 'switched off' if not fit.recipe.cache
                                else 'its questions go through apart, with the picture')
@@ -173,7 +173,7 @@ def start_processes(n:int, s, out, weights, options:dict)->dict:
                '--no-python',
                sys.executable, '-c', 'from fada.finetune import join_job; join_job()', str(order)]
         with subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
-            for line in p.stderr: said = (said+line)[-4000:]; quiet or print(line, end='', file=sys.stderr)
+            for line in p.stderr or (): said = (said+line)[-4000:]; quiet or print(line, end='', file=sys.stderr)
         if fault.is_file(): raise FadaError(**read_json(fault))
         if p.returncode:
             raise FadaError(f'training by {n} processes ended with status {p.returncode}', str(out), '',
@@ -185,7 +185,7 @@ def _cards(device:str)->int:
     "Processes that can train beside each other: one a card, one a core on a CPU"
     import torch
     from fada.checkpoints import resolve_device
-    return torch.cuda.device_count() if resolve_device(device).startswith('cuda') else os.cpu_count()
+    return torch.cuda.device_count() if resolve_device(device).startswith('cuda') else os.cpu_count() or 1
 
 def join_job():
     "What each process of `start_processes` does: `train_job` by the order in the file that the command line names"

@@ -84,7 +84,7 @@ class Heads:
     language: np.ndarray
     # layers × heads × queries × patches, without the class token; None where there is no Q-Former
     qformer: np.ndarray|None
-    grid: Any           # rows over columns or patches → maps
+    grid: Any              # rows over columns or patches → maps
     tokens: list
     about: dict            # vlm, image, question, answer
     @property

@@ -102,7 +102,8 @@ class Material:
         self.names = table.image.drop_duplicates().tolist(); self.rows = question_rows(table, self.names, vlm.spec)
         by = {k: g.question_id.tolist() for k,g in table.groupby('image')}; self.kinds = [by[n] for n in self.names]
         self.packs = packs(vlm.spec, recipe)
-        self.chat = hasattr(vlm, 'render'); self.features,self.cache_seconds,self.lost = None,0.,{}
+        self.chat = hasattr(vlm, 'render'); self.cache_seconds,self.lost = 0.,{}
+        self.features: KeptFeatures|None = None   # of each image, where they are kept
         keeps = recipe.cache and not augment and (self.packs if self.chat else vlm.trains_on == 'features')
         self.heads,self.tokens = [None]*len(self.names),[None]*len(self.names)
         if self.packs and not self.chat: self.tokens = [self.tokens_of(r) for r in self.rows]
@@ -173,9 +174,9 @@ def loss(
 ):                       # scalar tensor: mean cross-entropy over answer tokens
     "Loss of the answers about images `at`, each as much as it counts"
     vlm = self.vlm; pick = [[k for k,q in enumerate(self.kinds[i]) if only in (None, q)] for i in at]
-    at,pick = zip(*[(i, k) for i,k in zip(at, pick) if k]); at = list(at)
+    at,pick = [i for i,k in zip(at, pick) if k],[k for k in pick if k]
     if not self.packs: return self.apart(at, pick)
-    x = self.features[at] if self.kept else self.read(at)
+    x = self.read(at) if self.features is None else self.features[at]
     prefix,together = (self.chat_prefix(at, x) if self.chat
                        else (_project(vlm.core, x.to(vlm.core.query_tokens.device)), None))
     of = lambda lists: [[lists[i][k] for k in ks] for i,ks in zip(at, pick)]
@@ -191,7 +192,7 @@ def apart(self:Material, at, pick):
         some = [(i, r) for i,r in some if r]; few,rows = [i for i,_ in some],[r for _,r in some]
         if vlm.trains_on != 'features': loss = vlm.loss([self.picture(i) for i in few], rows)
         else:
-            x = self.features[few] if self.kept else self.read(few)
+            x = self.read(few) if self.features is None else self.features[few]
             loss = vlm.loss(x, rows) if vlm.loss else decoder_loss(vlm.core, vlm.processor.tokenizer, x, rows)
         size = w*sum(answer_tokens(vlm, a, p) for r in rows for p,a in r); total,n = total+loss*size,n+size
     return total/n
@@ -311,9 +312,10 @@ class Fit:
         # run: what identifies it; p: probability of drawing each image; folder: takes the checkpoint
         self.vlm,self.recipe,self.material,self.validation = vlm,recipe,material,validation
         self.run,self.folder,self.p,self.team = run,Path(folder),p,team or Team()
-        self.losses,self.norms,self.skips,self.checks,self.best,self.kept = [],[],[],[],None,{}
+        self.losses,self.norms,self.skips,self.checks,self.kept = [],[],[],[],{}
+        self.best: dict = {}   # step, score and calibration of the check whose adapter is kept
         self.phase,self.step,self.seconds,self.stopped,self.live = 0,0,0.,False,Live()
-        self.samples,self.found,self.preflight = pick_samples(validation.table),None,None
+        self.samples,self.found = pick_samples(validation.table),None; self.preflight: list|None = None
         self.tower = Tower(vlm.model, folder) if material.kept else None
         self.looks = not (validation.kept and vlm.trains_on == 'features')   # whether a check needs the tower
 
@@ -369,10 +371,10 @@ def take(self:Fit):
     for p in self.parameters:
         if p.grad is None: p.grad = torch.zeros_like(p)
     self.team.add_up([*(p.grad for p in self.parameters), total])
-    norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, r.clip)); total = float(total)
-    if math.isfinite(total) and math.isfinite(norm):
-        self.opt.step(); self.losses.append(total); self.norms.append(norm)
-    else: self.skip(total, norm)
+    norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, r.clip)); lost = float(total)
+    if math.isfinite(lost) and math.isfinite(norm):
+        self.opt.step(); self.losses.append(lost); self.norms.append(norm)
+    else: self.skip(lost, norm)
     self.schedule.step()
 
 # %% ../nbs/09i_loop.ipynb #e9908d84
@@ -416,7 +418,7 @@ def note_best(self:Fit, step, scored):
     "Keep the adapter where the newest check is the best one, with what its confidence means"
     from peft import get_peft_model_state_dict
     score = self.checks[-1]['score']
-    if self.best is None or score > self.best['score']:
+    if not self.best or score > self.best['score']:
         self.best = dict(step=step, score=score, calibration=calibrate(scored))
         self.kept = {k: v.detach().clone() for k,v in get_peft_model_state_dict(self.vlm.model).items()}
 

@@ -51,14 +51,14 @@ def to_pixels(
 @dataclass
 class Map:
     "Where an answer depended on an image, by one method"
-    image: Any        # height × width × 3, uint8, as it was given
-    heat: Any         # rows × columns, of the answer as a whole
+    image: Any           # height × width × 3, uint8, as it was given
+    heat: Any            # rows × columns, of the answer as a whole
     box: tuple           # the pixels that the grid covers
     method: str
     units: str           # of `heat`
     question: str; answer: str; model: str
     tokens: list = field(default_factory=list)
-    per_token: Any = None   # tokens × rows × columns, where the method tells tokens apart
+    per_token: Any = None      # tokens × rows × columns, where the method tells tokens apart
     note: str = ''             # what has to be said with it
     badge: str = ''            # whether the method was checked for this model, and what came of it
     # rows × columns, bool: places that draw attention from every token, where that was looked for

@@ -17,10 +17,10 @@ PACKS = ('blip2-opt','blip2-llama','blip2-gemma3','llava','gemma3','internvl','s
 @dataclass
 class Pack:
     "The questions and answers of n images, one row an image, without what the image brings: tensors n × longest"
-    ids: Any      # tokens, padded on the right
-    block: Any    # number of the question that a token belongs to, -1 for padding
-    offset: Any   # place of a token in its question, from 0
-    labels: Any   # the token where it carries loss, else IGNORE
+    ids: Any         # tokens, padded on the right
+    block: Any       # number of the question that a token belongs to, -1 for padding
+    offset: Any      # place of a token in its question, from 0
+    labels: Any      # the token where it carries loss, else IGNORE
 
 def pack(
     rows,            # per image a list of (prompt ids, answer ids)

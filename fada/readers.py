@@ -88,7 +88,7 @@ def name_facts(
 # %% ../nbs/04c_readers.ipynb #b850d82c
 def add_answer(
     r:Reading, image, cat, q, answer,
-    where,             # (file, row)
+    where:tuple[str,int],  # (file, row)
     known=None,        # optional columns that are known
     dataset='',
 ):
@@ -245,7 +245,7 @@ def _resolve_row(r, n, s, columns, i, cells, index):
 RANGES = {'ga_days': (20, 310), 'mm_per_px': (.005, 2)}
 
 def check_known(
-    r:Reading, where,  # (file, row)
+    r:Reading, where:tuple[str,int],  # (file, row)
     known:dict,        # optional columns as they were read
 )->dict:               # those that can be used
     "Optional columns, checked: a value out of its range or no text at all is set aside; patients become hashes"
@@ -278,7 +278,7 @@ def split_name(text):
             'val': 'val',
             'valid': 'val', 'validation': 'val', 'dev': 'val'}.get(fold(text), '')
 
-def known_split(r, where, text):
+def known_split(r, where:tuple[str,int], text):
     "The published split that `text` means, or '' after saying that it means none"
     out = split_name(text)
     if not out and str(text).strip():

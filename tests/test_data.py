@@ -481,6 +481,21 @@ def spoil(d, records, rng):
         )
 
 
+@pytest.mark.parametrize('role', [['user'], {'name': 'user'}, 7, None])
+def test_a_role_that_is_no_text_sets_its_record_aside(tmp_path, role):
+    "The other records of the file are read"
+    Image.new('L', (64, 48), 90).save(tmp_path / 'femur.png')
+
+    def record(role):
+        turns = [dict(role=role, content='Assess the image quality.'), dict(role='assistant', content='good')]
+        return dict(image='femur.png', category='Femur', messages=turns)
+
+    (tmp_path / 'data.jsonl').write_text('\n'.join(json.dumps(record(r)) for r in (role, 'user')))
+    r = read_any(tmp_path, 'chat')
+    assert [(a['row'], a['field']) for a in r.aside] == [(1, 'turn 1')]
+    assert [x['answer'] for x in r.rows] == ['good']
+
+
 @pytest.mark.parametrize('seed', range(40))
 def test_fuzz_of_chat_files(tmp_path, seed):
     "Each question of each record is in the table or set aside, or its whole record or line is"

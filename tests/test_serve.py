@@ -448,6 +448,21 @@ def test_a_server_that_crashes_is_started_again_and_given_up(tmp_path, monkeypat
     ]
 
 
+def test_a_server_that_is_stopped_before_it_began_leaves_quietly(monkeypatch):
+    "Ctrl-C may come before there is a process to end"
+    from fada import serve
+
+    def stopped(*a, **k):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve.subprocess, 'Popen', stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert serve.supervise(9, 'secret', say=pytest.fail) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_page_at_a_taken_port_is_not_started(root, monkeypatch):
     "Neither the page's port nor the model's next to it may be somebody else's; an unknown model is said before"
     from fada.app import run_app
