@@ -46,13 +46,13 @@ def plot_sheet(table, data, each=5, seed=0):
     "Contact sheet: `each` test images of every category; returns the figure"
     import matplotlib.pyplot as plt
     groups = list(table.drop_duplicates('image').groupby('category')); rng = np.random.default_rng(seed)
-    fig,axs = plt.subplots(len(groups), each, figsize=(2*each, 2.15*len(groups)), squeeze=False)
+    fig,axs = plt.subplots(len(groups), each, figsize=(2*each, 2.15*len(groups)), squeeze=False,
+                           layout='constrained')
     for row,(name,g) in zip(axs, groups):
         for ax in row: ax.axis('off')
         for ax,p in zip(row, g.image.iloc[rng.permutation(len(g))[:each]]):
             ax.imshow(shown(data, p, table))
         row[0].set_title(name, fontsize=9, loc='left')
-    fig.tight_layout(pad=.4)
     return fig
 
 # %% ../nbs/11a_report.ipynb #e62a1a08
