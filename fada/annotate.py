@@ -22,7 +22,7 @@ LOG = 'annotations.jsonl'
 KINDS = ('answer', 'correction', 'second')  # a first reading, a change of an answer, a blinded second reading
 
 def annotate(
-    folder, who:str, image:str, sha:str, question_id:int,
+    folder:str|Path, who:str, image:str, sha:str, question_id:int,
     after:str,            # the new answer
     before:str='',        # what stood there
     kind:str='correction',
@@ -46,7 +46,7 @@ def annotate(
 
 # %% ../nbs/04j_annotate.ipynb #a5b72108
 def annotations(
-    folder,
+    folder:str|Path,
 )->pd.DataFrame:       # in the order they were made; the index is the line of the log
     "All annotations of a folder; torn lines are left out, their numbers are `.attrs['torn']`"
     path = Path(folder)/LOG; out,torn = {},[]
@@ -80,7 +80,7 @@ def _correct_row(table, i, given, after, last, reading):
 # %% ../nbs/04j_annotate.ipynb #db6934b3
 def corrected(
     table:pd.DataFrame,  # with the answers as given, or corrected before
-    folder,              # with the log
+    folder:str|Path,     # with the log
     reading=None,        # takes notes of corrections; sets aside those that fit no answer
 )->pd.DataFrame:         # `answer` as corrected; `corrected_from`: as given; `corrected_by`: who changed it
     "Apply the corrections of the log, by pixel hash and question, where they correct the answer that was given"
@@ -110,7 +110,7 @@ def second_share(
     return int(hashlib.sha256(f'{seed}:{sha}'.encode()).hexdigest()[:8], 16)/2**32 < share
 
 def work_list(
-    folder, who:str,
+    folder:str|Path, who:str,
     share:float=.1,         # read twice
     seed:int=0,
 )->list:                    # [(image, category, sha, kind)] still to do
@@ -256,7 +256,7 @@ def step_back(self:Annotator):
     self.show()
 
 # %% ../nbs/04j_annotate.ipynb #59589bb6
-def readings(folder)->tuple:   # (first, second): image, question_id, answer, annotator
+def readings(folder:str|Path)->tuple:  # (first, second): image, question_id, answer, annotator
     "First and second readings of the log, the last word of each reader"
     a = annotations(folder).rename(columns=dict(who='annotator', after='answer'))
     a = a.drop_duplicates(['pixels_sha256', 'question_id', 'annotator', 'kind'], keep='last')
@@ -264,14 +264,14 @@ def readings(folder)->tuple:   # (first, second): image, question_id, answer, an
     one,two = [a[a.kind == k][cols].reset_index(drop=True) for k in ('answer', 'second')]
     return one, two
 
-def reader_agreement(folder)->pd.DataFrame:
+def reader_agreement(folder:str|Path)->pd.DataFrame:
     "Agreement of first and second readings: see `checks.agreement`"
     from fada.checks import agreement
     from fada.vocabulary import load_rules, normalise
     one,two = [normalise(t, load_rules(folder)) for t in readings(folder)]
     return agreement(one, two)
 
-def annotations_to_csv(folder, name:str='annotated.csv')->Path:
+def annotations_to_csv(folder:str|Path, name:str='annotated.csv')->Path:
     "Write the readings as a CSV that the readers know; `FadaError` where there are none or the file exists"
     import csv
     one,two = readings(folder); path = Path(folder)/name; t = pd.concat([one, two])
@@ -401,12 +401,12 @@ def _quarantine(self:Explorer):
             + q.head(500).to_html(escape=True, index=False))
 
 # %% ../nbs/04j_annotate.ipynb #df793e43
-def explore(folder=None):
+def explore(folder:str|Path|None=None):
     "The explorer of a prepared folder (by default [data] folder of settings.ini)"
     from fada.settings import load_settings
     return Explorer(load_settings(data=folder).data).widget
 
-def annotation_panel(folder, who:str, share:float=.1, seed:int=0):
+def annotation_panel(folder:str|Path, who:str, share:float=.1, seed:int=0):
     "The annotation panel with its keys"
     from IPython.display import Javascript, display
     display(Javascript(KEYS)); return Annotator(folder, who, share, seed).widget

@@ -370,8 +370,8 @@ def _keep(self:AskPanel, k, side, name, a, image, frame):
              f'confidence {a.confidence:.2f}' if a.confidence is not None else '', *a.flags,
              self._closed(name, image, a) if not reason else '']
     from fada.vlm import image_hash
-    turn = self.session.add(Turn(p.label, image_hash(image) or '', a.question, words, ND if reason else a.text, reason,
-                                 a.question_id, a.confidence, a.error,
+    turn = self.session.add(Turn(p.label, image_hash(image) or '', a.question, words, ND if reason else a.text,
+                                 reason, a.question_id, a.confidence, a.error,
                                  list(a.flags), row['reference'], at, p.mm_per_px, self._again(name)),
                                  image)
     maps = bool(words and self.method.options)

@@ -18,21 +18,21 @@ class Bounds:
     shadow: float = .12   # share of light that a shadow takes, at most
     crop: float = .03     # share of each side that is cut away, at most
 
-def gain(a, rng, most:float):
+def gain(a:np.ndarray, rng, most:float):
     "Brighter or darker as a whole, by a share of at most `most`"
     return a*(1+rng.uniform(-most, most))
 
-def noise(a, rng, most:float):
+def noise(a:np.ndarray, rng, most:float):
     "Grain of at most `most` grey levels, none outside the sector"
     return a+rng.normal(0, rng.uniform(0, most), a.shape)*(a > 0)
 
-def shadow(a, rng, most:float):
+def shadow(a:np.ndarray, rng, most:float):
     "A soft dark stripe from the transducer downwards"
     x = np.linspace(0, 1, a.shape[1]); at,width = rng.uniform(0, 1),rng.uniform(.03, .1)
     return a*(1-rng.uniform(0, most)*np.exp(-((x-at)/width)**2))
 
 def crop(
-    a, rng, most:float,
+    a:np.ndarray, rng, most:float,
     mm_per_px=None,     # of the picture; None where it is not known
 ):                      # (picture of the same size, mm per pixel of it)
     "Cut a little off the borders and enlarge the rest to the same size"

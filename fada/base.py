@@ -53,7 +53,7 @@ def _classes(images, answers):
 
 # %% ../nbs/09c_base.ipynb #48cac4c8
 def vision_targets(
-    table, folder,   # question table, data folder with sidecars
+    table, folder:str|Path,  # question table, data folder with sidecars
 )->VisionTargets:
     "What stage 1 is taught, read from the sidecars of phantoms"
     import torch

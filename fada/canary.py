@@ -35,7 +35,8 @@ def probe(vlm)->tuple:
         seen = vlm.see([None if vlm.spec.family == 'text' else probe_picture()])
         with one_by_one():
             out = []
-            for q in QUESTIONS: caught.append(None); out.append(vlm.reply(seen, [0], [build_prompt(vlm.spec, q)])[0][0])
+            for q in QUESTIONS:
+                caught.append(None); out.append(vlm.reply(seen, [0], [build_prompt(vlm.spec, q)])[0][0])
     finally: hook.remove(); vlm.max_new_tokens = kept
     first = [caught[i+1] for i,c in enumerate(caught) if c is None]
     return out, np.concatenate([f.numpy() for f in first])
@@ -52,7 +53,7 @@ def keep_reference(vlm)->Path:
               metadata=dict(answers=json.dumps(answers), precision=vlm.precision))
     return path
 
-def reference(vlm, weights=None):
+def reference(vlm, weights:str|Path|None=None):
     "(answers, logits, precision) of a higher precision, kept or computed now; None where neither is possible"
     import json
     from safetensors import safe_open
@@ -72,12 +73,12 @@ def reference(vlm, weights=None):
 # %% ../nbs/07b_canary.ipynb #03445c4f
 LEAST_COSINE,SURE_COSINE = dict(int8=.95, nf4=.8),.9
 
-def closeness(a, b)->np.ndarray:
+def closeness(a:np.ndarray, b:np.ndarray)->np.ndarray:
     "Cosine of centred logits, row by row"
     a,b = (x-x.mean(1, keepdims=True) for x in (a, b))
     return (a*b).sum(1)/np.maximum(np.linalg.norm(a, axis=1)*np.linalg.norm(b, axis=1), 1e-12)
 
-def check_canary(vlm, weights=None)->dict:
+def check_canary(vlm, weights:str|Path|None=None)->dict:
     """Stop a quantised model that is empty, constant or far from its reference; returns (and keeps on `vlm`)
     what was found"""
     answers,logits = probe(vlm); ref = reference(vlm, weights); found = dict(answers=answers,

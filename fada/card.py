@@ -117,7 +117,7 @@ Made {_plain(about['made'])} with {_plain(', '.join(f'{k} {v}' for k,v in about[
 
 # %% ../nbs/09m_card.ipynb #280736e5
 def write_card(
-    folder,             # of an adapter bundle, or of the job that trained it
+    folder:str|Path,    # of an adapter bundle, or of the job that trained it
     job=None,           # folder of an evaluation with this adapter
 )->Path:
     "Write README.md beside the adapter; `FadaError` where the evaluation was of another adapter"

@@ -33,7 +33,7 @@ def record(name:str, **news)->dict:
     return entry
 
 # %% ../nbs/05b_checkpoints.ipynb #ed5a65a5
-def shard_header(path)->dict:
+def shard_header(path:str|Path)->dict:
     "{name: {dtype, shape, data_offsets}} from a safetensors file's header; `FadaError` where it is damaged"
     path = Path(path); size = path.stat().st_size
     def bad(why): return FadaError(f'a damaged shard: {why}', str(path), 'a whole safetensors file',
@@ -54,7 +54,7 @@ def shard_header(path)->dict:
 # %% ../nbs/05b_checkpoints.ipynb #a41c567f
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5')
 
-def shards(folder)->list:
+def shards(folder:str|Path)->list:
     "The safetensors files of the model in `folder`; `FadaError` where one is missing or all are pickles"
     folder = Path(folder); index = folder/'model.safetensors.index.json'
     if index.is_file():
@@ -74,7 +74,7 @@ def shards(folder)->list:
     raise FadaError('no weights', str(folder), 'safetensors files (pickle is never loaded)', '')
 
 # %% ../nbs/05b_checkpoints.ipynb #e63439b0
-def wants_remote_code(folder)->str:
+def wants_remote_code(folder:str|Path)->str:
     "Name of the first configuration file of `folder` that asks for code of its own; empty where none does"
     for p in sorted(Path(folder).glob('*.json')):
         if p.name in ('tokenizer.json', 'vocab.json') or p.stat().st_size > 10_000_000: continue
@@ -82,7 +82,7 @@ def wants_remote_code(folder)->str:
     return ''
 
 def check_checkpoint(
-    folder,                # of a model on disk
+    folder:str|Path,       # of a model on disk
     spec:ModelSpec=None,   # the row it should fit
 )->dict:                   # {tensor name: shape}
     "Prove that a checkpoint is safe to load and whole; reads headers only"
@@ -111,7 +111,7 @@ def _check_kind(config, folder, spec):
                                      f'{want!r}, as {spec.name} is', 'name the right row, or add one')
 
 # %% ../nbs/05b_checkpoints.ipynb #f87684a8
-def weights_digest(folder)->str:
+def weights_digest(folder:str|Path)->str:
     "Digest of all safetensors of a folder"
     files = sorted(p for p in Path(folder).glob('*.safetensors') if not p.name.startswith('.'))
     if not files: raise FadaError('no weights', str(folder), 'safetensors files (pickle is never loaded)', '')
@@ -120,7 +120,7 @@ def weights_digest(folder)->str:
 # %% ../nbs/05b_checkpoints.ipynb #9592dff3
 def locate(
     spec:ModelSpec,
-    weights=None,      # a folder that takes the checkpoint's place
+    weights:str|Path|None=None,  # a folder that takes the checkpoint's place
 )->str:                # folder to load from
     "Folder to load `spec` from; `FadaError` where it is not on this machine"
     if weights:
@@ -159,7 +159,7 @@ def _snapshot(spec):
     return folder
 
 # %% ../nbs/05b_checkpoints.ipynb #8a429dbc
-def base_identity(spec:ModelSpec, weights=None)->str:
+def base_identity(spec:ModelSpec, weights:str|Path|None=None)->str:
     "What names the weights: repository and commit of a download, else the digest of the files"
     place = locate(spec, weights); pinned = _entry(spec).get('revision')
     downloaded = not weights and not spec.embedded and not spec.parts and not Path(spec.checkpoint).is_dir()
@@ -212,7 +212,7 @@ def check_memory(spec:ModelSpec, precision:str, device:str, parameters:int=None)
     if precision not in fitting(spec, free, parameters):
         raise too_large(spec, precision, device, free, parameters)
 
-def too_large(spec, precision, device, free, parameters=None)->FadaError:
+def too_large(spec:ModelSpec, precision, device, free, parameters=None)->FadaError:
     "The error for a model that does not fit into `free` bytes of `device`"
     fits = [p for p in fitting(spec, free, parameters) if p != precision]
     others = sorted((m for m in registry().values() if 0 < m.parameters < spec.parameters
@@ -280,7 +280,7 @@ def _image_only(cls):
         cls.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **kw)
     return type(cls.__name__, (cls,), {'__init__': init})
 
-def load_processor(spec:ModelSpec, folder):
+def load_processor(spec:ModelSpec, folder:str|Path):
     "Processor (or tokenizer) of `spec` from `folder`, on PIL"
     import transformers
     name = ARCHITECTURES[spec.architecture][1]
@@ -302,7 +302,7 @@ def no_memory(e)->bool:
                                                         re.I))
 
 def load_model(
-    spec:ModelSpec, weights=None, precision:str='fp32', device:str='auto',
+    spec:ModelSpec, weights:str|Path|None=None, precision:str='fp32', device:str='auto',
 ):                     # (model in eval mode, processor or tokenizer)
     "Load a checkpoint from disk in its native class and prove that it is whole"
     if precision not in spec.precisions: raise FadaError(f'{spec.name} does not run in {precision}', '',
@@ -354,7 +354,7 @@ def _pretrained(spec, place, precision, device):
                         str(e).splitlines()[0] if str(e) else type(e).__name__) from None
 
 # %% ../nbs/05b_checkpoints.ipynb #c8874543
-def prove_processor(spec, processor, model, place):
+def prove_processor(spec:ModelSpec, processor, model, place):
     "The processor, proved to make as many image tokens as the model reads"
     if hasattr(model.config, 'num_query_tokens'):
         want = model.config.num_query_tokens
@@ -369,7 +369,7 @@ def prove_processor(spec, processor, model, place):
     return processor
 
 # %% ../nbs/05b_checkpoints.ipynb #162abaab
-def load_blip2(spec:ModelSpec, weights=None, precision:str='fp32', device:str='auto'):
+def load_blip2(spec:ModelSpec, weights:str|Path|None=None, precision:str='fp32', device:str='auto'):
     "The same as `load_model`, kept by the name that scripts use"
     return load_model(spec, weights, precision, device)
 
@@ -406,7 +406,7 @@ def wanted_files(files:dict, where:str='')->list:
     return sorted(weights+[f for f in files if _WANTED.fullmatch(f)])
 
 # %% ../nbs/05b_checkpoints.ipynb #7cca0ac0
-def hub_error(e, spec)->FadaError:
+def hub_error(e, spec:ModelSpec)->FadaError:
     "What went wrong at the hub, and what to do about it"
     from huggingface_hub import errors as h
     where = spec.checkpoint; page = f'https://huggingface.co/{spec.checkpoint}'
@@ -448,7 +448,7 @@ def hub_files(spec:ModelSpec)->dict:
 
 # %% ../nbs/05b_checkpoints.ipynb #a5ad1141
 def fetch(
-    url:str, path,
+    url:str, path:str|Path,
     size:int, sha256:str=None,  # as the hub publishes them
     update=lambda n: None,      # called with the bytes that arrived
 ):

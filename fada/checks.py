@@ -270,7 +270,7 @@ def _in_order(found)->pd.DataFrame:
                         columns=COLUMNS)
 
 def check(
-    folder,
+    folder:str|Path,
     reader:str='auto',     # as for `readers.read_any`
     workers:int=None, frames='first',
 )->Check:

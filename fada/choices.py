@@ -129,7 +129,7 @@ def fit_confidence(
     loss = lambda w: np.mean(np.logaddexp(0, w[0]*x+w[1])-y*(w[0]*x+w[1]))
     return tuple(map(float, minimize(loss, (1., 0.)).x))
 
-def calibrated(confidence, fit)->float:
+def calibrated(confidence:float, fit)->float:
     "The chance of being right, from a confidence and what `fit_confidence` gave"
     return float(1/(1+np.exp(-(fit[0]*_logit(confidence)+fit[1]))))
 

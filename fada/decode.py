@@ -55,13 +55,13 @@ def read_prefix(
     return Prefix([(l.keys, l.values) for l in cache.layers], valid.bool(), valid.sum(1)+ahead,
                   head(hidden[:,-1:])[:,0] if head else None)
 
-def no_prefix(words, n:int=1)->Prefix:
+def no_prefix(words:'Words', n:int=1)->Prefix:
     "Nothing read yet"
     import torch
     return Prefix([], torch.ones(n, 0, dtype=torch.bool, device=words.device),
                   torch.zeros(n, dtype=torch.long, device=words.device))
 
-def left_padded(rows, fill=0, device=None):
+def left_padded(rows:list, fill:int=0, device=None):
     "Lists as one tensor, padded on the left, and where it is no padding: n × longest"
     import torch
     longest = max(map(len, rows))
@@ -69,7 +69,7 @@ def left_padded(rows, fill=0, device=None):
     return (torch.tensor([pad(r, fill) for r in rows], device=device),
             torch.tensor([pad([1]*len(r), 0) for r in rows], device=device))
 
-def right_padded(rows, fill=0, device=None):
+def right_padded(rows:list, fill:int=0, device=None):
     "Lists as one tensor, padded on the right, and where it is no padding: n × longest"
     import torch
     longest = max(map(len, rows))
@@ -248,7 +248,7 @@ def make_way(self:Steps):
     self.keep(kept)
 
 # %% ../nbs/07f_decode.ipynb #2a95b117
-def finish(steps)->list:
+def finish(steps:Steps)->list:
     "All answers of rows: (token ids, log-probabilities) each"
     out = [([], []) for _ in steps.rows]
     with steps.going_on():

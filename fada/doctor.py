@@ -31,15 +31,15 @@ class Finding:
         text = f'{self.check:13} {self.state:5}  {self.found}'+(f'; {self.remedy}' if self.remedy else '')
         return ' '.join(text.splitlines())
 
-def ok(check, found)->Finding:
+def ok(check:str, found:str)->Finding:
     "It is as it should be"
     return Finding(check, 'ok', found)
 
-def warns(check, found, remedy)->Finding:
+def warns(check:str, found:str, remedy:str)->Finding:
     "The main job runs, something else does not"
     return Finding(check, 'warns', found, remedy)
 
-def fails(check, found, remedy)->Finding:
+def fails(check:str, found:str, remedy:str)->Finding:
     "The main job could not run"
     return Finding(check, 'fails', found, remedy)
 
@@ -58,7 +58,7 @@ def check_python(version=None)->Finding:
 
 def _why(e): return f'{type(e).__name__}: {next(iter(str(e).splitlines()), "")}'
 
-def check_packages(names=PACKAGES)->Finding:
+def check_packages(names:list|tuple=PACKAGES)->Finding:
     "Packages that every job needs"
     broken = []
     for n in names:
@@ -248,6 +248,6 @@ def examine(**given)->list:
     if s: out += [check_device(s), check_free(s), check_model(s), check_disk(s), check_downloads(s)]
     return [*out, check_bitsandbytes(s), check_browser(), check_hub()]
 
-def ready(findings)->bool:
+def ready(findings:list)->bool:
     "Whether the main job could run"
     return not any(f.state == 'fails' for f in findings)

@@ -29,19 +29,19 @@ def reading(q:int, text:str)->dict:
     return s if all(k in s for k in NEEDED[q]) else {}
 
 # %% ../nbs/07e_ensemble.ipynb #272532ee
-def most(votes):
+def most(votes:list):
     "The value with the most weight of (value, weight) pairs; at a tie the first"
     seen = {}
     for v,w in votes: seen.setdefault(repr(v), [v, 0.])[1] += w
     return max(seen.values(), key=lambda x: x[1])[0]
 
-def majority_terms(votes)->list:
+def majority_terms(votes:list)->list:
     "Terms that more than half of the weight names; where there is none, the heaviest vote's"
     half = sum(w for _,w in votes)/2
     out = sorted(t for t in {t for v,_ in votes for t in v} if sum(w for v,w in votes if t in v) > half)
     return out or list(max(votes, key=lambda v: v[1])[0])
 
-def lower_median(votes)->float:
+def lower_median(votes:list)->float:
     "The weighted lower median: a value that was given"
     votes = sorted(votes); passed = list(accumulate(w for _,w in votes))
     return next(v for (v,_),p in zip(votes, passed) if p >= passed[-1]/2)

@@ -18,7 +18,7 @@ from .sheets import TITLES
 # %% ../nbs/04g_export.ipynb #c6487676
 FORMATS = ('workbook', 'csv', 'chat', 'sharegpt', 'llava', 'datasets')
 
-def safe_name(name, taken):
+def safe_name(name:str, taken:set):
     "A public, unique, portable file name ending in .png"
     stem = re.sub(r'\.(dcm|dicom)#(\d+)$', r'_f\2', public_name(name)); p = Path(stem)
     last = re.sub(r'[<>:"|?*\\\s#]+', '_', p.stem if p.suffix.lower() in ('.png','.jpg','.jpeg','.tif',
@@ -167,7 +167,7 @@ def _write_datasets(table, out):
 
 # %% ../nbs/04g_export.ipynb #b8f85ee3
 def export(
-    folder,                  # with a question table
+    folder:str|Path,         # with a question table
     out,                     # new folder
     format:str='workbook',   # one of `FORMATS`
     split:str=None,          # train, val or test; None: all
@@ -219,7 +219,7 @@ def _write_template(path, images):
 
 # %% ../nbs/04g_export.ipynb #4b0b98de
 def template(
-    folder,                  # category folders with images
+    folder:str|Path,         # category folders with images
     name:str='answers.xlsx',
 )->dict:                     # file, images, left_out
     """Write an empty workbook for the images of `folder` that open and whose category is known; `FadaError` where it

@@ -72,7 +72,7 @@ def published_files(
 
 # %% ../nbs/04h_fetch.ipynb #1660f67b
 def offer(
-    name:str, files, folder,
+    name:str, files, folder:str|Path,
 )->dict:        # what is said before anything is downloaded
     "Licence, size, time and room; `room` is False where the disk is too full"
     size = sum(f.size for f in files); here = Path(folder)
@@ -114,7 +114,7 @@ def _fetch_once(r, part, timeout, bar):
 PROGRESS = 1e-3   # of the file: tries that together bring less are tries without progress
 
 def download(
-    r:Remote, folder,
+    r:Remote, folder:str|Path,
     timeout:float=30,    # seconds without a byte before a try is given up
     tries:int=6,         # tries without progress
     pause:float=2.,      # seconds before the second try, doubled each time
@@ -144,7 +144,7 @@ def download(
 
 # %% ../nbs/04h_fetch.ipynb #09ef7ee4
 def unpack(
-    path, folder,
+    path:str|Path, folder:str|Path,
 )->int:           # files
     "Unpack a zip safely; `FadaError` where it reaches out of the folder or does not fit"
     folder = Path(folder).resolve()
@@ -169,7 +169,7 @@ def unpack(
 # %% ../nbs/04h_fetch.ipynb #453cc74d
 def get(
     name:str,              # a key of `PUBLIC`
-    folder,                # where it goes
+    folder:str|Path,       # where it goes
     accept:bool=False,     # the licence was read and is accepted
     address:str=None, timeout:float=30, tries:int=6, pause:float=2., say=print,
 )->dict:                   # what was fetched

@@ -102,7 +102,7 @@ def changes(image):
     "A picture changed at random in ways that keep its answers true"
     return augment(image)[0]
 
-def describe(fit:Fit, categories, parts, train, start)->dict:
+def describe(fit:Fit, categories, parts, train, start:float)->dict:
     "What fada.json says of an adapter"
     vlm,r,m = fit.vlm,fit.recipe,fit.material
     return dict(kind='fada adapter', run=fit.run, base=vlm.base, model=vlm.spec.name, precision=vlm.precision,
@@ -158,7 +158,7 @@ def write_bundle(fit:Fit, about:dict):
     for p in [out/CHECKPOINT, *kept]: p.unlink(missing_ok=True)
 
 # %% ../nbs/09k_finetune.ipynb #0e6d23f5
-def start_processes(n:int, s, out, weights, options:dict)->dict:
+def start_processes(n:int, s, out:str|Path, weights, options:dict)->dict:
     "Train an adapter by `n` processes of this machine; returns what the bundle's fada.json says"
     names = ('data','categories','model','precision','device','seed','balance','rare_weight','output'); said = ''
     quiet = os.environ.get('FADA_QUIET') == '1'
@@ -230,7 +230,7 @@ def train_job(
     s,                    # Settings
     out,                  # folder of the result: model/ or adapter/, and config.json
     task:str='lora',      # lora: an adapter on a base; base: the embedded nano from scratch; planes: a classifier
-    weights=None,         # folder that takes the checkpoint's place
+    weights:str|Path|None=None,  # folder that takes the checkpoint's place
     recipe:NanoRecipe=None,
     processes:int=1,      # that train an adapter together
     **options,            # base: its recipe; lora: as `finetune`; what is None comes from the family

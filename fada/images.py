@@ -63,7 +63,7 @@ def to_rgb(
 FRAME = re.compile(r'(.+\.(?:dcm|dicom))#(\d+)', re.I)  # cine.dcm#12 is frame 12, counted from 0
 
 def read_image(
-    path,       # PNG, JPEG, TIFF, BMP, WebP or DICOM; `cine.dcm#12` is a frame
+    path:str|Path,  # PNG, JPEG, TIFF, BMP, WebP or DICOM; `cine.dcm#12` is a frame
 ):              # PIL image, mode RGB
     "Decode an image file to RGB; for DICOM the first frame; `FadaError` names a file that does not open"
     from PIL import Image, ImageOps
@@ -142,7 +142,7 @@ def pick_frames(
 
 # %% ../nbs/04a_images.ipynb #d873a534
 def read_dicom(
-    path,       # file
+    path:str|Path,  # file
     frame=0,    # a frame as for `pick_frames`
 ):              # (PIL image RGB, mm per pixel or None); no tag leaves this function
     "Pixels of one frame of a DICOM file, and its scale where that can be trusted"
@@ -196,7 +196,7 @@ def hashed(
 
 # %% ../nbs/04a_images.ipynb #fb469166
 def dicom_facts(
-    path,       # DICOM file
+    path:str|Path,  # DICOM file
 )->dict:        # patient, site, operator (hashes), machine, mm_per_px, frames; only what is known
     "What may be kept of a DICOM file; names, dates and numbers of the patient are dropped"
     import pydicom
@@ -337,7 +337,7 @@ def _file_of(path):
 
 # %% ../nbs/04a_images.ipynb #71025dc8
 def exif_machine(
-    path,       # picture, no DICOM
+    path:str|Path,  # picture, no DICOM
 )->str:         # such as `GE Voluson E10`; '' where it is not said
     "Maker and model from the EXIF of a JPEG, TIFF or WebP; no other tag is read"
     from PIL import Image
@@ -356,7 +356,7 @@ def _pages(path):
         raise FadaError('pages that cannot be counted', str(path), 'a whole file', str(e)) from None
 
 def look(
-    path,       # image file
+    path:str|Path,  # image file
 )->dict:        # hashes, width, height, phash, thumb (256 bytes), mean, std, colour; machine and DICOM facts
     "Decode once and say all that the checks need; `FadaError` where it does not open"
     im = read_image(path); small = _small(im); grey = np.asarray(small, np.int16); file = _file_of(path)
@@ -447,7 +447,7 @@ def _save_seen(folder, seen):
 
 # %% ../nbs/04a_images.ipynb #da339360
 def look_all(
-    folder,           # data folder
+    folder:str|Path,  # data folder
     names,            # image paths relative to it
     workers:int=None, # processes; None: all cores
     remember=True,    # keep what was seen in the folder

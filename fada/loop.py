@@ -60,7 +60,7 @@ class KeptFeatures:
 
 # %% ../nbs/09i_loop.ipynb #e6d2b51f
 def keep_features(
-    path,             # of the file; one that is whole is used as it is
+    path:str|Path,    # of the file; one that is whole is used as it is
     n:int,            # images
     make,             # make(numbers) gives their features, a tensor, images first
     batch:int=16,

@@ -118,7 +118,7 @@ def measure_outline(
     return Measurement(parameter, float(perimeter(a,b)), np.stack([x,y],1)/mm_per_px), (centre, a, b, t)
 
 # %% ../nbs/03b_measure.ipynb #78d640a3
-def measure_bpd(image, mm_per_px)->Measurement:
+def measure_bpd(image, mm_per_px:float)->Measurement:
     "Biparietal diameter along the short axis, from the outer edge of one wall to the inner edge of the other"
     from scipy import ndimage as ndi
     _,(centre,a,b,t) = measure_outline(image, mm_per_px, 'HC')
@@ -148,7 +148,7 @@ def _disk(mm, px):
     r = mm/px; n = int(r); y,x = np.mgrid[-n:n+1,-n:n+1]
     return x*x+y*y <= r*r
 
-def measure_femur(image, mm_per_px)->Measurement:
+def measure_femur(image, mm_per_px:float)->Measurement:
     "Length of the diaphysis"
     from scipy import ndimage as ndi
     px = .3; im = _at_scale(image, mm_per_px, px); soft = ndi.gaussian_filter(im, .4/px); rods = []
@@ -252,7 +252,7 @@ def _quarters(im, px, hx, hz, r):
     return {q: (v/most)**2 for q,v in share.items()}
 
 # %% ../nbs/03b_measure.ipynb #0d9be638
-def measure_nuchal(image, mm_per_px)->Measurement:
+def measure_nuchal(image, mm_per_px:float)->Measurement:
     "Largest thickness of the nuchal translucency"
     from scipy import ndimage as ndi
     px = mm_per_px; im = ndi.gaussian_filter(image.astype(np.float32), (.1/px, .8/px)); best = None
@@ -287,7 +287,7 @@ def _line_response(im, degrees, px, half=.55, wall=.45, length=4.):
     return (rim - np.maximum(mean(half+wall+.5, half+wall+2), mean(-half-wall-2, -half-wall-.5))
             - .3*np.maximum(mean(-.3, .3)-rim, 0))
 
-def measure_cervix(image, mm_per_px)->Measurement:
+def measure_cervix(image, mm_per_px:float)->Measurement:
     "Length of the cervical canal"
     from scipy import ndimage as ndi
     px = .25; im = _at_scale(image, mm_per_px, px)
@@ -321,6 +321,6 @@ def measure(
     return {'FL': measure_femur, 'BPD': measure_bpd, 'NT': measure_nuchal,
             'cervical length': measure_cervix}[parameter](image, mm_per_px)
 
-def allowed(parameter, mm)->float:
+def allowed(parameter:str, mm:float)->float:
     "Difference in mm up to which two readings count as equal: 0.3 mm for NT, else 2 mm or 5 %"
     return .3 if parameter == 'NT' else max(2, .05*mm)

@@ -123,7 +123,7 @@ def build_nano(
 # %% ../nbs/05_models.ipynb #1078716f
 def save_model(
     model, processor,
-    folder,            # is made; what is in it is replaced
+    folder:str|Path,   # is made; what is in it is replaced
     about:dict,        # kept as fada.json
 )->Path:
     "Save a model in half precision with its processor and its `fada.json`"

@@ -67,7 +67,7 @@ class Shape:
         return Shape(lambda x,z: np.maximum(self.distance(x,z), other.distance(x,z)), self.box)
 
 # %% ../nbs/02_phantom.ipynb #27d24c6c
-def ellipse(centre, axes, degrees=0.)->Shape:
+def ellipse(centre:tuple, axes:tuple, degrees:float=0.)->Shape:
     """Ellipse with half `axes` in mm, turned by `degrees`;
     distance approximated to first order (exact on the outline)"""
     (cx,cz),(a,b),t = centre,axes,math.radians(degrees)
@@ -85,7 +85,7 @@ def _box(points, margin):
     return (p[:,0].min()-margin, p[:,0].max()+margin, p[:,1].min()-margin, p[:,1].max()+margin)
 
 # %% ../nbs/02_phantom.ipynb #df89bee1
-def tube(points, half_width)->Shape:
+def tube(points, half_width:float|np.ndarray)->Shape:
     "A bent tube along `points` (n × 2, mm) with one half width, or one per point"
     p = np.asarray(points, float); w = np.broadcast_to(np.asarray(half_width, float), (len(p),))
     def distance(x, z):
@@ -98,7 +98,7 @@ def tube(points, half_width)->Shape:
     return Shape(distance, _box(p, w.max()))
 
 # %% ../nbs/02_phantom.ipynb #a9aeb94b
-def blob(points, n=48)->Shape:
+def blob(points, n:int=48)->Shape:
     "The smooth closed outline through `points` (mm): a periodic spline, then the polygon's distance"
     from scipy.interpolate import splprep, splev
     p = np.asarray(points, float)

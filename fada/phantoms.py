@@ -25,7 +25,7 @@ DEGRADED:dict = {  # reason: (moderate, poor)
     'noise': (dict(noise=-33.), dict(noise=-24.)),
     'acoustic shadow': (1, 2)}  # number of bands
 
-def degrade(rng, scene)->tuple:
+def degrade(rng, scene:Scene)->tuple:
     "Draw (machine, grade, reasons) for a scene; shadows fall within what the picture shows"
     good,looks,gain = rng.random() < .5, int(rng.choice([1,2,3], p=[.2,.6,.2])), -17+rng.uniform(-2,2)
     if good: return Machine(gain=gain, looks=looks), 'good', []
@@ -400,7 +400,7 @@ def _ignore_interrupt():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../nbs/03a_phantoms.ipynb #2328ea09
-def sidecar(ph:Phantom, job)->dict:
+def sidecar(ph:Phantom, job:dict)->dict:
     "What is known of a phantom besides its pixels, as written to its JSON"
     visit = job['visit']+(1 if CATEGORIES[ph.category].group == FIRST else 2)
     rng = np.random.default_rng([job['seed'], job['number'], visit, job['frame'], 5])

@@ -102,7 +102,7 @@ def _settle(path, pixels, done):
 # %% ../nbs/04i_pixels.ipynb #41d72b64
 def pixel_cache(
     table,                # question table
-    folder,               # its folder
+    folder:str|Path,      # its folder
     where,                # folder of caches
     settings:dict=None,   # as `processor_settings`
     workers:int=None,     # processes; None: all cores

@@ -297,7 +297,7 @@ def _shares(at, x)->list:
     if x <= max(at): return [(x, 1.)]
     a,b = at; return [(a, (b-x)/(b-a)), (b, (x-a)/(b-a))]
 
-def dynamic(task, spec, config, new=48, **kw)->Dynamic:
+def dynamic(task, spec:ModelSpec, config, new=48, **kw)->Dynamic:
     "Run `task` on shapes with few layers and tokens, and reckon for all of them"
     run = partial(_dry, task, spec, config, **kw)
     lengths = _shares(_SHORT, new) if task == 'answer' else [(new, 1.)]
@@ -552,7 +552,7 @@ def _smallest(p:Plan)->str:
     "The smallest of `CARDS` that a plan fits on, GiB; ~ where it is tight"
     return next((f'{"" if p.fits(c) == "fits" else "~"}{c//2**30}' for c in CARDS if p.fits(c) != 'no'), '–')
 
-def plan_table(plans)->str:
+def plan_table(plans:list)->str:
     "Markdown table: peak in GiB and the smallest card, a row for each model"
     by = {(p.model, p.task, p.precision): p for p in plans}
     heads = [f'{t} {q}' for t in TASKS for q in TABLE_PRECISIONS]
@@ -566,7 +566,7 @@ def plan_table(plans)->str:
 _TITLES = dict(answer='Answering', train='LoRA training')
 _COLOURS = dict(zip(PARTS, ('#0072b2', '#56b4e9', '#e69f00', '#d55e00', '#009e73', '#cc79a7', '#999999')))
 
-def plan_figure(plans, path=None, cards=CARDS):
+def plan_figure(plans:list, path:str|Path|None=None, cards=CARDS):
     """Stacked bars of the parts, one bar a plan, a panel for each task, lines at the cards; saved where `path` is
     given"""
     from matplotlib.figure import Figure
@@ -628,8 +628,8 @@ def random_model(spec:ModelSpec, config, precision:str='bf16', device:str='cpu',
     return model.eval()
 
 # %% ../nbs/09d_plan.ipynb #425d4afb
-def open_for_measure(spec, precision, device, weights=None, random=False, config=None, new_tokens=48, side=None,
-                     prompt=PROMPT):
+def open_for_measure(spec:ModelSpec, precision:str, device:str, weights:str|Path|None=None, random:bool=False,
+                     config=None, new_tokens:int=48, side=None, prompt=PROMPT):
     "An engine with a stand-in processor on true or random weights"
     if random: model = random_model(spec, shape_of(spec, config), precision, device)
     else: model = load_model(spec, weights, precision, device)[0]
@@ -667,7 +667,7 @@ def measure_model(
     model:str,                     # registry name
     task:str='answer', precision:str='fp32', device:str='auto',
     questions:int=8, batch:int=None, new_tokens:int=48, rank:int=None, side:int=None,
-    weights=None,                  # folder that takes the checkpoint's place
+    weights:str|Path|None=None,    # folder that takes the checkpoint's place
     random:bool=False,             # random weights of the true shape: nothing is downloaded
     config=None,                   # config.json of the shape, with `random`
     keep:bool=True,                # note it in the ledger of this machine, from where plans take the speed

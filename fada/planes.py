@@ -21,7 +21,7 @@ PLANE_QUESTION = 3
 CLASSIFIER = dict(side=96, width=16, epochs=6, batch=32, lr=5e-3)   # pixels, channels of the first layer
 LEAST_STEPS = 100   # on little data
 
-def plane_images(data, categories, split, side:int)->tuple:
+def plane_images(data, categories, split:str, side:int)->tuple:
     "(pixels n × 1 × side × side in 0 to 1, plane answers, rows) of a split"
     rows = load_table(data, categories, split); rows = rows[rows.question_id == PLANE_QUESTION]
     if not len(rows):
@@ -48,7 +48,7 @@ def small_cnn(classes:int, width:int):
                          nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9*w[-1], classes))
 
 # %% ../nbs/09b_planes.ipynb #c22h0004
-def fit_cnn(x, y, classes, width, epochs, batch, lr, seed=0):
+def fit_cnn(x:np.ndarray, y:np.ndarray, classes:int, width:int, epochs:int, batch:int, lr:float, seed:int=0):
     "Train `small_cnn` with small shifts as the one augmentation: (model in eval mode, losses)"
     import torch
     import torch.nn.functional as F
@@ -56,11 +56,12 @@ def fit_cnn(x, y, classes, width, epochs, batch, lr, seed=0):
     steps = max(LEAST_STEPS, len(x)//batch*epochs)
     opt,losses = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01),[]
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
-    x,y = torch.from_numpy(x),torch.from_numpy(y)
+    images,answers = torch.from_numpy(x),torch.from_numpy(y)
     for _ in progress(range(steps), 'plane classifier', unit='step'):
         at = torch.from_numpy(rng.choice(len(x), min(batch, len(x)), replace=False))
         dx,dy = rng.integers(-4, 5, 2)
-        loss = F.cross_entropy(model(torch.roll(x[at], (int(dy),int(dx)), (2,3))), y[at])
+        moved = torch.roll(images[at], (int(dy),int(dx)), (2,3))
+        loss = F.cross_entropy(model(moved), answers[at])
         opt.zero_grad(); loss.backward(); opt.step(); schedule.step(); losses.append(float(loss.detach()))
     return model.eval(), losses
 

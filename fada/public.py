@@ -46,7 +46,7 @@ def _find(folder, *patterns):
     return next((p for g in patterns for p in sorted(Path(folder).rglob(g))), None)
 
 def public_layout(
-    folder,
+    folder:str|Path,
 )->str:         # a key of `PUBLIC`, or ''
     "Which published set a folder is, told by its label file"
     top = Path(folder)
@@ -182,7 +182,7 @@ def _read_hc18(r, workers):
 
 # %% ../nbs/04d_public.ipynb #c2dbc01c
 def read_public(
-    folder,
+    folder:str|Path,
     name:str,              # a key of `PUBLIC`
     workers:int=None,
 )->Reading:

@@ -21,7 +21,7 @@ def public_notes(about:dict)->dict:
                 lost_images=len(about['lost_images']))
 
 def public_copy(
-    folder,        # of an adapter bundle
+    folder:str|Path,  # of an adapter bundle
     out,           # empty folder that takes the copy
 )->list:           # names of its files
     "Copy an adapter bundle as it may be seen by others"
@@ -41,7 +41,7 @@ def public_copy(
 
 # %% ../nbs/09n_push.ipynb #bcf5f116
 def push_adapter(
-    folder,             # of an adapter bundle, or of the job that trained it
+    folder:str|Path,    # of an adapter bundle, or of the job that trained it
     repo:str,           # owner/name
     settings,           # Settings
     public:bool=False,  # let everybody see it

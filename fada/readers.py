@@ -87,10 +87,10 @@ def name_facts(
 
 # %% ../nbs/04c_readers.ipynb #b850d82c
 def add_answer(
-    r:Reading, image, cat, q, answer,
+    r:Reading, image:str, cat:str, q:int, answer,
     where:tuple[str,int],  # (file, row)
-    known=None,        # optional columns that are known
-    dataset='',
+    known:dict=None,   # optional columns that are known
+    dataset:str='',
 ):
     "Put one answer into the table, among the second readings, or into the quarantine"
     known = {k: v for k,v in (known or {}).items() if v not in (None, '')}
@@ -118,7 +118,7 @@ def add_answer(
 # %% ../nbs/04c_readers.ipynb #078abeed
 RESERVED = re.compile(r'(?i)^(con|prn|aux|nul|com[1-9]|lpt[1-9])(\.|$)|[<>:"|?*\\]|[. ]$')
 
-def name_key(name)->str:
+def name_key(name:str)->str:
     "A file name for comparison"
     return fold(name).replace(' ', '_')
 
@@ -152,7 +152,7 @@ def _walk(r):
     return images, sheets, chats
 
 # %% ../nbs/04c_readers.ipynb #1fd40347
-def find_category(name):
+def find_category(name:str):
     "The category that a folder name or text means, or None"
     try: return category(name).name
     except FadaError: return None
@@ -175,7 +175,7 @@ def index_images(
     return index
 
 # %% ../nbs/04c_readers.ipynb #314167bd
-def find_image(index, cat, name):
+def find_image(index:dict, cat:str, name:str):
     "(path, '') of the image that a workbook names, or (None, why not)"
     m = FRAME.fullmatch(name); name,frame = (m[1], '#'+m[2]) if m else (name, '')
     last = re.split(r'[\\/]', name)[-1]
@@ -270,7 +270,7 @@ def _known(r, s, i, get):
     "Optional columns of a row"
     return check_known(r, (s.name, i), {k: get(k) for k in KNOWN})
 
-def split_name(text):
+def split_name(text:str):
     "train, val or test from what data sets call them, or ''"
     return {'1': 'train', '1.0': 'train', 'yes': 'train', 'true': 'train', 'train': 'train',
         'training': 'train',
@@ -278,7 +278,7 @@ def split_name(text):
             'val': 'val',
             'valid': 'val', 'validation': 'val', 'dev': 'val'}.get(fold(text), '')
 
-def known_split(r, where:tuple[str,int], text):
+def known_split(r:Reading, where:tuple[str,int], text):
     "The published split that `text` means, or '' after saying that it means none"
     out = split_name(text)
     if not out and str(text).strip():
@@ -286,7 +286,7 @@ def known_split(r, where:tuple[str,int], text):
     return out
 
 # %% ../nbs/04c_readers.ipynb #ed7a7ee1
-def look_at(r, images, workers=None):
+def look_at(r:Reading, images, workers:int=None):
     "Look at `images`, keep what was seen, and set aside those that do not open; returns the names that do"
     images = list(dict.fromkeys(images)); here = []
     for n in images:
@@ -301,7 +301,7 @@ def look_at(r, images, workers=None):
     return {n for n in here if not r.seen[n]['error']}
 
 # %% ../nbs/04c_readers.ipynb #feb08224
-def expand_frames(r, image, frames):
+def expand_frames(r:Reading, image:str, frames):
     "The frames of a DICOM cine that stand for `image`; a still picture stands for itself"
     if Path(image).suffix.lower() not in DICOM: return [image]
     import pydicom
@@ -311,7 +311,7 @@ def expand_frames(r, image, frames):
 
 # %% ../nbs/04c_readers.ipynb #db6d5f21
 def read_group_folder(
-    folder,                   # category folders with images, and workbooks
+    folder:str|Path,          # category folders with images, and workbooks
     dataset:str='',           # name kept in the table; the folder's by default
     workers:int=None,
     frames='first',           # of a cine: as for `pick_frames`
@@ -435,7 +435,7 @@ def _local_image(r, ref):
         p = near.resolve()
     return p.relative_to(root).as_posix(), ''
 
-def record_facts(rec, image):
+def record_facts(rec:dict, image:str):
     "(category or None, known columns) of a chat record: its own fields, else the image's folders"
     cat = find_category(rec.get('category', '')) if rec.get('category') else next((c
         for f in reversed(Path(image).parts[:-1]) if (c := find_category(f))), None)
@@ -443,7 +443,7 @@ def record_facts(rec, image):
 
 # %% ../nbs/04c_readers.ipynb #e39403ad
 def read_chat(
-    folder,                # with .jsonl or .json files and images
+    folder:str|Path,       # with .jsonl or .json files and images
     dataset:str='',
     workers:int=None,
 )->Reading:
@@ -541,7 +541,7 @@ def _unpack_facts(rec):
     rec.update(facts); return rec
 
 def read_hf(
-    folder,                # as `Dataset.save_to_disk` writes it, or Parquet shards
+    folder:str|Path,       # as `Dataset.save_to_disk` writes it, or Parquet shards
     dataset:str='',
     workers:int=None,
 )->Reading:
@@ -569,7 +569,7 @@ def read_hf(
 
 # %% ../nbs/04c_readers.ipynb #b7a64365
 def guess_reader(
-    folder,
+    folder:str|Path,
 )->str:         # phantoms, datasets, fetal-planes, african-planes, fetal-nt, hc18, chat or folder
     "The reader that fits a folder"
     from fada.public import public_layout
@@ -587,7 +587,7 @@ def guess_reader(
         and p.suffix in ('.json', '.jsonl')]
     return 'chat' if chats and not sheets else 'folder'
 
-def no_phantoms(folder):
+def no_phantoms(folder:str|Path):
     "`FadaError` where `folder` holds phantoms"
     if (Path(folder)/'phantoms.json').is_file():
         raise FadaError('phantoms, whose answers were made with them', str(folder), 'a folder of your own',
@@ -595,7 +595,7 @@ def no_phantoms(folder):
 
 # %% ../nbs/04c_readers.ipynb #f5674a0a
 def read_any(
-    folder,
+    folder:str|Path,
     reader:str='auto',     # auto or a name as `guess_reader` returns it
     dataset:str='', workers:int=None, frames='first',
 )->Reading:
@@ -612,7 +612,7 @@ def read_any(
 
 # %% ../nbs/04c_readers.ipynb #e8236b63
 def read_folder(
-    folder,                   # any layout but phantoms
+    folder:str|Path,          # any layout but phantoms
     dataset:str='',           # name kept in the table; the folder's by default
     reader:str='auto',
 )->tuple:                     # (question table without splits, quarantine: file, row, field, reason)

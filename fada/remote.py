@@ -384,7 +384,7 @@ def read_budget(
                         'its service table')
     return float(m[1]), m[2]
 
-def money(tokens, price:dict)->float|None:
+def money(tokens:tuple, price:dict)->float|None:
     "What (in, out) tokens cost; None where the price is not known"
     return (tokens[0]*price['input']+tokens[1]*price['output'])/1e6 if price else None
 

@@ -14,7 +14,7 @@ from .settings import FadaError
 
 # %% ../nbs/09g_resume.ipynb #6d48cf53
 def save_checkpoint(
-    path,          # of the file
+    path:str|Path,  # of the file
     tensors:dict,  # {name: tensor}
     state:dict,    # what JSON can hold
 )->Path:
@@ -31,7 +31,7 @@ def save_checkpoint(
                         f'room on the disk; {kept}', 'make room and run the same command again') from None
     return path
 
-def read_checkpoint(path)->tuple:
+def read_checkpoint(path:str|Path)->tuple:
     "(tensors, state) of a checkpoint; `FadaError` where it is damaged"
     from safetensors import SafetensorError, safe_open
     try:
@@ -83,7 +83,7 @@ def set_chance(rng, tensors:dict, numbers:dict):
 CHECKPOINT = 'checkpoint.safetensors'
 
 def find_checkpoint(
-    folder, key:str,       # folder of the adapter; what identifies this run
+    folder:str|Path, key:str,  # folder of the adapter; what identifies this run
     replace:bool=False,    # what another run left there is deleted
 ):                         # (tensors, state) to go on from, or None
     "The checkpoint that this run left in `folder`; `FadaError` where another run's result or checkpoint lies there"
@@ -104,7 +104,7 @@ def _foreign(path, key)->bool:
     try: return read_checkpoint(path)[1].get('run') != key
     except FadaError: return True
 
-def clear_run(folder):
+def clear_run(folder:str|Path):
     "Delete what a training writes into its folder"
     for n in (CHECKPOINT, 'fada.json', 'adapter_model.safetensors', 'adapter_config.json', 'README.md',
               'features.npz'):

@@ -74,13 +74,13 @@ def fit_likeness(
 
 FILE = 'features.npz'
 
-def save_likeness(folder, l:Likeness):
+def save_likeness(folder:str|Path, l:Likeness):
     "Keep it beside the adapter"
     np.savez_compressed(Path(folder)/FILE, categories=np.array(l.categories), means=l.means.astype(np.float32),
                         axes=l.axes.astype(np.float32), spread=l.spread.astype(np.float32), rest=l.rest,
                         limit=l.limit)
 
-def load_likeness(folder):
+def load_likeness(folder:str|Path):
     "What the training images of an adapter look like; None where the bundle does not say"
     path = Path(folder)/FILE
     if not path.is_file(): return None
@@ -91,7 +91,7 @@ def load_likeness(folder):
     return Likeness(f['categories'].tolist(), f['means'], f['axes'], f['spread'], float(f['rest']), float(f['limit']))
 
 # %% ../nbs/09j_route.ipynb #c29f4f9b
-def adapters_below(folder)->list:
+def adapters_below(folder:str|Path)->list:
     "Folders of adapter bundles in and below `folder`; `FadaError` where there are none"
     found = sorted(p.parent for p in Path(folder).rglob('fada.json')
                    if (p.parent/'adapter_model.safetensors').is_file())

@@ -87,7 +87,7 @@ class Frame:
         return ellipse(self(*at), (axes[0]*self.scale, axes[1]*self.scale), own+sign*degrees)
 
 # %% ../nbs/03_scenes.ipynb #0453a0ec
-def frame(centre, degrees, scale, mirror=False)->Frame:
+def frame(centre:tuple, degrees:float, scale:float, mirror:bool=False)->Frame:
     "A frame turned by `degrees` (clockwise in the picture); `mirror` flips its first axis"
     t = math.radians(degrees)
     ex = np.array([math.cos(t), math.sin(t)])
@@ -95,13 +95,13 @@ def frame(centre, degrees, scale, mirror=False)->Frame:
     return Frame(tuple(centre), -ex if mirror else ex, ez, scale)
 
 # %% ../nbs/03_scenes.ipynb #87b739c3
-def magnified(rng, centre, extent, low=1.25, high=1.8)->tuple:
+def magnified(rng, centre:tuple, extent:float, low:float=1.25, high:float=1.8)->tuple:
     "A view in which `extent` mm around `centre` fill 1/high to 1/low of the width"
     width = extent*rng.uniform(low, high)
     return (centre[0]+rng.uniform(-.06,.06)*width, centre[1]+rng.uniform(-.06,.06)*width, width)
 
 # %% ../nbs/03_scenes.ipynb #2170e1a6
-def wavy(shape, rng, mm)->Shape:
+def wavy(shape, rng, mm:float)->Shape:
     "`shape` with an outline uneven by about `mm`: nothing in a body is a perfect ellipse"
     a = rng.uniform(0, 2*math.pi, 5); k = rng.uniform(.1, .8, 5)/max(1,mm)
     def distance(x, z):
@@ -175,7 +175,7 @@ def vessel(m, f, at, radius, name):
     m.paint(s.rim(.3), db=-6); m.paint(s, **TISSUE['blood'], name=name)
 
 # %% ../nbs/03_scenes.ipynb #4e078202
-def abdomen(plan)->Scene:
+def abdomen(plan:Plan)->Scene:
     "Transverse abdomen; findings: an empty stomach, or a small abdomen (by `z`)"
     rng = plan.rng(); ac = plan.mm('AC'); R = ac/(2*math.pi)
     m,f,orientation,c = _trunk(plan, rng, R)
@@ -227,7 +227,7 @@ CHAMBERS = {
     'left atrium': [(.05,-.07),(.24,-.05),(.27,-.19),(.18,-.32),(.06,-.28),(.04,-.17)],
     'right atrium': [(-.04,-.03),(-.27,-.03),(-.31,-.19),(-.18,-.33),(-.06,-.28),(-.03,-.16)]}
 
-def thorax(plan)->Scene:
+def thorax(plan:Plan)->Scene:
     "Axial thorax; finding: a deviated cardiac axis"
     rng = plan.rng(); R = plan.mm('AC')*.92/(2*math.pi)
     m,f,orientation,c = _trunk(plan, rng, R)
@@ -268,7 +268,7 @@ def _heart(m, f, axis, ratio, four):
 # %% ../nbs/03_scenes.ipynb #576578e8
 LIES = {'horizontal': (-8,8), 'right end lower': (20,40), 'left end lower': (-40,-20)}  # degrees
 
-def femur(plan)->Scene:
+def femur(plan:Plan)->Scene:
     "Longitudinal femur; finding: a short one (by `z`), which only shows against age by dates"
     rng = plan.rng(); L = plan.mm('FL')
     k = int(rng.integers(3)); at = rng.uniform(0,1)
@@ -312,7 +312,7 @@ SKULL = [(.1,-.86),(-.2,-.92),(-.62,-.86),(-1,-.5),(-1.1,0),(-.92,.52),(-.45,.82
 BRAIN = [(.1,-.8),(-.6,-.8),(-1.02,-.1),(-.85,.5),(-.4,.76),(.25,.74),(.5,.45),(.45,-.1),(.35,-.45)]
 FMF_LANDMARKS = ('nasal bone','palate','thalamus','nuchal translucency')
 
-def nuchal(plan)->Scene:
+def nuchal(plan:Plan)->Scene:
     "Mid-sagittal first-trimester fetus; finding: an increased nuchal translucency"
     rng = plan.rng(); crl = plan.mm('CRL'); S = crl/5.55  # crown to rump in units of the head's radius
     head,face = ('left','right')[int(rng.integers(2))^plan.turned], str(rng.choice(['up','down'], p=[.7,.3]))
@@ -380,7 +380,7 @@ def _crown_and_rump(plan, m, f, S):
     return (view[0]+slid*end*(view[2]/2-1.9*S), *view[1:])
 
 # %% ../nbs/03_scenes.ipynb #355a4e0e
-def perimeter(a, b):
+def perimeter(a:float, b:float):
     "Circumference of an ellipse with half axes `a` and `b` (Ramanujan's second approximation)"
     h = ((a-b)/(a+b))**2
     return math.pi*(a+b)*(1+3*h/(10+math.sqrt(4-3*h)))
@@ -391,7 +391,7 @@ def _half_length(hc, b):
     return brentq(lambda a: perimeter(a,b)-hc, b*.8, b*2.2)
 
 # %% ../nbs/03_scenes.ipynb #c6b6bdcf
-def brain(plan)->Scene:
+def brain(plan:Plan)->Scene:
     "An axial head; finding: ventriculomegaly (trans-ventricular)"
     rng = plan.rng(); hc,wall = plan.mm('HC'), rng.uniform(1.5,2.2)
     b = (plan.mm('BPD')+wall)/2; a = _half_length(hc, b)
@@ -505,7 +505,7 @@ def _vertebrae(m, f, start, stop, step, v, name='spine', db=3):
                     soft=.2)
 
 # %% ../nbs/03_scenes.ipynb #74364f7a
-def aorta(plan)->Scene:
+def aorta(plan:Plan)->Scene:
     "Sagittal trunk with the aortic arch"
     rng = plan.rng(); R = plan.mm('AC')/(2*math.pi); half = rng.uniform(.055,.075)
     level,slid = rng.choice(['right','no heart','off'], p=[.62,.19,.19]), rng.uniform(-.15,.15)
@@ -532,7 +532,7 @@ def _heart_from_the_side(m, f):
         m.paint(f.ellipse(at, (.09,.17), 20), **TISSUE['blood'], name='heart')
 
 # %% ../nbs/03_scenes.ipynb #dced6dc1
-def neck(plan)->Scene:
+def neck(plan:Plan)->Scene:
     "Sagittal cervical spine below the skull"
     rng = plan.rng(); R = plan.mm('BPD')/2
     level = rng.choice(['right','off'], p=[.65,.35]); bend = rng.uniform(.02,.14)
@@ -552,7 +552,7 @@ def neck(plan)->Scene:
     return Scene(plan, m, orientation, view)
 
 # %% ../nbs/03_scenes.ipynb #d0e3fb04
-def cervix(plan)->Scene:
+def cervix(plan:Plan)->Scene:
     "Transvaginal cervix; finding: a short one (under 25 mm), which only shows with a scale"
     rng = plan.rng(); length = rng.uniform(28,44); short = rng.uniform(11,22)
     L = short if plan.finding == 'short cervix' else length
@@ -596,7 +596,7 @@ def _cervical_canal(plan, m, f, inner, outer, bend, level):
         m.paint(f.tube([outer,(outer[0]+2.2,0)], [.9,2.]), db=-1, name='external os', soft=.3)
 
 # %% ../nbs/03_scenes.ipynb #75b5d7fe
-def perineum(plan)->Scene:
+def perineum(plan:Plan)->Scene:
     """Pubic symphysis and leading head from the perineum;
     orientation: a head that leads is a cephalic presentation"""
     rng = plan.rng(); angle,progression = rng.uniform(10,45), rng.uniform(85,150)

@@ -21,7 +21,7 @@ def _f2(t, f):
     hit = len(t & f)
     return 1. if not t and not f else 5*hit/(4*len(t)+len(f))
 
-def structure_scores(rows, truth, found)->dict:
+def structure_scores(rows, truth:list, found:list)->dict:
     "F2 with interval; per structure: images that show it, that were said to, precision, recall"
     pairs = [(set(t.get('structures', ())), set(f.get('structures', ()))) for t,f in zip(truth, found)]
     each = {}
@@ -34,7 +34,7 @@ def structure_scores(rows, truth, found)->dict:
                 denied=sum(len(d) for _,d in denied), denied_wrongly=sum(len(t & d) for t,d in denied))
 
 # %% ../nbs/08b_scores.ipynb #8440115c
-def orientation_scores(rows, truth, found)->dict:
+def orientation_scores(rows, truth:list, found:list)->dict:
     "Share right of each slot, with its interval"
     out = {}
     for slot in ORIENTATIONS:
@@ -44,7 +44,7 @@ def orientation_scores(rows, truth, found)->dict:
             out[slot] = mean_interval(right, rows.patient[has])
     return dict(slots=out)
 
-def binary(positive, said, confidence=None)->dict:
+def binary(positive:list, said:list, confidence=None)->dict:
     """Sensitivity and specificity with counts, of True against False (None: not read), and the area under the ROC
     curve of the answer's confidence, taken as that of the other answer where it said no"""
     p,n = sum(x is True for x in positive),sum(x is False for x in positive)
@@ -59,7 +59,7 @@ def binary(positive, said, confidence=None)->dict:
                 prevalence=p/(p+n) if p+n else None, auroc=rank)
 
 # %% ../nbs/08b_scores.ipynb #832bcc94
-def plane_scores(rows, truth, found)->dict:
+def plane_scores(rows, truth:list, found:list)->dict:
     """Plane alone: accuracy, macro F1, confusion; standard or not: sensitivity and specificity (non-standard is not
     found standard)"""
     has = np.array([bool(t.get('plane')) for t in truth])
@@ -90,7 +90,7 @@ def _in_sd(parameter, truth, found, days)->float|None:
     except FadaError: return None   # no such chart, an age or a size outside it
 
 # %% ../nbs/08b_scores.ipynb #83c4d488
-def biometry_scores(rows, truth, found)->dict:
+def biometry_scores(rows, truth:list, found:list)->dict:
     """Errors in mm and SD where the reference has values, the share within max(2 mm, 5 %), and how many numbers were
     made up"""
     ages = rows.ga_days if 'ga_days' in rows else [None]*len(rows)
@@ -113,7 +113,7 @@ def _overlap(a, b):
     shared = min(a[1], b[1])-max(a[0], b[0])+1
     return max(0, shared)/(max(a[1], b[1])-min(a[0], b[0])+1) if shared > 0 else 0.
 
-def age_scores(rows, truth, found)->dict:
+def age_scores(rows, truth:list, found:list)->dict:
     """Where age can be known: error and bias in days, share within a week, overlap; where not: rightly left open,
     made up"""
     spans = [(age_span(t), age_span(f), f) for t,f in zip(truth, found)]
@@ -127,7 +127,7 @@ def age_scores(rows, truth, found)->dict:
                 made_up=int(rows.made_up.sum()))
 
 # %% ../nbs/08b_scores.ipynb #e320b262
-def quality_scores(rows, truth, found)->dict:
+def quality_scores(rows, truth:list, found:list)->dict:
     "Share right, share of the way on the scale, quadratic kappa over what could be read"
     at = {g: k for k,g in enumerate(GRADES)}; t,f = ([s.get('grade') for s in x] for x in (truth, found))
     far = [1-abs(at[a]-at[b])/2 if b in at else 0. for a,b in zip(t, f) if a in at]
@@ -137,7 +137,7 @@ def quality_scores(rows, truth, found)->dict:
     return dict(ordinal=mean_interval(far, rows.patient[has]),
                 kappa=class_interval(graded, said, rows.patient[has], quadratic_kappa, list(GRADES)))
 
-def normality_scores(rows, truth, found)->dict:
+def normality_scores(rows, truth:list, found:list)->dict:
     "Balanced accuracy, sensitivity and specificity for abnormal with counts, prevalence, area under the ROC curve"
     flip = lambda v: None if v is None else not v
     b = binary([flip(t.get('normal')) for t in truth], [flip(f.get('normal')) for f in found],
@@ -146,7 +146,7 @@ def normality_scores(rows, truth, found)->dict:
     there = Counter(x for t in truth for x in t.get('findings', ()))
     return dict(b, counts=normality(rows), findings={k: dict(n=n, named=each[k]) for k,n in sorted(there.items())})
 
-def recommendation_scores(rows, truth, found)->dict:
+def recommendation_scores(rows, truth:list, found:list)->dict:
     "Macro F1 over the classes of advice"
     has = np.array([bool(t.get('class')) for t in truth])
     if not has.any(): return dict(macro_f1=None)

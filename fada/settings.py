@@ -210,7 +210,7 @@ def digest(
 
 # %% ../nbs/00_settings.ipynb #a0c48af8
 def sha256_file(
-    path,       # file to hash
+    path:str|Path,  # file to hash
 )->str:         # 64 hexadecimal digits
     "sha256 of a file's bytes, read in pieces"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
@@ -233,12 +233,12 @@ def pixels_sha256(
     return h.hexdigest()
 
 # %% ../nbs/00_settings.ipynb #aa09729d
-def fit_text(text)->str:
+def fit_text(text:str)->str:
     "`text` as a file can hold it: half a surrogate pair becomes U+FFFD"
     return str(text).encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 def write_atomic(
-    path,       # where the file is to be
+    path:str|Path,  # where the file is to be
     content,    # str, or bytes
 )->Path:
     "Write `content` to `path` so that at any moment the old file or the whole new one is there"
@@ -251,12 +251,12 @@ def write_atomic(
     return path
 
 # %% ../nbs/00_settings.ipynb #79ea1ef5
-def write_json(path, obj)->Path:
+def write_json(path:str|Path, obj:dict|list)->Path:
     "Write `obj` as readable JSON to `path`, atomically"
     return write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False, default=str) + '\n')
 
 # %% ../nbs/00_settings.ipynb #f6aac800
-def read_json(path):
+def read_json(path:str|Path):
     "Read JSON from `path`; a broken file raises `FadaError` that names it"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -265,7 +265,7 @@ def read_json(path):
 
 # %% ../nbs/00_settings.ipynb #53d268cc
 def writable_folder(
-    path,       # folder to make or to use
+    path:str|Path,  # folder to make or to use
 )->Path:
     "Make folder `path` if missing and prove that it can be written; `FadaError` where it cannot"
     path = Path(path)

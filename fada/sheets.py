@@ -81,7 +81,7 @@ def _records(text, sep):
 
 # %% ../nbs/04b_sheets.ipynb #988263a0
 def read_delimited(
-    path,       # CSV, TSV or other delimited text
+    path:str|Path,  # CSV, TSV or other delimited text
     name:str='',# name shown in findings
 )->list:        # one Sheet
     "A delimited file in any common encoding and separator; `FadaError` where it is not text"
@@ -192,7 +192,7 @@ def _excel_sheet(ws, formulas, name, is_header):
 
 # %% ../nbs/04b_sheets.ipynb #c5cfa47d
 def read_excel(
-    path,              # .xlsx or .xlsm
+    path:str|Path,     # .xlsx or .xlsm
     name:str='',       # name shown in findings
     is_header=bool,    # tells from a row's texts whether it holds the headers
 )->list:               # of Sheets
@@ -277,7 +277,7 @@ def map_headers(
 
 # %% ../nbs/04b_sheets.ipynb #86602c0e
 def read_sheets(
-    path,           # workbook or delimited file
+    path:str|Path,  # workbook or delimited file
     name:str='',    # name shown in findings
 )->list:            # of Sheets
     "Read a workbook or a delimited file; `FadaError` names what cannot be read and why"

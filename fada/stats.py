@@ -133,14 +133,14 @@ def _counts(truth, found, clusters, classes):
     return np.bincount(np.ravel_multi_index((codes,row,col), shape),
                        minlength=np.prod(shape)).reshape(shape).astype(float)
 
-def macro_f1(counts):
+def macro_f1(counts:np.ndarray):
     "Macro F1 of … × classes × (classes and other); classes without any row are left out"
     hit = np.diagonal(counts[...,:-1], axis1=-2, axis2=-1); size = counts.sum(-1)+counts.sum(-2)[...,:-1]
     there = counts.sum(-1) > 0
     f = np.where(there, 2*hit/np.maximum(size, 1), 0.)
     return f.sum(-1)/np.maximum(there.sum(-1), 1)
 
-def quadratic_kappa(counts):
+def quadratic_kappa(counts:np.ndarray):
     "Quadratically weighted kappa of … × classes × (classes and other), over what could be read"
     m = counts[...,:-1]; k = m.shape[-1]; w = (np.arange(k)[:,None]-np.arange(k))**2/max(1, k-1)**2
     n = m.sum((-2,-1)); chance = (m.sum(-1)[...,:,None]*m.sum(-2)[...,None,:]*w).sum((-2,-1))

@@ -66,7 +66,7 @@ def answer_loss(
                            labels[:,1:][carries])
 
 # %% ../nbs/09_train.ipynb #909ce586
-def optimiser(parameters, lr, total, warmup, weight_decay, betas):
+def optimiser(parameters, lr:float, total:int, warmup:int, weight_decay:float, betas:tuple):
     "AdamW with warm-up and cosine down to a twentieth"
     import torch
     opt = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
@@ -97,14 +97,14 @@ def load_pixels(folder, images, processor):
     rows = np.stack(rows)
     return rows[:,:1].copy() if (rows[:,:1] == rows).all() else rows
 
-def as_batch(pixels, model):
+def as_batch(pixels:np.ndarray, model):
     "Some of `load_pixels`'s rows as the vision tower wants them: three channels, on its device, in its type"
     import torch
     weight = model.vision_model.embeddings.class_embedding
     return torch.from_numpy(pixels.astype(np.float32)).expand(-1,3,-1,-1).to(weight.device, weight.dtype)
 
 # %% ../nbs/09_train.ipynb #0d044775
-def vision_features(model, pixels, batch=64):
+def vision_features(model, pixels:np.ndarray, batch:int=64):
     "Output of the vision tower for `pixels` (see `load_pixels`): n × patches × width, kept in main memory"
     import torch
     out = []
@@ -131,7 +131,7 @@ def train_answers(
     core, parameters,          # model and what of it is trained
     tokenizer, features,       # vision features per image
     rows,                      # per image: list of (prompt, answer)
-    steps, batch, lr, recipe, seed=0, desc='answers',
+    steps:int, batch:int, lr:float, recipe, seed:int=0, desc:str='answers',
     check=None,                # called as check(step) every `every` steps
     every:int=0,
     p=None,                    # probability of drawing each image; None: all alike
@@ -177,7 +177,7 @@ def question_rows(table, images, spec)->list:
     return [[(build_prompt(spec, q), a) for q,a in zip(by[i].question, by[i].answer)] for i in images]
 
 # %% ../nbs/09_train.ipynb #0b564183
-def loss_curve(losses, n:int=60)->list:
+def loss_curve(losses:list, n:int=60)->list:
     "At most `n` (step, mean loss) points of a loss curve"
     if not losses: return []
     parts = np.array_split(np.arange(len(losses)), min(n, len(losses)))
@@ -223,7 +223,7 @@ class NoImages(LazyImages):
     "What a text model trains on in the place of images: none"
     def __getitem__(self, at): return [None]*len(self.names[at] if isinstance(at, slice) else at)
 
-def training_inputs(vlm, folder, names):
+def training_inputs(vlm, folder:str|Path, names):
     "What training keeps of each image: features of a frozen vision tower, else the way to the picture"
     if vlm.trains_on == 'features':
         return vision_features(vlm.core, load_pixels(folder, names, vlm.processor))

@@ -41,7 +41,7 @@ def _trains(vlm):
 def try_model(
     name:str,
     precision:str=None, device:str=None,
-    weights=None,      # folder that takes the checkpoint's place
+    weights:str|Path|None=None,  # folder that takes the checkpoint's place
     keep:bool=True,    # note the outcome in the ledger of this machine
 )->dict:               # step: True, or the reason why not
     "Answer, train two steps, draw a map: what works on this machine is noted"
@@ -178,7 +178,7 @@ def dossier_section(specs)->str:
     "Dossiers of `specs` as an HTML fragment, text escaped"
     return _render(_SECTION, specs)
 
-def dossier_page(path, specs=None)->Path:
+def dossier_page(path:str|Path, specs=None)->Path:
     "Write the dossiers of `specs` (all rows) as one page without outside links"
     from fada.settings import NOTICE
     from fada.registry import registry

@@ -136,7 +136,7 @@ def no_engine(spec:ModelSpec)->FadaError:
     return FadaError(f'{spec.name} is a classifier of planes: it answers no questions', '', 'a model that does',
                      'train it with `fada train --task planes`')
 
-def other_engine(spec, settings, adapter=None, weights=None)->VLM:
+def other_engine(spec:ModelSpec, settings, adapter=None, weights:str|Path|None=None)->VLM:
     "The back end of a row without a network of its own: a service, or other models together"
     if spec.family == 'classifier': raise no_engine(spec)
     if adapter or weights:
@@ -158,7 +158,7 @@ def _inside(folder, part:str):
 def load(
     name:str=None,        # registry name; None: from settings.ini
     adapter=None,         # folder of an adapter bundle, or of the job that trained it
-    weights=None,         # folder in the checkpoint's place (a model trained here), or of the job that trained it
+    weights:str|Path|None=None,  # folder in the checkpoint's place, or of the job that trained it
     precision:str=None, device:str=None, max_new_tokens:int=None,
     features=None,        # folder in which features of images are kept from one day to the next
 )->VLM:
@@ -178,7 +178,7 @@ def load(
     return vlm
 
 # %% ../nbs/07_vlm.ipynb #06ce3249
-def adapter_digest(folder)->str:
+def adapter_digest(folder:str|Path)->str:
     "Identity of an adapter bundle: its weights and its peft configuration"
     config = {k: v for k,v in read_json(Path(folder)/'adapter_config.json').items()
               if k != 'base_model_name_or_path'}
@@ -214,7 +214,7 @@ def attach(
 # %% ../nbs/07_vlm.ipynb #ef424095
 def merge(
     vlm:VLM,
-    folder=None,  # where the merged model is saved besides, as `load(..., weights=folder)` takes it
+    folder:str|Path|None=None,  # where the merged model is saved besides, as `load(..., weights=folder)` takes it
 )->VLM:
     "Fold the adapter of `vlm` into its weights; `FadaError` without one, and for quantised weights"
     if not vlm.adapter:
@@ -365,7 +365,7 @@ def begin_features(vlm, features, at, prompts, most):
     prefix = read_prefix(lambda **kw: words.decoder(inputs_embeds=features, attention_mask=valid, **kw), valid)
     return Rows(words, prefix, [used.index(n) for n in at], ids, most)
 
-def wording(tok, ids, logp, kept=())->tuple:
+def wording(tok, ids:list, logp:list, kept=())->tuple:
     "(text, tokens, confidence) of an answer's ids and log-probabilities; special tokens are left out but `kept` ones"
     words = [i for i in ids if i in kept or i not in tok.all_special_ids]
     return tok.decode(words).strip(), [tok.decode([i]) for i in words], float(np.exp(np.mean(logp)))

@@ -46,7 +46,7 @@ def _check_rule(r, where):
     except re.error as e: raise bad(f'not a pattern: {e}') from None
 
 def load_rules(
-    folder=None,    # data folder; its vocabulary.toml is added
+    folder:str|Path|None=None,  # data folder; its vocabulary.toml is added
 )->list:            # of rules, in the order in which they work
     "The built-in rules and those of `vocabulary.toml`; `FadaError` names a rule that cannot be used"
     p = Path(folder)/'vocabulary.toml' if folder else None
