@@ -93,9 +93,10 @@ def symbols(
             if name in public or owner and not node.name.startswith('_'):
                 found.append(Symbol(name, module, _head(node, lines), ast.get_docstring(node) or '', True))
             if name in public and isinstance(node, ast.ClassDef): found += _members(node, module, lines)
-        elif isinstance(node, ast.Assign):
-            for name in (getattr(x, 'id', '') for t in node.targets for x in getattr(t, 'elts', [t])):
-                if name == '__all__': public = set(ast.literal_eval(node.value))
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+            for name in (getattr(x, 'id', '') for t in targets for x in getattr(t, 'elts', [t])):
+                if name == '__all__' and node.value: public = set(ast.literal_eval(node.value))
                 elif name in public: found.append(Symbol(name, module, lines[node.lineno-1][:160], '', False))
     return found
 
