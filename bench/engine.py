@@ -63,7 +63,6 @@ def pictures(side: int, n: int) -> list:
 
 
 # ---- models
-# -------------------------------------------------------------------------------------------------------------
 def forced(vlm):
     "Exactly 12 new tokens: random models never stop, trained ones are not asked whether they would"
     import torch
@@ -212,7 +211,6 @@ MODELS = dict(nano=nano, mid=mid, llava=llava, mini=mini)
 
 
 # ---- ways
-# ---------------------------------------------------------------------------------------------------------------
 def loop(vlm, images, asked):
     "One processor call and one `generate` per question"
     return [reference_said(vlm, im, q)[0] for im in images for q in asked]
@@ -274,7 +272,6 @@ def race(ways: dict, times: int, seconds: float) -> tuple:
 
 
 # ---- what the machine can do
-# --------------------------------------------------------------------------------------------
 def limits() -> dict:
     """Arithmetic and memory bandwidth of this machine with these threads, measured now: GFLOP/s of the faster
     matrix library, GB/s"""
@@ -382,7 +379,6 @@ def shares(vlm, images, asked, s: dict, top: dict) -> dict:
 
 
 # ---- the report
-# ---------------------------------------------------------------------------------------------------------
 def agree(vlm, images, asked, out) -> dict:
     "How many answers of each way are the loop's, token by token"
     return {k: sum(a == b for a, b in zip(v, out['loop'])) for k, v in out.items()} | dict(of=len(out['loop']))

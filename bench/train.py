@@ -58,7 +58,6 @@ def table_of(folder, n: int):
 
 
 # ---- the usual loop
-# -------------------------------------------------------------------------------------------------------
 class Samples:
     "One question a sample: picture, words to read, words to say"
 
@@ -125,7 +124,6 @@ def usual(vlm, folder, table, rows: int = 8 * STEP, steps: int = -1):
 
 
 # ---- FADA's
-# ---------------------------------------------------------------------------------------------------------------
 def ours(vlm, folder, table, batch: int = STEP, steps: int = None, **kw):
     "One epoch of the same rows, features kept anew; seconds of all, of keeping features"
     with tempfile.TemporaryDirectory() as d:

@@ -1,8 +1,9 @@
 "`fada app` as a visitor meets it: the page in a real Chromium, the model in a process of its own."
 
-import http.client, json, os, signal, subprocess, sys, time, zipfile
+import http.client, json, os, signal, subprocess, time, zipfile
 import psutil
 import pytest
+from commands import typed
 from test_browser import browser, shots  # noqa: F401  fixtures
 from test_panel import SECRETS, cine, write_dicom
 from test_serve import free_port
@@ -20,7 +21,7 @@ def site(tmp_path_factory, root):
     (d / 'settings.ini').write_text(f'[output]\nfolder = {d}/outputs\n[data]\nfolder = {d}/none\n')
     (d / 'nbs').symlink_to(root / 'nbs')
     p = subprocess.Popen(
-        [sys.executable, '-m', 'fada.cli', 'app', '--no-browser', '--port', str(port), '--idle', '20'],
+        typed('app --no-browser --port {port} --idle 20', port=port),
         cwd=d,
         stdout=log,
         stderr=log,
@@ -288,8 +289,10 @@ def test_eight_pages_at_once(browser, site, shots):
     took = time.perf_counter() - start
     before = worker.memory_info().rss
     worker.suspend()  # so that all six wait for it, however quickly it answers
-    round(quick)
-    worker.resume()
+    try:
+        round(quick)
+    finally:
+        worker.resume()
     for p in quick:
         done(p)
     assert worker.memory_info().rss - before < 30_000_000

@@ -1,10 +1,11 @@
 """Result sets made from phantoms by code: each with one planted fault, which the audit must name, and clean ones,
 of which it must say nothing."""
 
-import json, subprocess, sys
+import json, subprocess
 import numpy as np
 import pandas as pd
 import pytest
+from commands import typed
 from fada.answers import read_answers
 from fada.audit import SEVERITIES, audit, open_results
 from fada.clinical import phrase_answer
@@ -326,7 +327,7 @@ def test_predictions_alone_are_enough_to_begin_with(data, tmp_path):
 def test_command(data, tmp_path):
     path = write(errors(honest(data), np.random.default_rng(0)), tmp_path / 'a.jsonl')
     r = subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'audit', str(path), '--data', str(data), '--json', '--quiet'],
+        typed('audit {path} --data {data} --json --quiet', path=path, data=data),
         capture_output=True,
         text=True,
     )
@@ -335,9 +336,7 @@ def test_command(data, tmp_path):
     assert set(out[0]) == {'id', 'severity', 'question', 'category', 'evidence', 'result'} and [
         f['severity'] for f in out
     ] == sorted((f['severity'] for f in out), key=SEVERITIES.index)
-    r = subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'audit', str(tmp_path / 'none')], capture_output=True, text=True
-    )
+    r = subprocess.run(typed('audit {path}', path=tmp_path / 'none'), capture_output=True, text=True)
     assert (r.returncode, r.stdout) == (1, '') and len(r.stderr.strip().splitlines()) == 1
 
 

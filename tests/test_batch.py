@@ -5,6 +5,7 @@ import json, os, random, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import psutil
 import pytest
+from commands import typed
 from fada import batch
 from fada.batch import Job, run_jobs
 from fada.settings import FadaError
@@ -558,7 +559,7 @@ def test_grid_by_command(tmp_path, root, small_data):
         '[parameters.train]\nsteps = 2\nbatch = 4\nimages = 6\n[parameters.evaluate]\nimages = 3\ncontrol_images = 2\n'
     )
     fada = lambda *w: subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'batch', str(grid), '--out', str(out), '--quiet', *w],
+        [*typed('batch {grid} --out {out} --quiet', grid=grid, out=out), *w],
         cwd=root,
         capture_output=True,
         text=True,

@@ -1,7 +1,8 @@
 "Biometry against the published tables, its refusals, and `fada biometry` as a person types it."
 
-import json, math, subprocess, sys
+import json, math, subprocess
 import pytest
+from commands import typed
 from fada.biometry import (
     AGE,
     RULES,
@@ -244,7 +245,7 @@ def test_the_drawn_chart():
 
 
 def fada(*words):
-    command = [sys.executable, '-m', 'fada.cli', 'biometry', *words]
+    command = [*typed('biometry'), *words]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -339,26 +339,11 @@ def test_explorer_in_jupyterlab(browser, lab, shots, root, tmp_path, small_data)
 def test_report_opens_offline(browser, shots, small_data, tmp_path):
     "The report asks nothing of any host, and its pictures are there"
     from fada.report import write_report
-    from fada.evaluate import evaluate
-    from fada.settings import write_json
-    from fada.vlm import load
+    from fada.evaluate import evaluate_job
+    from fada.settings import load_settings
 
-    job = tmp_path / 'run' / 'evaluate'
-    evaluate(load('blip2-nano'), small_data, job, control_images=12)
-    write_json(
-        job / 'config.json',
-        dict(
-            kind='evaluate',
-            model='blip2-nano',
-            weights='',
-            adapter='',
-            precision='fp32',
-            categories=['all'],
-            seed=0,
-            load_seconds=0.5,
-            weights_bytes=1,
-        ),
-    )
+    s = load_settings(model='blip2-nano', precision='fp32', categories='all', data=small_data)
+    evaluate_job(s, tmp_path / 'run' / 'evaluate', control_images=12)
     report = write_report(tmp_path / 'run', small_data)
     page = browser.new_page(viewport=dict(width=1280, height=900))
     asked = []

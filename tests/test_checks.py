@@ -1,19 +1,18 @@
 "What a group is told before and after its table is made: gravest first, names of people, templates, changed files."
 
-import json, subprocess, sys
+import json, subprocess
 import pandas as pd
 import pytest
+from commands import typed
 from fada.checks import GRAVEST, check, masked, personal
 from fada.data import prepare, verify
 from fada.export import template
 from fada.settings import FadaError
 from test_data import group_folder, picture, write_rows
 
-FADA = [sys.executable, '-m', 'fada.cli', 'data']
-
 
 def fada(*words):
-    return subprocess.run([*FADA, *map(str, words)], capture_output=True, text=True)
+    return subprocess.run([*typed('data'), *map(str, words)], capture_output=True, text=True)
 
 
 def test_gravest_findings_come_first(tmp_path):

@@ -578,7 +578,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_it_is_read(tmp_path, mon
         prepare(tmp_path, 0, [], source='folder')
 
 
-# ---- what a strict reading of these rooms found
+# ---- what a strict reading found
 
 
 @pytest.mark.parametrize(

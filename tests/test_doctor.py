@@ -4,6 +4,7 @@ that tells."""
 import http.server, json, os, shutil, stat, subprocess, sys, threading
 import pytest
 import torch
+from commands import typed
 from fada import doctor
 from fada.doctor import Finding, STATES, ready
 from fada.registry import ASSETS
@@ -25,7 +26,7 @@ def run(tmp_path, *words, settings='', path=None, stub=None, **env):
         **env,
     }
     r = subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'doctor', '--json', *words],
+        [*typed('doctor --json'), *words],
         cwd=tmp_path,
         env=e,
         capture_output=True,

@@ -4,9 +4,9 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import psutil
 import pytest
+from commands import FADA, typed
 
 pytestmark = pytest.mark.fault
-FADA = [sys.executable, '-m', 'fada.cli']
 
 
 def _files(folder):
@@ -27,19 +27,7 @@ def _wait(condition, seconds=120):
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_phantoms_go_on_with_the_same_bytes(tmp_path, how):
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-    command = lambda out: [
-        *FADA,
-        'phantom',
-        '--n',
-        '60',
-        '--categories',
-        'Femur,Thorax',
-        '--out',
-        str(out),
-        '--seed',
-        '3',
-        '--quiet',
-    ]
+    command = lambda out: typed('phantom --n 60 --categories Femur,Thorax --out {out} --seed 3 --quiet', out=out)
     subprocess.run(command(whole), check=True)
     p = subprocess.Popen(command(broken), start_new_session=True, stderr=subprocess.PIPE, text=True)
     _wait(lambda: len(list(broken.glob('truth/*/*.json'))) > 10)
@@ -61,22 +49,11 @@ def test_interrupted_phantoms_go_on_with_the_same_bytes(tmp_path, how):
 def test_killed_evaluation_asks_only_what_is_missing(tmp_path, small_data):
     out = tmp_path / 'job'
     log = out / 'answers.jsonl'
-    command = [
-        *FADA,
-        'evaluate',
-        '--model',
-        'blip2-nano',
-        '--data',
-        str(small_data),
-        '--out',
-        str(out),
-        '--categories',
-        'all',
-        '--control-images',
-        '12',
-        '--json',
-        '--quiet',
-    ]
+    command = typed(
+        'evaluate --model blip2-nano --data {data} --out {out} --categories all --control-images 12 --json --quiet',
+        data=small_data,
+        out=out,
+    )
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     _wait(lambda: log.exists() and log.stat().st_size > 1000)
     os.killpg(p.pid, signal.SIGKILL)
@@ -89,16 +66,7 @@ def test_killed_evaluation_asks_only_what_is_missing(tmp_path, small_data):
 
 
 def test_interrupted_demo_leaves_no_process_and_goes_on(tmp_path, root):
-    command = [
-        *FADA,
-        'demo',
-        '--small',
-        '--out',
-        str(tmp_path / 'run'),
-        '--data',
-        str(tmp_path / 'phantoms'),
-        '--json',
-    ]
+    command = typed('demo --small --out {out} --data {data} --json', out=tmp_path / 'run', data=tmp_path / 'phantoms')
     p = subprocess.Popen(
         command,
         cwd=root,
@@ -169,9 +137,9 @@ def test_killed_look_at_a_folder_goes_on(tmp_path, word):
         tmp_path / 'Femur' / 'a.csv', index=False
     )
     command = (
-        [*FADA, 'data', 'check', str(tmp_path), '--json']
+        typed('data check {tmp_path} --json', tmp_path=tmp_path)
         if word == 'check'
-        else [*FADA, 'prepare', '--data', str(tmp_path), '--source', 'folder', '--json']
+        else typed('prepare --data {data} --source folder --json', data=tmp_path)
     )
     env = dict(os.environ, FADA_QUIET='0')
     p = subprocess.Popen(

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import psutil
 import pytest
+from commands import one_training
 from fada.batch import run_jobs
 from fada.settings import FadaError, load_settings
 from processes import below
@@ -92,19 +93,7 @@ def none_left(tmp_path):
 def test_a_batch_on_a_machine_of_settings_ini(tmp_path, root, small_data, keys):
     "A worker is started by ssh, trains, and goes with the batch; the second run reaches nobody"
     d, ssh = keys
-    grid, out = tmp_path / 'night.toml', tmp_path / 'o'
-    (tmp_path / 'nbs').symlink_to(root / 'nbs')
-    grid.write_text(
-        f'models = ["blip2-nano"]\ncategories = ["Femur"]\nseeds = [0]\ndata = "{small_data}"\ntasks = ["train"]\n'
-        '[parameters.train]\nsteps = 2\nbatch = 4\nimages = 6\n'
-    )
-    fada = lambda: subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'batch', str(grid), '--out', str(out), '--json'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    fada = one_training(tmp_path, root, small_data)
     with sshd(d) as host:
         (tmp_path / 'settings.ini').write_text(
             f'[cluster]\nhosts = {host}\nssh = {ssh}\ncores = 1\nmemory = 8GB\ncards = 0\n'

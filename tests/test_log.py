@@ -5,12 +5,12 @@ import json, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 import pytest
+from commands import typed
 from fada.answers import AnswersLog
 from fada.evaluate import ask_table, evaluate, evaluate_answers
 from fada.data import load_table, subset
 from fada.vlm import load
 
-FADA = [sys.executable, '-m', 'fada.cli']
 WRITER = (
     "import sys; from fada.answers import AnswersLog; log = AnswersLog(sys.argv[1]); print('ready', flush=True); sys.stdin.readline()\n"
     "for k in range(150): log.append([dict(key=f'{sys.argv[2]}-{k}-{n}', text='x'*(97*k % 9000)) for n in range(3)])"
@@ -61,24 +61,12 @@ def test_a_killed_writer_leaves_whole_lines_and_at_most_one_half(tmp_path):
 @pytest.mark.fault
 def test_two_evaluations_on_one_log(small_data, tmp_path):
     "Two runs at once on one folder: whole lines, equal scores, and a third run asks nothing"
-    command = [
-        *FADA,
-        'evaluate',
-        '--model',
-        'blip2-nano',
-        '--data',
-        str(small_data),
-        '--out',
-        str(tmp_path / 'job'),
-        '--categories',
-        'all',
-        '--images',
-        '8',
-        '--control-images',
-        '4',
-        '--json',
-        '--quiet',
-    ]
+    command = typed(
+        'evaluate --model blip2-nano --data {data} --out {out} --categories all --images 8 '
+        '--control-images 4 --json --quiet',
+        data=small_data,
+        out=tmp_path / 'job',
+    )
     ps = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
     a, b = (json.loads(p.communicate(timeout=240)[0]) for p in ps)
     score = lambda m: {q: x['score']['mean'] for q, x in m['questions'].items()}
@@ -163,24 +151,18 @@ def test_answers_from_elsewhere_score_as_ours(small_data, tmp_path, nano):
             'majority in category',
         }
     r = subprocess.run(
-        [
-            *FADA,
-            'evaluate',
-            '--answers',
-            str(tmp_path / 'a.csv'),
-            '--data',
-            str(small_data),
-            '--out',
-            str(tmp_path / 'cli'),
-            '--json',
-            '--quiet',
-        ],
+        typed(
+            'evaluate --answers {answers} --data {data} --out {out} --json --quiet',
+            answers=tmp_path / 'a.csv',
+            data=small_data,
+            out=tmp_path / 'cli',
+        ),
         capture_output=True,
         text=True,
     )
     assert r.returncode == 0 and json.loads(r.stdout)['endpoint']['mean'] == ours['endpoint']['mean'], r.stderr
     r = subprocess.run(
-        [*FADA, 'evaluate', '--answers', str(tmp_path / 'a.csv'), '--out', str(tmp_path / 'alone'), '--quiet'],
+        typed('evaluate --answers {answers} --out {out} --quiet', answers=tmp_path / 'a.csv', out=tmp_path / 'alone'),
         capture_output=True,
         text=True,
     )

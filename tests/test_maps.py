@@ -35,7 +35,6 @@ def open_tiny(architecture, folder):
 
 
 # ---- geometry
-# ------------------------------------------------------------------------------------------------------------
 def seen_pixels(vlm, image) -> np.ndarray:
     """What the vision tower is given of an image, brightness by height × width; tiles put together, the whole image
     left out"""
@@ -137,7 +136,6 @@ def test_padding_to_a_square(folder):
 
 
 # ---- maps
-# ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('architecture', quick)
 def test_occlusion_of_every_family(architecture, folder):
     """Log-probabilities by the engine equal those of one plain pass; the map is finite, and nothing of covered
@@ -420,36 +418,19 @@ def test_memory_of_relevancy_for_florence():
     assert 20e6 < dry.peaks[-1] < 100e6, dry.peaks
 
 
-def test_time_of_maps():
-    """Relevancy and raw attention of an answer take at most three times the answer's own time; best of several,
-    alternating"""
-    import time, torch
-    from fada.phantoms import make_phantom
+def test_time_of_maps(root):
+    "Relevancy and raw attention of an answer take at most three times the answer's own time, as the bench takes them"
+    import runpy, torch
 
+    times = runpy.run_path(str(root / 'bench' / 'attention.py'))['times']
     threads = torch.get_num_threads()
-    vlm = load('blip2-nano', device='cpu', precision='fp32')
     torch.set_num_threads(1)
-    image = make_phantom('Abdomen', (3, 4, 0)).image
-    words = vlm.ask(image, 1).text
-    best = {}
-
-    def ask():
-        vlm._features.clear()
-        vlm.ask(image, 1)
-
-    for _ in range(7):
-        for k, f in dict(
-            answer=ask, relevancy=lambda: relevancy_map(vlm, image, 1, words), raw=lambda: look(vlm, image, 1, words)
-        ).items():
-            t = time.process_time()
-            f()
-            best[k] = min(best.get(k, 9e9), time.process_time() - t)  # of this process: neighbours do not count
+    best = times(load('blip2-nano', device='cpu', precision='fp32'), runs=7)
     torch.set_num_threads(threads)
-    assert best['relevancy'] < 3 * best['answer'] and best['raw'] < 3 * best['answer'], best
+    assert best['relevancy'] < 3 * best['answer'] and best['raw attention'] < 3 * best['answer'], best
 
 
 # ---- services and bad input
-# ----------------------------------------------------------------------------------------------
 class Service:
     "A back end without weights that says what it sees: whether the left half of the image is bright"
 
@@ -609,7 +590,6 @@ def test_the_check_tells_a_map_that_knows_from_one_that_does_not():
 
 
 # ---- one call
-# ---------------------------------------------------------------------------------------------------------
 def test_an_explanation_lies_on_the_image_as_given(folder):
     "A picture whose sides a processor cuts off: the map has the picture's pixels, what was cut off has no value"
     from fada.explain import explain, methods
@@ -663,7 +643,6 @@ def test_a_badge_belongs_to_exactly_these_weights(tmp_path, monkeypatch):
 
 
 # ---- base and fine-tuned
-# -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def taught(tmp_path_factory):
     "An adapter that taught nano a plane that it was never shown, and one of its test pictures"
@@ -724,7 +703,6 @@ def test_base_beside_fine_tuned(taught):
 
 
 # ---- integrated gradients
-# ------------------------------------------------------------------------------------------------
 WHOLE = [a for a in SEES if a not in ('qwen2.5-vl', 'qwen3-vl')]
 
 

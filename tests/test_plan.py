@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
+from commands import typed
 from fada.loop import LoraRecipe
 from fada.checkpoints import ledger, load_model, shard_header, shards
 from fada.memory import count_weights, kv_bytes_per_token, published_matrix, weight_bytes
@@ -397,19 +398,7 @@ def test_bad_input_is_one_error(words, said, tmp_path):
 
 def test_command_gives_the_promised_json():
     r = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'fada.cli',
-            'plan',
-            'blip2-nano',
-            'smolvlm-256m',
-            '--precision',
-            'bf16',
-            '--gpu',
-            '8GiB',
-            '--json',
-        ],
+        typed('plan blip2-nano smolvlm-256m --precision bf16 --gpu 8GiB --json'),
         capture_output=True,
         text=True,
     )
@@ -423,9 +412,7 @@ def test_command_gives_the_promised_json():
             x
         )
         assert sum(x['parts'].values()) == x['peak_bytes'] and x['verdict'] == 'fits'
-    bad = subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'plan', 'smolvlm-256m', '--gpu', '8'], capture_output=True, text=True
-    )
+    bad = subprocess.run(typed('plan smolvlm-256m --gpu 8'), capture_output=True, text=True)
     assert (bad.returncode, bad.stdout, len(bad.stderr.strip().splitlines())) == (1, '', 1)
 
 

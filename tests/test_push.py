@@ -6,6 +6,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub import Hub
+from commands import typed
 from fada.finetune import finetune
 from fada.vlm import load
 
@@ -48,7 +49,7 @@ def push(hub, folder, repo, *more, allowed='yes', token='hf_good', **env):
         **env,
     )
     return subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'push', str(more[0]), repo, *more[1:], '--json', '--quiet'],
+        [*typed('push {path} {repo}', path=more[0], repo=repo), *more[1:], '--json', '--quiet'],
         cwd=folder,
         env=env,
         capture_output=True,

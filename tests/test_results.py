@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from services import Door, of_model
+from commands import FADA, typed
 from test_remote import service
 from tiny import tiny
 from fada.answers import AnswersLog
@@ -15,16 +16,14 @@ from fada.audit import Finding
 from fada.clinical import DEMO_CATEGORIES
 from fada.compare import collect, control_table, headline, systems
 from fada.data import load_table
-from fada.evaluate import choose_rows, evaluate, evaluate_answers
+from fada.evaluate import choose_rows, evaluate, evaluate_answers, evaluate_job
 from fada.pairs import compare_pair, people_table, rank_table, ready_pairs, subgroup_table
 from fada.paper import paper_text
 from fada.report import fold_findings, write_report
-from fada.settings import FadaError, write_json
+from fada.settings import FadaError, load_settings, write_json
 from fada.topic import Topic
 from fada.twins import ask_phrasings, ask_twins, phrasing_spread, seed45, twin_set, twin_summary
 from fada.vlm import load
-
-FADA = [sys.executable, '-m', 'fada.cli']
 
 
 @pytest.fixture(scope='module')
@@ -66,24 +65,12 @@ def test_phrasings(nano, small_data):
 @pytest.mark.slow
 def test_twins_command(tmp_path, small_data):
     r = subprocess.run(
-        [
-            *FADA,
-            'twins',
-            '--model',
-            'blip2-nano',
-            '--categories',
-            'Femur,Abdomen',
-            '--n',
-            '2',
-            '--images',
-            '4',
-            '--data',
-            str(small_data),
-            '--out',
-            str(tmp_path / 'twins'),
-            '--json',
-            '--quiet',
-        ],
+        typed(
+            'twins --model blip2-nano --categories Femur,Abdomen --n 2 --images 4 --data {data} --out {out} '
+            '--json --quiet',
+            data=small_data,
+            out=tmp_path / 'twins',
+        ),
         capture_output=True,
         text=True,
     )
@@ -202,7 +189,7 @@ def test_systems_from_elsewhere_side_by_side(run, small_data):
     assert 'topic similarity' not in html  # no sentence model is named
     assert {'ranks.md', 'pairs.tex', 'quality.md'} <= {p.name for p in (run / 'tables').iterdir()}
     assert {'forest.svg', 'forest.png', 'category_by_question.svg'} <= {p.name for p in (run / 'figures').iterdir()}
-    r = subprocess.run([*FADA, 'compare', str(run), '--json', '--quiet'], capture_output=True, text=True)
+    r = subprocess.run(typed('compare {run} --json --quiet', run=run), capture_output=True, text=True)
     out = json.loads(r.stdout)
     assert r.returncode == 0 and len(out['ranks']) == 2 and out['pairs'] and Path(out['report']).is_file()
 
@@ -264,7 +251,7 @@ def test_topic_similarity_where_the_settings_name_a_model(run, small_data, tmp_p
     page = write_report(tmp_path / 'run', small_data).read_text()
     assert 'topic similarity' in page and 'Topic similarity is that of tiny' in page
     (tmp_path / 'settings.ini').write_text('[scores]\nsentence_model = none\n')
-    r = subprocess.run([*FADA, 'compare', str(tmp_path / 'run')], capture_output=True, text=True)
+    r = subprocess.run(typed('compare {path}', path=tmp_path / 'run'), capture_output=True, text=True)
     assert r.returncode == 1 and 'no sentence model' in r.stderr and len(r.stderr.strip().splitlines()) == 1
 
 
@@ -343,7 +330,7 @@ def test_paper_has_every_part(run, small_data):
         assert part in text
     assert text.count('the authors must') >= 8 and re.search(r'Seed 0\. FADA', text) and 'simulated by FADA' in text
     r = subprocess.run(
-        [*FADA, 'paper', str(run), '--data', str(small_data), '--json', '--quiet'], capture_output=True, text=True
+        typed('paper {run} --data {data} --json --quiet', run=run, data=small_data), capture_output=True, text=True
     )
     assert Path(json.loads(r.stdout)['paper']).read_text().startswith('# ')
 
@@ -363,7 +350,7 @@ def test_runs_are_listed_filtered_and_pruned(run, tmp_path):
     (out / 'run' / 'y' / 'run.log').write_text('begun')
     ask = lambda *more: json.loads(
         subprocess.run(
-            [*FADA, 'runs', '--output', str(out), '--json', *more], check=True, capture_output=True, text=True
+            [*typed('runs --output {output} --json', output=out), *more], check=True, capture_output=True, text=True
         ).stdout
     )
     assert {(r['job'], r['state']) for r in ask()} == {('x', 'finished'), ('y', 'unfinished')} and [
@@ -405,7 +392,7 @@ def test_predictions_alone_are_compared_too(tmp_path):
     assert m['endpoint']['mean'] is None and m['coverage']['no_reference'] == 6
     assert 'references-missing' in {f['id'] for f in m['findings']}
     r = subprocess.run(
-        [*FADA, 'compare', str(tmp_path / 'run'), '--json', '--quiet'], capture_output=True, text=True, check=True
+        typed('compare {path} --json --quiet', path=tmp_path / 'run'), capture_output=True, text=True, check=True
     )
 
     def refuse(word):
@@ -436,23 +423,8 @@ def test_a_question_whose_references_cannot_be_read(nano, small_data, tmp_path):
     t.loc[t.question_id == 4, 'answer'] = 'hm'
     t.loc[t.question_id == 4, 'structured'] = '{}'
     t.to_parquet(d / 'questions.parquet', index=False)
-    job = tmp_path / 'run' / 'evaluate'
-    evaluate(nano, d, job, images=8, control_images=4)
-    write_json(
-        job / 'config.json',
-        dict(
-            kind='evaluate',
-            model='blip2-nano',
-            weights='',
-            adapter='',
-            precision='fp32',
-            categories=['all'],
-            seed=0,
-            data=str(d),
-            load_seconds=0.1,
-            weights_bytes=1,
-        ),
-    )
+    settings = load_settings(model='blip2-nano', precision='fp32', categories='all', data=d)
+    evaluate_job(settings, tmp_path / 'run' / 'evaluate', images=8, control_images=4)
     (scored,) = systems(collect(tmp_path / 'run')).values()
     row = control_table(scored).set_index('question').loc['4 biometry']
     assert (

@@ -1,10 +1,11 @@
 """Adapters of several categories on one base: the same answers as loaded alone, and a flag for what none of them
 knows."""
 
-import json, subprocess, sys
+import json, subprocess
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from commands import typed
 from fada.card import write_card
 from fada.data import load_table, read_image
 from fada.finetune import finetune
@@ -89,7 +90,7 @@ def test_command_line(run, pictures, tmp_path):
     pictures[0][0].save(tmp_path / 'known.png')
     ask = lambda *w: (
         subprocess.run(
-            [sys.executable, '-m', 'fada.cli', 'ask', *w, '--quiet'],
+            [*typed('ask'), *w, '--quiet'],
             capture_output=True,
             text=True,
             check=True,

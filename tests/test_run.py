@@ -1,10 +1,11 @@
 """The run notebooks through papermill at a tiny setting, in the order a user runs them, steered by settings.ini
 alone."""
 
-import json, os, subprocess, sys
+import json, os, subprocess
 from pathlib import Path
 import pandas as pd
 import pytest
+from commands import typed
 from fada.batch import Job, check_parameters, run_job, run_notebooks
 from fada.settings import FadaError
 
@@ -87,23 +88,10 @@ def test_two_lines_of_settings_reach_every_step(project, evaluated):
 def test_arguments_win_over_settings(project):
     "The command line's own option comes before the file"
     r = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'fada.cli',
-            'evaluate',
-            '--model',
-            'blip2-nano',
-            '--categories',
-            'Femur',
-            '--images',
-            '2',
-            '--no-controls',
-            '--out',
-            str(project / 'x'),
-            '--json',
-            '--quiet',
-        ],
+        typed(
+            'evaluate --model blip2-nano --categories Femur --images 2 --no-controls --out {out} --json --quiet',
+            out=project / 'x',
+        ),
         cwd=project,
         capture_output=True,
         text=True,

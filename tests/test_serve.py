@@ -4,6 +4,7 @@ import http.client, json, os, secrets, signal, socket, subprocess, sys, threadin
 import psutil
 import pytest
 from PIL import Image
+from commands import typed
 from fada.serve import LIMIT, Served, data_url
 from fada.settings import FadaError
 
@@ -38,7 +39,7 @@ def server(tmp_path_factory):
     (d / 'settings.ini').write_text(f'[output]\nfolder = {d}/outputs\n')
     port = free_port()
     p = subprocess.Popen(
-        [sys.executable, '-m', 'fada.cli', 'serve', '--port', str(port)],
+        typed('serve --port {port}', port=port),
         cwd=d,
         env=dict(os.environ, FADA_TOKEN=TOKEN, FADA_THREADS='1'),
         stdout=open(d / 'out', 'w'),

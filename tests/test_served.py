@@ -1,10 +1,11 @@
 """What a panel offers with a model in its own kernel it offers over a server too: adapters by image, closed sets,
 maps that can be stopped. Real servers on loopback."""
 
-import json, os, shutil, signal, subprocess, sys, threading, time
+import json, os, shutil, signal, subprocess, threading, time
 import numpy as np
 import pytest
 from PIL import Image
+from commands import typed
 from test_serve import TOKEN, free_port, raw, wait_for
 from fada.ask import AskPanel, Picture, offered_here, offered_there
 from fada.choices import CHOICES, Stopped
@@ -50,7 +51,7 @@ def server(project):
     port = free_port()
     log = open(project / 'log', 'w')
     p = subprocess.Popen(
-        [sys.executable, '-m', 'fada.cli', 'serve', '--port', str(port)],
+        typed('serve --port {port}', port=port),
         cwd=project,
         stdout=log,
         stderr=log,

@@ -1,8 +1,9 @@
 "One evaluation in parts: the same bytes as in one piece, nothing lost, and half of one is no evaluation."
 
-import json, subprocess, sys
+import json, subprocess
 import pandas as pd
 import pytest
+from commands import typed
 from fada.evaluate import evaluate
 from fada.settings import FadaError, read_json, write_json
 from fada.shards import LoggedModel
@@ -86,20 +87,10 @@ def test_by_command(small_data, tmp_path, root):
     "A part by command, and merged by command; a part that is none is one sentence, before any model is loaded"
     fada = lambda *w: subprocess.run(
         [
-            sys.executable,
-            '-m',
-            'fada.cli',
-            'evaluate',
-            '--model',
-            'blip2-nano',
-            '--data',
-            str(small_data),
-            '--json',
-            '--quiet',
-            '--control-images',
-            '2',
-            '--images',
-            '4',
+            *typed(
+                'evaluate --model blip2-nano --data {data} --json --quiet --control-images 2 --images 4',
+                data=small_data,
+            ),
             *w,
         ],
         cwd=root,

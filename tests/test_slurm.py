@@ -1,8 +1,9 @@
 """A batch through a true Slurm of one node, started for the test; skipped where Slurm is not installed (Debian:
 slurmctld slurmd slurm-client munge)."""
 
-import json, os, pwd, shutil, signal, socket, subprocess, sys, time
+import json, os, pwd, shutil, signal, socket, subprocess, time
 import pytest
+from commands import one_training
 
 NEEDED = ('slurmctld', 'slurmd', 'munged', 'sbatch', 'sinfo')
 ABSENT = [n for n in NEEDED if not shutil.which(n, path=os.environ['PATH'] + ':/usr/sbin')]
@@ -111,22 +112,9 @@ def test_a_batch_asks_slurm_for_its_workers(slurm, tmp_path, root, small_data):
     """Two workers are submitted, a training runs in one of them, they leave the queue with the batch; the second
     run asks for none"""
     d, env = slurm
-    grid, out = tmp_path / 'night.toml', tmp_path / 'o'
-    (tmp_path / 'nbs').symlink_to(root / 'nbs')
+    fada = one_training(tmp_path, root, small_data, env)
     (tmp_path / 'settings.ini').write_text(
         '[cluster]\njobqueue = slurm\nqueue = night\nworkers = 2\ncores = 1\nmemory = 1500MB\ncards = 0\nhours = 1\n'
-    )
-    grid.write_text(
-        f'models = ["blip2-nano"]\ncategories = ["Femur"]\nseeds = [0]\ndata = "{small_data}"\ntasks = ["train"]\n'
-        '[parameters.train]\nsteps = 2\nbatch = 4\nimages = 6\n'
-    )
-    fada = lambda: subprocess.run(
-        [sys.executable, '-m', 'fada.cli', 'batch', str(grid), '--out', str(out), '--json'],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
     )
     r = fada()
     assert r.returncode == 0, r.stderr + (d / 'slurmd.log').read_text()[-2000:]

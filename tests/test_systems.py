@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from services import Door, TransformersServe, of_model, picture, reply, words
+from commands import FADA, typed
 from test_remote import KEY, as_llava
 from tiny import tiny
 from fada.ensemble import Ensemble
@@ -18,7 +19,6 @@ from fada.registry import model_spec
 from fada.settings import FadaError
 from fada.vlm import load
 
-FADA = [sys.executable, '-m', 'fada.cli']
 LONGEST = 12
 
 
@@ -405,20 +405,11 @@ def test_a_killed_evaluation_pays_nothing_twice(small_data, tmp_path):
     try:
         folder = project(tmp_path / 'p', d.url, parallel=2)
         env = dict(os.environ, OUR_KEY='k')
-        command = [
-            *FADA,
-            'evaluate',
-            '--data',
-            str(small_data),
-            '--images',
-            '8',
-            '--out',
-            str(folder / 'job'),
-            '--categories',
-            'all',
-            '--json',
-            '--quiet',
-        ]
+        command = typed(
+            'evaluate --data {data} --images 8 --out {out} --categories all --json --quiet',
+            data=small_data,
+            out=folder / 'job',
+        )
         p = subprocess.Popen(
             command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True
         )

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from commands import typed
 from fada.data import load_table
 from fada.finetune import finetune
 from fada.resume import CHECKPOINT, read_checkpoint
 from fada.settings import FadaError
 from fada.vlm import load
 
-FADA = [sys.executable, '-m', 'fada.cli']
 PINNED = dict(os.environ, OMP_NUM_THREADS='1', FADA_THREADS='1', MKL_NUM_THREADS='1')
 QUICK = dict(steps=6, batch=4, checks=2, validation_images=2, images=8)
 
@@ -23,24 +23,12 @@ def nano():
 
 def command(data, out, *more):
     return [
-        *FADA,
-        'train',
-        '--data',
-        str(data),
-        '--categories',
-        'Femur',
-        '--output',
-        str(out),
-        '--steps',
-        '40',
-        '--batch',
-        '4',
-        '--checks',
-        '2',
-        '--keep-every',
-        '3',
-        '--json',
-        '--quiet',
+        *typed(
+            'train --data {data} --categories Femur --output {output} --steps 40 --batch 4 --checks 2 '
+            '--keep-every 3 --json --quiet',
+            data=data,
+            output=out,
+        ),
         *more,
     ]
 
@@ -382,29 +370,12 @@ def test_two_processes_have_the_losses_of_one(tmp_path, small_data):
     one = finetune(
         nano(), small_data, ['Femur'], tmp_path / 'one', skip_preflight=True, seed=0, steps=12, batch=4, checks=2
     )
-    two = [
-        *FADA,
-        'train',
-        '--data',
-        str(small_data),
-        '--categories',
-        'Femur',
-        '--output',
-        str(tmp_path / 'two'),
-        '--steps',
-        '12',
-        '--batch',
-        '4',
-        '--checks',
-        '2',
-        '--skip-preflight',
-        '--device',
-        'cpu',
-        '--processes',
-        '2',
-        '--json',
-        '--quiet',
-    ]
+    two = typed(
+        'train --data {data} --categories Femur --output {output} --steps 12 --batch 4 --checks 2 '
+        '--skip-preflight --device cpu --processes 2 --json --quiet',
+        data=small_data,
+        output=tmp_path / 'two',
+    )
     said = subprocess.run(two, check=True, env=PINNED, capture_output=True, text=True).stdout
     assert json.loads(said)['processes'] == 2
     other = subprocess.run(
