@@ -73,7 +73,7 @@ def uploaded(name:str, content:bytes)->Picture:
 class Offered:
     "A model that can be picked"
     open: object                                   # function that returns it
-    again: object = field(default_factory=dict)    # what `fada.vlm.load` takes, or a function of the model that tells
+    again: object = field(default_factory=dict)    # what `fada.vlm.load` takes, or what tells it of the open model
     receivers: list = field(default_factory=list)  # hosts that an image is sent to
 
 def again_of(offer, s):

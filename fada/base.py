@@ -67,7 +67,8 @@ def vision_targets(
         number = np.array([0, *(names.index(n)+1 if n in names else 0 for n in t['names'])], np.uint8)
         labels = Image.open(Path(folder)/truth.replace('.json','_labels.png'))
         maps[i] = torch.from_numpy(number[np.asarray(labels.resize((MAP,MAP), Image.Resampling.NEAREST))])
-    return VisionTargets(*_classes(images, answers), seen, maps)
+    classes,mirrored = _classes(images, answers)
+    return VisionTargets(classes, mirrored, seen, maps)
 
 # %% ../nbs/09c_base.ipynb #e07503ae
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ def train_vision(
     rng,losses = np.random.default_rng(recipe.seed),[]; v.train()
     for _ in progress(range(recipe.vision_steps), 'base, stage 1 of 2: vision', unit='step'):
         at = rng.choice(len(pixels), min(recipe.vision_batch, len(pixels)), replace=False, p=p)
-        m,*true = taught(targets, at, rng, side)
+        m,classes,seen,patches = taught(targets, at, rng, side)
         x = moved(torch.from_numpy(pixels[at,0]), m)[:,None].expand(-1,3,-1,-1)
-        loss = vision_loss(heads, v(x).last_hidden_state, *true, recipe.patch_weight)
+        loss = vision_loss(heads, v(x).last_hidden_state, classes, seen, patches, recipe.patch_weight)
         losses.append(take_step(loss, parameters, opt, schedule, recipe.clip))
     v.eval()
     return losses

@@ -169,7 +169,7 @@ def __iter__(self:Stream):
             left = {r for r in steps.rows if r is not None}
             for n,token,p in new:
                 said[n][0].append(token); said[n][1].append(p); a = self.answers[n]
-                text = wording(tok, *said[n], v.kept)[0]; piece = text[len(a.text):]
+                ids,logp = said[n]; text = wording(tok, ids, logp, v.kept)[0]; piece = text[len(a.text):]
                 # half a letter waits for its other half
                 if not piece or (text.endswith('\ufffd') and n in left): continue
                 a.text = text; yield piece if self.one else (n, piece)

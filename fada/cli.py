@@ -155,11 +155,6 @@ _Rank = Annotated[Optional[int],
     typer.Option(help="Of the LoRA layers. Default, as of --lr and --batch: the family's.")]
 _Lr = Annotated[Optional[float], typer.Option(help='Learning rate.')]
 _Batch = Annotated[Optional[int], typer.Option(help='Images a step, each with all its questions.')]
-_Paid = Annotated[bool, typer.Option('--paid-controls', help='Ask the controls of a paid service too.')]
-_Answers = Annotated[Optional[str],
-    typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]
-_Merge = Annotated[Optional[list[str]],
-    typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]
 _Accumulate = Annotated[int, typer.Option(help="Parts that a step's images go through in, for less memory.")]
 _Images = Annotated[int, typer.Option(help='Train on a stratified subset; 0: all.')]
 _Balance = Annotated[Optional[str],
@@ -215,6 +210,17 @@ def train(
           f"{task} trained on {about.get('train_images', about['images'])} images in {about['seconds']:.0f} s: "
           f'{folder}'
           + use.get(task, ''))
+
+# %% ../nbs/16_cli.ipynb #c22x0001
+_Paid = Annotated[bool, typer.Option('--paid-controls', help='Ask the controls of a paid service too.')]
+_Answers = Annotated[Optional[str],
+    typer.Option(help='Score this file of answers given elsewhere (JSONL, JSON, CSV); no model is asked.')]
+_Merge = Annotated[Optional[list[str]],
+    typer.Option(help='Folder of an answered part; give all of them: they are scored as one.')]
+_Report = Annotated[Optional[str],
+    typer.Option(help='Add a report: templates, or a text model that may rephrase.')]
+_Closed = Annotated[bool, typer.Option('--choices',
+    help='Plane, quality, normality: the probability of each allowed answer.')]
 
 # %% ../nbs/16_cli.ipynb #d7e8d8c0
 @app.command()
@@ -438,11 +444,7 @@ def ask(
                        typer.Option(help='Folder with adapters of several categories: the nearest answers.')]=None,
     category:Annotated[Optional[str], typer.Option(help='With --adapters: the category, where it is known.')]=None,
     precision:Precision=None, device:Device=None,
-    report:Annotated[Optional[str],
-                     typer.Option(help='Add a report: templates, or a text model that may rephrase.')]=None,
-    choices:Annotated[bool, typer.Option('--choices', help='Plane, quality, normality: the probability of each '
-                                                           'allowed answer.')]=False,
-    json:Json=False, quiet:Quiet=False,
+    report:_Report=None, choices:_Closed=False, json:Json=False, quiet:Quiet=False,
 ):
     "Ask questions of one image.\n\nExample: fada ask femur.png quality 'What is recommended?'"
     s = _settings(quiet, model=model, precision=precision, device=device)

@@ -691,12 +691,11 @@ def measure_model(
                random_weights=random, batch=batch, questions=questions, new_tokens=new_tokens,
                load_seconds=round(loaded, 2), seconds_per_question=seconds/(batch*questions),
                seconds_per_step=seconds if task == 'train' else None, weights_bytes=stays, peak_bytes=peak,
-               predicted_bytes=predicted, error=predicted/peak-1,
-               activation_bytes=a['bytes'], predicted_activation_bytes=predicted-p.weights_bytes,
-               resident_bytes=resident_bytes(), made=now(),
+               predicted_bytes=predicted, error=predicted/peak-1, activation_bytes=a['bytes'],
+               predicted_activation_bytes=predicted-p.weights_bytes, resident_bytes=resident_bytes(), made=now(),
                flops_per_second=p.flops/seconds if task == 'train' else None)
-    if keep and not (config or weights): record(model,   # another shape is another model
-                     measured={**ledger(model).get('measured', {}), f'{task} {precision}': out})
+    if keep and not (config or weights):   # another shape is another model
+        record(model, measured={**ledger(model).get('measured', {}), f'{task} {precision}': out})
     return out
 
 # %% ../nbs/09d_plan.ipynb #f7898c0e

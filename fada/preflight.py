@@ -37,8 +37,8 @@ def read_rows(m:Material, i:int)->list:
         p = pack([m.tokens[i]]); head = m.heads[i] or []; rows = []
         for b,a in enumerate(answers):
             mine = p.block[0] == b; carries = p.labels[0][mine] != IGNORE; ids = p.ids[0][mine]
-            rows.append(Row(head+ids[~carries].tolist(), p.labels[0][mine][carries].tolist(),
-                            *_image_tokens(m, head, i), a))
+            there,due = _image_tokens(m, head, i)
+            rows.append(Row(head+ids[~carries].tolist(), p.labels[0][mine][carries].tolist(), there, due, a))
         return rows
     return _chat_rows(m, i) if m.chat else _plain_rows(m, i)
 
@@ -61,14 +61,14 @@ def _queries(m, i)->int:
 
 def _plain_rows(m, i)->list:
     "Rows of BLIP-2 and InstructBLIP"
-    vlm,tok = m.vlm,m.vlm.processor.tokenizer; n = _image_tokens(m, [], i)
+    vlm,tok = m.vlm,m.vlm.processor.tokenizer; there,due = _image_tokens(m, [], i)
     if vlm.core.config.text_config.is_encoder_decoder:
         from fada.families import answer_labels
-        return [Row(tok(p)['input_ids'], answer_labels(tok, [a])[0].tolist(), *n, a) for p,a in m.rows[i]]
+        return [Row(tok(p)['input_ids'], answer_labels(tok, [a])[0].tolist(), there, due, a) for p,a in m.rows[i]]
     rows = []
     for p,a in m.rows[i]:
         ids,mask,labels = collate(tok, [p], [a]); carries = labels[0] != IGNORE
-        rows.append(Row(ids[0][~carries].tolist(), labels[0][carries].tolist(), *n, a))
+        rows.append(Row(ids[0][~carries].tolist(), labels[0][carries].tolist(), there, due, a))
     return rows
 
 # %% ../nbs/09e_preflight.ipynb #bbf9ac05
@@ -84,7 +84,7 @@ def _chat_rows(m, i)->list:
             out = append_answers(t, [tok(said, add_special_tokens=False)['input_ids']], tok.pad_token_id)
             on = out['labels'][0] != IGNORE
             ids,labels = out['input_ids'][0][~on].tolist(),out['labels'][0][on].tolist()
-        rows.append(Row(ids, labels, *_image_tokens(m, ids, i), a))
+        there,due = _image_tokens(m, ids, i); rows.append(Row(ids, labels, there, due, a))
     return rows
 
 # %% ../nbs/09e_preflight.ipynb #c3f2f7b9

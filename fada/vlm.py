@@ -448,7 +448,7 @@ def said(self:VLM, seen, at, prompts, most=None)->list:
 def reply(self:VLM, seen, at, prompts, most=None)->list:
     "Greedy replies to `prompts`, each about `seen[at[i]]`: list of (text, tokens, confidence)"
     tok,kept = getattr(self.processor, 'tokenizer', self.processor),self.kept
-    worded = [wording(tok, *s, kept) for s in self.said(seen, at, prompts, most)]
+    worded = [wording(tok, ids, logp, kept) for ids,logp in self.said(seen, at, prompts, most)]
     return [(self.in_words(text, p, seen[n]), *more) for (text,*more),p,n in zip(worded, prompts, at)]
 
 @patch
@@ -541,4 +541,5 @@ def reference_said(
 def reference_answers(vlm, image, questions)->list:
     "Answers of the plain loop, question by question"
     tok = getattr(vlm.processor, 'tokenizer', vlm.processor)
-    return [wording(tok, *reference_said(vlm, image, q), vlm.kept)[0] for q in questions]
+    said = [reference_said(vlm, image, q) for q in questions]
+    return [wording(tok, ids, logp, vlm.kept)[0] for ids,logp in said]
